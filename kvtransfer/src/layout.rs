@@ -1,0 +1,97 @@
+//! What a rank's KV memory looks like: regions, buffers per layer, page size, head shard.
+//!
+//! Two ranks exchange their [`Layout`]s once, before any byte moves (promise P7); `plan::pairing` then decides which
+//! bytes of which buffer go where, or says in a sentence why they cannot. The vocabulary is SGLang's `KVArgs`
+//! (`srt/disaggregation/base/conn.py:57-120`): one *entry* per KV buffer, one *item* per page of that buffer.
+#![forbid(unsafe_code)]
+
+/// Names a registered memory region of one engine. Numbers are handed out by the engine in order of registration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RegionId(pub u32);
+
+/// One rank of a group, e.g. tensor-parallel rank 1 of 2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shard {
+    /// This rank, `0..size`.
+    pub rank: u32,
+    /// Ranks in the group, at least 1.
+    pub size: u32,
+}
+
+impl Shard {
+    /// The group of one.
+    pub const ONE: Self = Self { rank: 0, size: 1 };
+}
+
+/// How the attention of the model keeps its keys and values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attention {
+    /// Multi-head or grouped-query attention: entries are all K layers, then all V layers, then (if any) the draft
+    /// model's entries; a page is `[page_size, heads, head_dim]` ("nhd").
+    Heads {
+        /// KV heads of the whole model, before sharding.
+        total_kv_heads: u32,
+        /// KV heads held by this rank (at least 1: heads are replicated when `tp.size > total_kv_heads`).
+        rank_kv_heads: u32,
+    },
+    /// Multi-head latent attention: one entry per layer, identical on every TP rank.
+    Latent,
+}
+
+/// What a component of the layout is for. Components are sent in this order: KV, states, aux (promise P6).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ComponentKind {
+    /// The paged KV cache; its items are pages.
+    Kv,
+    /// A state component, by SGLang's `StateType` name (`"mamba"`, `"swa"`, `"dsa"`, …); items are slots or pages.
+    State(String),
+    /// The metadata ("aux") rows; items are slots. The last entry is the one that becomes visible last: the room number.
+    Aux,
+}
+
+/// One buffer of a component: `item_count` items of `item_len` bytes each, back to back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The region that holds the buffer.
+    pub region: RegionId,
+    /// Where the buffer starts in the region, in bytes.
+    pub offset: u64,
+    /// Bytes of one item (for KV: one page of this layer's buffer on this rank).
+    pub item_len: u64,
+    /// Items in the buffer.
+    pub item_count: u64,
+    /// Global layer id where the pool names its layers (hybrid models); `None` pairs by position.
+    pub layer_id: Option<u32>,
+}
+
+/// A group of buffers that share one list of item indices.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Component {
+    /// What it is for.
+    pub kind: ComponentKind,
+    /// Its buffers, in the order both sides agree on.
+    pub entries: Vec<Entry>,
+    /// How many trailing entries belong to a speculative draft model (KV only, else 0).
+    pub draft_entries: u32,
+}
+
+/// Everything a peer must know of this rank's KV memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Tokens per page.
+    pub page_size: u32,
+    /// Element type as SGLang spells it, e.g. `"bfloat16"`.
+    pub kv_dtype: String,
+    /// Page layout name, e.g. `"nhd"`. Only `"nhd"` can be cut by heads.
+    pub kv_layout: String,
+    /// How keys and values are kept.
+    pub attention: Attention,
+    /// Tensor-parallel place (attention TP).
+    pub tp: Shard,
+    /// Pipeline-parallel place.
+    pub pp: Shard,
+    /// First and one-past-last global layer held by this rank.
+    pub layers: std::ops::Range<u32>,
+    /// KV first, then states, then aux last.
+    pub components: Vec<Component>,
+}
