@@ -2,5 +2,16 @@
 //!
 //! See `ARCHITECTURE.md` at the workspace root for the map.
 
+pub mod clock;
+pub mod config;
+pub mod engine;
+pub mod error;
+pub mod ids;
 pub mod layout;
+pub mod memory;
 pub mod plan;
+pub mod telemetry;
+pub mod time;
+pub mod transfer;
+mod transport;
+pub mod wire;

@@ -1,0 +1,115 @@
+//! What an engine can be told. Every field says its default, its unit and what it costs.
+#![forbid(unsafe_code)]
+
+use std::{net::SocketAddr, time::Duration};
+
+use crate::{transfer::NodeConfig, wire::hello::LANES_MAX};
+
+/// Which same-host paths may be used when two engines run under one kernel and one user.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SameHost {
+    /// Pull with `process_vm_readv` if the kernel allows it, else a shared ring, else TCP.
+    #[default]
+    Auto,
+    /// Pull or TCP.
+    PullOnly,
+    /// Ring or TCP.
+    RingOnly,
+    /// Always TCP.
+    Off,
+}
+
+/// Configuration of an [`Engine`](crate::engine::Engine). Start from `default()` and assign.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct EngineConfig {
+    /// Where peers connect. Default `None`: the engine only dials, and has no listener at all (promise P9).
+    /// Port 0 picks a free one, see [`Engine::local_addr`](crate::engine::Engine::local_addr).
+    pub listen: Option<SocketAddr>,
+    /// Bearer token that both sides must know. Default `None`: anybody who can connect may talk.
+    pub token: Option<String>,
+    /// Data connections per peer that this side opens when it dials, 1..=16. Default 2. Each costs a thread on both
+    /// sides, about 100 KiB, and (with rings) one ring.
+    pub lanes: u8,
+    /// Same-host paths. Default [`SameHost::Auto`].
+    pub same_host: SameHost,
+    /// Most bytes of one batch on TCP. Default 1 MiB: large enough that its header and acknowledgement (about 5 µs)
+    /// vanish, small enough that lanes share a transfer evenly.
+    pub batch_bytes: u64,
+    /// Most unacknowledged batches per TCP lane. Default 32.
+    pub lane_window: usize,
+    /// Most bytes of one pull batch. Default 8 MiB.
+    pub pull_batch_bytes: u64,
+    /// Bytes of a same-host ring per lane and direction. Default 8 MiB, touched only when used.
+    pub ring_bytes: usize,
+    /// Chunks of at most so many bytes are written by the pushing thread itself if the lane is idle. Default 256 KiB;
+    /// 0 leaves all writing to the lane's thread.
+    pub inline_bytes: u64,
+    /// Whether a thread that waits for its own transfer reads the socket itself instead of being woken by the lane's
+    /// thread. Default true; saves one thread switch (some 5 µs) per small transfer.
+    pub drive_while_waiting: bool,
+    /// How long a connecting peer may take to introduce itself. Default 5 s.
+    pub handshake_timeout: Duration,
+    /// Most connected peers. Default 4096; further ones are turned away with a sentence.
+    pub peers_max: usize,
+    /// Most connections that have not introduced themselves yet. Default 256; the oldest is dropped for a new one.
+    pub strangers_max: usize,
+    /// Bounds and periods of the state machine.
+    pub node: NodeConfig,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            listen: None,
+            token: None,
+            lanes: 2,
+            same_host: SameHost::Auto,
+            batch_bytes: 1 << 20,
+            lane_window: 32,
+            pull_batch_bytes: 8 << 20,
+            ring_bytes: 8 << 20,
+            inline_bytes: 256 << 10,
+            drive_while_waiting: true,
+            handshake_timeout: Duration::from_secs(5),
+            peers_max: 4096,
+            strangers_max: 256,
+            node: NodeConfig::default(),
+        }
+    }
+}
+
+impl EngineConfig {
+    /// Checks ranges.
+    ///
+    /// # Errors
+    /// A sentence that names the field, its value and its range.
+    pub(crate) fn validate(&self) -> Result<(), String> {
+        use crate::wire::{hello::TOKEN_BYTES_MAX, lane::BATCH_BYTES_MAX};
+        let ranges = [
+            ("lanes", u64::from(self.lanes), 1, u64::from(LANES_MAX)),
+            ("batch_bytes", self.batch_bytes, 4096, BATCH_BYTES_MAX),
+            ("pull_batch_bytes", self.pull_batch_bytes, 4096, BATCH_BYTES_MAX),
+            ("lane_window", self.lane_window as u64, 1, 4096),
+            ("ring_bytes", self.ring_bytes as u64, RING_SLOTS * 4096, 1 << 30),
+            ("peers_max", self.peers_max as u64, 1, 1 << 20),
+            ("strangers_max", self.strangers_max as u64, 1, 1 << 16),
+            (
+                "the token's length",
+                self.token.as_ref().map_or(1, String::len) as u64,
+                1,
+                TOKEN_BYTES_MAX as u64,
+            ),
+        ];
+        for (name, value, least, most) in ranges {
+            if !(least..=most).contains(&value) {
+                return Err(format!("{name} is {value}, it must be within {least}..={most}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Slots of a ring: two would let both sides work at once, more smooth the hand-over.
+pub(crate) const RING_SLOTS: u64 = 8;

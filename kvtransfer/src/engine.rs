@@ -1,0 +1,269 @@
+//! The shell around the pure core: threads, sockets, memory, and the handles that applications hold.
+//!
+//! Threads of one engine: `kvt-control` (listener, handshakes, control streams, deadlines) and one `kvt-lane-P-L` per
+//! data connection. All share the [`hub::Hub`], whose one lock guards the node and is held for short, bounded work only;
+//! bytes move outside of it. A dial runs in the caller's thread.
+
+mod accept;
+mod control;
+mod dial;
+mod greeting;
+mod handle;
+pub(crate) mod hub;
+mod link;
+
+pub use dial::ConnectError;
+pub use handle::{CompletionQueue, Poll, Transfer};
+
+use std::{
+    io,
+    net::SocketAddr,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use thiserror::Error;
+
+use crate::{
+    clock,
+    config::EngineConfig,
+    error::SubmitError,
+    ids::{InstanceId, PeerId},
+    layout::{Layout, RegionId},
+    memory::Region,
+    telemetry::snapshot::Snapshot,
+    transfer::{ReceiveRequest, SendRequest},
+};
+
+/// Why an engine could not start.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum BuildError {
+    /// A configuration field is out of range.
+    #[error("configuration: {0}")]
+    Config(String),
+    /// The layout contradicts itself or the regions.
+    #[error("layout: {0}")]
+    Layout(String),
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}: {source}{}", fix(.source))]
+    Listen {
+        /// Which address.
+        address: SocketAddr,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The system has no thread, event or random number for us.
+    #[error("starting the engine: {0}")]
+    System(#[from] io::Error),
+}
+
+fn fix(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => " (another process has that port: stop it, or use port 0 for a free one)",
+        io::ErrorKind::AddrNotAvailable => " (no interface of this host has that address)",
+        io::ErrorKind::PermissionDenied => " (ports below 1024 need privileges)",
+        _ => "",
+    }
+}
+
+/// The memory of an engine: regions, named by the order in which they are added.
+#[derive(Debug, Default)]
+pub struct Memory {
+    regions: Vec<Arc<Region>>,
+}
+
+impl Memory {
+    /// No regions yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a region; its id goes into the layout's entries.
+    ///
+    /// # Panics
+    /// With more than 2^32 regions.
+    pub fn add(&mut self, region: Region) -> RegionId {
+        self.add_shared(Arc::new(region))
+    }
+
+    /// Adds a region that the application keeps using.
+    ///
+    /// # Panics
+    /// With more than 2^32 regions.
+    pub fn add_shared(&mut self, region: Arc<Region>) -> RegionId {
+        let id = u32::try_from(self.regions.len()).expect("invariant: fewer than 2^32 regions");
+        self.regions.push(region);
+        RegionId(id)
+    }
+
+    /// A region by its id.
+    pub fn region(&self, id: RegionId) -> Option<&Arc<Region>> {
+        self.regions.get(id.0 as usize)
+    }
+}
+
+/// What is known of a connected peer.
+#[derive(Clone, Debug)]
+pub struct PeerInfo {
+    /// This engine's number for the connection.
+    pub peer: PeerId,
+    /// The peer's identity.
+    pub instance: InstanceId,
+    /// Its address.
+    pub address: String,
+    /// The path that data to and from it takes: `tcp`, `shm-pull`, `shm-ring`.
+    pub path: &'static str,
+    /// Why it is not a better one; empty if it is the best.
+    pub path_reason: String,
+    /// How long the handshake took.
+    pub handshake: Duration,
+}
+
+/// One rank's engine.
+pub struct Engine {
+    hub: Arc<hub::Hub>,
+    control: Mutex<Option<JoinHandle<()>>>,
+    local_addr: Option<SocketAddr>,
+}
+
+impl Engine {
+    /// Starts an engine over its memory.
+    ///
+    /// # Errors
+    /// See [`BuildError`].
+    pub fn start(config: EngineConfig, memory: Memory, layout: Layout) -> Result<Self, BuildError> {
+        config.validate().map_err(BuildError::Config)?;
+        layout.validate().map_err(|error| BuildError::Layout(error.to_string()))?;
+        let regions: Vec<(u64, u64)> =
+            memory.regions.iter().map(|r| (r.base_address(), r.len() as u64)).collect();
+        let lengths = regions.iter().map(|(_, len)| *len).collect::<Vec<_>>();
+        greeting::check_regions(&layout, &lengths).map_err(BuildError::Layout)?;
+        let listener = config
+            .listen
+            .map(|address| {
+                std::net::TcpListener::bind(address)
+                    .map_err(|source| BuildError::Listen { address, source })
+            })
+            .transpose()?;
+        let local_addr = listener.as_ref().map(std::net::TcpListener::local_addr).transpose()?;
+        let (hub, waker) = hub::Hub::new(config, memory.regions, layout)?;
+        let hub = Arc::new(hub);
+        let control = control::start(Arc::clone(&hub), listener, waker)?;
+        Ok(Self { hub, control: Mutex::new(Some(control)), local_addr })
+    }
+
+    /// This engine's identity.
+    pub fn instance(&self) -> InstanceId {
+        self.hub.instance
+    }
+
+    /// Where it listens.
+    pub fn local_addr(&self) -> Option<SocketAddr> {
+        self.local_addr
+    }
+
+    /// Its memory region of that id.
+    pub fn region(&self, id: RegionId) -> Option<&Region> {
+        self.hub.region(id)
+    }
+
+    /// Its layout.
+    pub fn layout(&self) -> &Layout {
+        &self.hub.layout
+    }
+
+    /// Connects to a peer's listener, agrees on layouts and opens the data connections. Blocks the calling thread.
+    ///
+    /// # Errors
+    /// Unreachable, refused with the peer's sentence, incompatible layouts, or the timeout.
+    pub fn connect(
+        &self,
+        address: SocketAddr,
+        timeout: Duration,
+    ) -> Result<PeerInfo, ConnectError> {
+        dial::dial(&self.hub, address, timeout)
+    }
+
+    /// Ends the connection to a peer; transfers that need it fail with that reason.
+    pub fn disconnect(&self, peer: PeerId, reason: &str) {
+        self.hub.drop_peer(peer, reason);
+    }
+
+    /// Every connected peer.
+    pub fn peers(&self) -> Vec<PeerInfo> {
+        self.hub.peers()
+    }
+
+    /// Opens the sending side of a room.
+    ///
+    /// # Errors
+    /// See [`SubmitError`].
+    pub fn send(&self, request: &SendRequest) -> Result<Transfer, SubmitError> {
+        Transfer::open_send(&self.hub, request)
+    }
+
+    /// Opens the receiving side of a room and grants its pages to the senders.
+    ///
+    /// # Errors
+    /// See [`SubmitError`].
+    pub fn receive(&self, request: &ReceiveRequest) -> Result<Transfer, SubmitError> {
+        Transfer::open_receive(&self.hub, request)
+    }
+
+    /// The queue of ended transfers, with a descriptor to poll. Transfers opened after this call appear in it.
+    pub fn completions(&self) -> Arc<CompletionQueue> {
+        self.hub.completions()
+    }
+
+    /// The live picture for telemetry.
+    pub fn snapshot(&self) -> Snapshot {
+        self.hub.snapshot()
+    }
+
+    /// A function that takes the live picture, for a telemetry server that outlives no engine.
+    pub fn snapshot_source(&self) -> Arc<dyn Fn() -> Snapshot + Send + Sync> {
+        let hub = Arc::clone(&self.hub);
+        Arc::new(move || hub.snapshot())
+    }
+
+    /// Connections and frames that were refused because their bytes were not the protocol.
+    pub fn malformed(&self) -> u64 {
+        self.hub.malformed()
+    }
+
+    /// Ends every transfer with [`TransferError::Shutdown`](crate::error::TransferError::Shutdown), closes every
+    /// connection and joins the threads.
+    pub fn shut_down(&self) {
+        self.hub.shut_down();
+        let control = self.control.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(control) = control {
+            let _ = control.join();
+        }
+        self.hub.join_lanes();
+    }
+
+    /// Time on the engine's own clock, as in snapshots.
+    pub fn now() -> crate::time::Time {
+        clock::now()
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.shut_down();
+    }
+}
+
+/// Reads the host's boot id, which tells one kernel's life from another's.
+fn boot_id() -> io::Result<[u8; 16]> {
+    let text = std::fs::read_to_string(Path::new("/proc/sys/kernel/random/boot_id"))?;
+    let mut id = [0; 16];
+    let digits: Vec<u32> = text.chars().filter_map(|c| c.to_digit(16)).collect();
+    for (byte, pair) in id.iter_mut().zip(digits.chunks_exact(2)) {
+        *byte = u8::try_from(pair[0] * 16 + pair[1]).unwrap_or(0);
+    }
+    Ok(id)
+}

@@ -1,0 +1,470 @@
+//! What the threads of an engine share: the node behind its lock, the memory, the links.
+
+use std::{
+    collections::HashMap,
+    io,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use mio::Waker;
+
+use super::{
+    PeerInfo,
+    control::Adopted,
+    handle::{CompletionQueue, Shared},
+    link::Link,
+};
+use crate::{
+    clock,
+    config::EngineConfig,
+    error::{SubmitError, TransferError},
+    ids::{InstanceId, LaneId, PeerId, TransferId},
+    layout::{Layout, RegionId},
+    memory::{Gate, Region},
+    telemetry::snapshot::Snapshot,
+    time::Time,
+    transfer::{
+        Admission, BatchIn, BatchOut, Chunk, LaneSetup, Node, Output, PeerSetup, Placement, Summary,
+    },
+    transport::lane::Lane,
+    wire::lane::{Ack, AckStatus, BatchHeader},
+};
+
+/// How long a shutdown waits for lane threads; they end at once unless the machine is overloaded.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(3);
+
+struct Core {
+    node: Node,
+    transfers: HashMap<TransferId, Arc<Shared>>,
+    links: HashMap<PeerId, Arc<Link>>,
+    completions: Option<Arc<CompletionQueue>>,
+}
+
+/// Shared state of one engine.
+pub(crate) struct Hub {
+    pub(crate) config: EngineConfig,
+    pub(crate) layout: Layout,
+    pub(crate) instance: InstanceId,
+    pub(crate) generation: u64,
+    /// What a same-host peer reads to prove that it can.
+    pub(crate) probe_cookie: Box<[u8; 16]>,
+    regions: Vec<Arc<Region>>,
+    core: Mutex<Core>,
+    waker: Waker,
+    /// When the control thread will wake by itself.
+    armed: AtomicU64,
+    stopped: AtomicBool,
+    adopted: Mutex<Vec<Adopted>>,
+    next_peer: AtomicU64,
+    next_token: AtomicU64,
+    pub(super) malformed: AtomicU64,
+    lane_threads: Arc<()>,
+}
+
+/// What is left to do when the core's lock has been released.
+#[derive(Default)]
+struct Effects {
+    flush: Vec<Arc<Link>>,
+    /// Links with work, how many lanes it keeps busy, and its bytes.
+    work: Vec<(Arc<Link>, usize, u64)>,
+    ready: Vec<(Arc<Shared>, u32)>,
+    ended: Vec<(Arc<Shared>, Result<Summary, TransferError>)>,
+    disconnect: Vec<(PeerId, String)>,
+    completions: Option<Arc<CompletionQueue>>,
+    wake: bool,
+}
+
+impl Hub {
+    pub(super) fn new(
+        config: EngineConfig,
+        regions: Vec<Arc<Region>>,
+        layout: Layout,
+    ) -> io::Result<(Self, mio::Poll)> {
+        let poll = mio::Poll::new()?;
+        let waker = Waker::new(poll.registry(), super::control::WAKE)?;
+        let node = Node::new(config.node.clone());
+        let generation = u64::try_from(clock::wall().as_nanos()).unwrap_or(u64::MAX);
+        let core = Core {
+            node,
+            transfers: HashMap::new(),
+            links: HashMap::new(),
+            completions: None,
+        };
+        let hub = Self {
+            config,
+            layout,
+            instance: InstanceId(random()?),
+            generation,
+            probe_cookie: Box::new(random()?),
+            regions,
+            core: Mutex::new(core),
+            waker,
+            armed: AtomicU64::new(0),
+            stopped: AtomicBool::new(false),
+            adopted: Mutex::default(),
+            next_peer: AtomicU64::new(1),
+            next_token: AtomicU64::new(u64::from_le_bytes(random()?)),
+            malformed: AtomicU64::new(0),
+            lane_threads: Arc::new(()),
+        };
+        Ok((hub, poll))
+    }
+
+    /// Runs `f` on the node, then does what the node wants done.
+    pub(super) fn with<R>(&self, f: impl FnOnce(&mut Node, Time) -> R) -> R {
+        self.with_core(|core, now| f(&mut core.node, now))
+    }
+
+    fn with_core<R>(&self, f: impl FnOnce(&mut Core, Time) -> R) -> R {
+        let now = clock::now();
+        let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = f(&mut core, now);
+        let effects = self.collect(&mut core);
+        drop(core);
+        if let Some(effects) = effects {
+            self.perform(effects);
+        }
+        result
+    }
+
+    /// Takes the node's outputs; messages are put into their outboxes here, under the lock, so that their order is kept.
+    fn collect(&self, core: &mut Core) -> Option<Effects> {
+        let wake = core.node.next_timeout().nanos() < self.armed.load(Ordering::SeqCst);
+        let mut output = core.node.poll_output();
+        if output.is_none() && !wake {
+            return None;
+        }
+        let mut effects =
+            Effects { wake, completions: core.completions.clone(), ..Effects::default() };
+        while let Some(next) = output {
+            match next {
+                Output::Control(peer, message) => {
+                    if let Some(link) = core.links.get(&peer) {
+                        if link.queue(&message).is_err() {
+                            let reason = "it does not read its control stream".to_owned();
+                            effects.disconnect.push((peer, reason));
+                        } else if !effects.flush.iter().any(|known| known.peer == peer) {
+                            effects.flush.push(Arc::clone(link));
+                        }
+                    }
+                }
+                Output::Work(peer) => {
+                    let wanted = core.node.lanes_wanted(peer);
+                    let bytes = core.node.queued_bytes(peer);
+                    let known = effects.work.iter().any(|(link, ..)| link.peer == peer);
+                    if let Some(link) = core.links.get(&peer).filter(|_| !known) {
+                        effects.work.push((Arc::clone(link), wanted, bytes));
+                    }
+                }
+                Output::Ready { transfer, prefix_tokens } => {
+                    if let Some(shared) = core.transfers.get(&transfer) {
+                        effects.ready.push((Arc::clone(shared), prefix_tokens));
+                    }
+                }
+                Output::Ended { transfer, result } => {
+                    if let Some(shared) = core.transfers.remove(&transfer) {
+                        effects.ended.push((shared, result));
+                    }
+                }
+                Output::Disconnect { peer, reason } => effects.disconnect.push((peer, reason)),
+            }
+            output = core.node.poll_output();
+        }
+        Some(effects)
+    }
+
+    fn perform(&self, effects: Effects) {
+        // First the gates: when anybody learns of an end, no byte of it can move any more (promise P1).
+        for (shared, result) in effects.ended {
+            shared.gate.close();
+            shared.finish(result, effects.completions.as_deref());
+        }
+        for (shared, prefix_tokens) in effects.ready {
+            shared.set_ready(prefix_tokens);
+        }
+        for link in effects.flush {
+            if let Err(error) = link.flush() {
+                self.drop_peer(link.peer, &error.to_string());
+            }
+        }
+        for (link, wanted, _) in effects.work {
+            link.kick(wanted);
+        }
+        for (peer, reason) in effects.disconnect {
+            self.drop_peer(peer, &reason);
+        }
+        if effects.wake {
+            self.wake_control();
+        }
+    }
+
+    /// Queues pages. Small ones are written here and now if the lane is free; the lane that took them is returned, so
+    /// that a thread that waits for them can read the answer itself.
+    pub(super) fn push(
+        &self,
+        transfer: TransferId,
+        chunk: &Chunk,
+    ) -> Result<Option<Arc<Lane>>, SubmitError> {
+        let now = clock::now();
+        let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
+        core.node.push(now, transfer, chunk)?;
+        let effects = self.collect(&mut core);
+        drop(core);
+        let mut taken = None;
+        if let Some(mut effects) = effects {
+            effects.work.retain(|(link, _, bytes)| {
+                let lane = link.first_lane().filter(|_| *bytes <= self.config.inline_bytes);
+                let pumped = lane.filter(|lane| lane.try_pump());
+                let is_left = pumped.is_none();
+                taken = pumped.or(taken.take());
+                is_left
+            });
+            self.perform(effects);
+        }
+        Ok(taken.filter(|_| self.config.drive_while_waiting))
+    }
+
+    /// Opens a transfer and remembers its handle before any of its outputs are acted on.
+    pub(super) fn open<E>(
+        &self,
+        shared: &Arc<Shared>,
+        open: impl FnOnce(&mut Node, Time) -> Result<TransferId, E>,
+    ) -> Result<TransferId, E> {
+        self.with_core(|core, now| {
+            let id = open(&mut core.node, now)?;
+            shared.set_id(id);
+            core.transfers.insert(id, Arc::clone(shared));
+            Ok(id)
+        })
+    }
+
+    pub(crate) fn region(&self, id: RegionId) -> Option<&Region> {
+        self.regions.get(id.0 as usize).map(Arc::as_ref)
+    }
+
+    pub(super) fn regions(&self) -> &[Arc<Region>] {
+        &self.regions
+    }
+
+    /// A number for a gate's cell: never zero, never the same twice in a row.
+    pub(super) fn new_token(&self) -> u64 {
+        self.next_token.fetch_add(2, Ordering::Relaxed) | 1
+    }
+
+    pub(super) fn new_peer_id(&self) -> PeerId {
+        PeerId(self.next_peer.fetch_add(1, Ordering::Relaxed))
+    }
+
+    pub(crate) fn next_batch(&self, peer: PeerId, lane: LaneId) -> Option<(BatchOut, Arc<Gate>)> {
+        self.with_core(|core, now| {
+            let batch = core.node.next_batch(now, peer, lane)?;
+            let gate = Arc::clone(&core.transfers.get(&batch.transfer)?.gate);
+            Some((batch, gate))
+        })
+    }
+
+    pub(crate) fn on_ack(&self, peer: PeerId, lane: LaneId, ack: &Ack) -> Result<(), String> {
+        self.with(|node, now| node.on_ack(now, peer, lane, ack))
+    }
+
+    pub(crate) fn admit(&self, peer: PeerId, header: &BatchHeader) -> Option<(BatchIn, Arc<Gate>)> {
+        self.with_core(|core, now| match core.node.admit(now, peer, header) {
+            Admission::Place(batch) => {
+                let gate = Arc::clone(&core.transfers.get(&batch.transfer)?.gate);
+                Some((batch, gate))
+            }
+            Admission::Discard => None,
+        })
+    }
+
+    pub(crate) fn placed(
+        &self,
+        peer: PeerId,
+        header: &BatchHeader,
+        batch: &BatchIn,
+        placement: Placement,
+    ) -> AckStatus {
+        self.with(|node, now| node.placed(now, peer, header, batch, placement))
+    }
+
+    pub(crate) fn lane_down(&self, peer: PeerId, lane: LaneId, reason: &str) {
+        self.with(|node, _| node.lane_down(peer, lane, reason));
+    }
+
+    /// A lane's connection stands: the node may use it.
+    pub(super) fn lane_up(&self, peer: PeerId, lane: LaneId, setup: LaneSetup) {
+        self.with(|node, _| node.lane_up(peer, lane, setup));
+    }
+
+    /// Makes a link known. An older link of the same instance is dropped: it reconnected.
+    pub(super) fn add_link(&self, link: &Arc<Link>) {
+        let agreement = &link.agreement;
+        let setup = PeerSetup {
+            instance: agreement.instance,
+            address: agreement.address.clone(),
+            outgoing: agreement.outgoing.clone(),
+            incoming: agreement.incoming.clone(),
+        };
+        self.with_core(|core, now| {
+            core.links.insert(link.peer, Arc::clone(link));
+            core.node.peer_up(now, link.peer, setup);
+        });
+    }
+
+    /// The link that an incoming lane belongs to.
+    pub(super) fn find_link(&self, instance: InstanceId, link: u64) -> Option<Arc<Link>> {
+        let core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut links = core.links.values();
+        let same = |known: &&Arc<Link>| {
+            known.agreement.instance == instance && known.agreement.link == link
+        };
+        links.find(same).cloned()
+    }
+
+    /// Links of an instance, newest last.
+    pub(super) fn links_of(&self, instance: InstanceId) -> Vec<Arc<Link>> {
+        let core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = core.links.values().filter(|link| link.agreement.instance == instance);
+        let mut links: Vec<_> = known.cloned().collect();
+        links.sort_by_key(|link| link.peer);
+        links
+    }
+
+    pub(super) fn link(&self, peer: PeerId) -> Option<Arc<Link>> {
+        let core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
+        core.links.get(&peer).cloned()
+    }
+
+    pub(super) fn link_count(&self) -> usize {
+        self.core.lock().unwrap_or_else(PoisonError::into_inner).links.len()
+    }
+
+    pub(super) fn peers(&self) -> Vec<PeerInfo> {
+        let core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut peers: Vec<PeerInfo> = core.links.values().map(|link| peer_info(link)).collect();
+        peers.sort_by_key(|info| info.peer);
+        peers
+    }
+
+    /// Ends a peer: its transfers fail, its connections close.
+    pub(super) fn drop_peer(&self, peer: PeerId, reason: &str) {
+        let link = self.with_core(|core, now| {
+            core.node.peer_down(now, peer, reason);
+            core.links.remove(&peer)
+        });
+        if let Some(link) = link {
+            tracing::info!(%peer, instance = %link.agreement.instance, reason, "peer dropped");
+            link.shut_down();
+        }
+    }
+
+    pub(super) fn completions(&self) -> Arc<CompletionQueue> {
+        let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
+        let bound = self.config.node.transfers_max;
+        Arc::clone(core.completions.get_or_insert_with(|| Arc::new(CompletionQueue::new(bound))))
+    }
+
+    pub(super) fn snapshot(&self) -> Snapshot {
+        let wall_ns = u64::try_from(clock::wall().as_nanos()).unwrap_or(u64::MAX);
+        let mut snapshot = Snapshot {
+            instance: self.instance.to_string(),
+            epoch: self.generation,
+            wall_ns,
+            ..Snapshot::default()
+        };
+        let now = clock::now();
+        let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
+        core.node.picture(now, &mut snapshot);
+        snapshot
+    }
+
+    pub(super) fn malformed(&self) -> u64 {
+        self.malformed.load(Ordering::Relaxed)
+    }
+
+    /// When the control thread must call [`Hub::on_timeout`]; it will sleep until then.
+    pub(super) fn arm(&self) -> Time {
+        let core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
+        let next = core.node.next_timeout();
+        self.armed.store(next.nanos(), Ordering::SeqCst);
+        next
+    }
+
+    pub(super) fn on_timeout(&self) {
+        self.with(|node, now| node.on_timeout(now));
+    }
+
+    /// Gives a control stream to the control thread.
+    pub(super) fn adopt(&self, adopted: Adopted) -> io::Result<()> {
+        self.adopted.lock().unwrap_or_else(PoisonError::into_inner).push(adopted);
+        self.waker.wake()
+    }
+
+    /// Control streams given since the last call.
+    pub(super) fn adopted(&self) -> Vec<Adopted> {
+        std::mem::take(&mut *self.adopted.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(super) fn wake_control(&self) {
+        // Waking can only fail if the control thread is gone, and then nothing waits for it.
+        let _ = self.waker.wake();
+    }
+
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn shut_down(&self) {
+        if self.stopped.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let (transfers, peers) = {
+            let core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
+            let transfers: Vec<TransferId> = core.transfers.keys().copied().collect();
+            (transfers, core.links.keys().copied().collect::<Vec<PeerId>>())
+        };
+        for transfer in transfers {
+            self.with(|node, now| node.cancel(now, transfer, TransferError::Shutdown));
+        }
+        for peer in peers {
+            self.drop_peer(peer, "the engine shut down");
+        }
+        self.wake_control();
+    }
+
+    /// Held by a lane's thread while it runs.
+    pub(crate) fn lane_alive(&self) -> Arc<()> {
+        Arc::clone(&self.lane_threads)
+    }
+
+    /// Waits for the lane threads, which touch the regions, for at most [`JOIN_TIMEOUT`].
+    pub(super) fn join_lanes(&self) {
+        let deadline = clock::now() + JOIN_TIMEOUT;
+        while Arc::strong_count(&self.lane_threads) > 1 && clock::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+pub(super) fn peer_info(link: &Link) -> PeerInfo {
+    let (path, path_reason) = link.path.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    PeerInfo {
+        peer: link.peer,
+        instance: link.agreement.instance,
+        address: link.agreement.address.clone(),
+        path,
+        path_reason,
+        handshake: link.handshake,
+    }
+}
+
+pub(super) fn random<const N: usize>() -> io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).map_err(|error| io::Error::other(error.to_string()))?;
+    Ok(bytes)
+}

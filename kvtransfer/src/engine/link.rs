@@ -1,0 +1,140 @@
+//! The connections to one peer: its control stream's outbox and its lanes.
+
+use std::{
+    io,
+    os::fd::OwnedFd,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use rustix::net::{SendFlags, Shutdown, send, shutdown};
+
+use crate::{
+    ids::{InstanceId, PeerId},
+    plan::pairing::Pairing,
+    transfer::LaneSetup,
+    transport::lane::Lane,
+    wire::{
+        control::Control,
+        hello::{HostIdentity, RegionAddress},
+    },
+};
+
+/// Unsent control bytes at which a peer that does not read them is given up: several grants of the largest size.
+const OUTBOX_BYTES_MAX: usize = 32 << 20;
+
+/// What was agreed with a peer.
+#[derive(Clone, Debug)]
+pub(crate) struct Agreement {
+    pub(crate) instance: InstanceId,
+    pub(crate) generation: u64,
+    /// Joins lanes to the control stream; drawn by the dialling side.
+    pub(crate) link: u64,
+    pub(crate) lanes: u8,
+    pub(crate) address: String,
+    pub(crate) host: HostIdentity,
+    pub(crate) regions: Arc<[RegionAddress]>,
+    pub(crate) outgoing: Result<Arc<Pairing>, String>,
+    pub(crate) incoming: Result<Arc<Pairing>, String>,
+}
+
+#[derive(Default)]
+struct Outbox {
+    bytes: Vec<u8>,
+    sent: usize,
+}
+
+/// The connections to one peer.
+pub(crate) struct Link {
+    pub(crate) peer: PeerId,
+    pub(crate) agreement: Agreement,
+    pub(crate) path: Mutex<(&'static str, String)>,
+    pub(crate) handshake: Duration,
+    control: OwnedFd,
+    outbox: Mutex<Outbox>,
+    lanes: Mutex<Vec<Arc<Lane>>>,
+}
+
+/// The control stream's peer has not read for too long.
+pub(crate) struct OutboxFull;
+
+impl Link {
+    pub(crate) fn new(
+        peer: PeerId,
+        agreement: Agreement,
+        control: OwnedFd,
+        handshake: Duration,
+    ) -> Self {
+        Self {
+            peer,
+            agreement,
+            path: Mutex::new(("tcp", String::new())),
+            handshake,
+            control,
+            outbox: Mutex::default(),
+            lanes: Mutex::default(),
+        }
+    }
+
+    /// Appends a message to the outbox.
+    pub(crate) fn queue(&self, message: &Control) -> Result<(), OutboxFull> {
+        let mut outbox = self.outbox.lock().unwrap_or_else(PoisonError::into_inner);
+        if outbox.bytes.len() - outbox.sent > OUTBOX_BYTES_MAX {
+            return Err(OutboxFull);
+        }
+        message.encode(&mut outbox.bytes);
+        Ok(())
+    }
+
+    /// Sends what the socket takes; the control thread goes on when it takes more.
+    pub(crate) fn flush(&self) -> io::Result<()> {
+        let mut outbox = self.outbox.lock().unwrap_or_else(PoisonError::into_inner);
+        while outbox.sent < outbox.bytes.len() {
+            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            match send(&self.control, &outbox.bytes[outbox.sent..], flags) {
+                Ok(sent) => outbox.sent += sent,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::AGAIN) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        outbox.bytes.clear();
+        outbox.bytes.shrink_to(64 << 10);
+        outbox.sent = 0;
+        Ok(())
+    }
+
+    pub(crate) fn add_lane(&self, lane: Arc<Lane>) {
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner).push(lane);
+    }
+
+    pub(crate) fn lanes(&self) -> Vec<Arc<Lane>> {
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The first lane, the one that small transfers take.
+    pub(crate) fn first_lane(&self) -> Option<Arc<Lane>> {
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner).first().cloned()
+    }
+
+    /// Wakes as many lanes as there is work for.
+    pub(crate) fn kick(&self, wanted: usize) {
+        let lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        for lane in lanes.iter().take(wanted.max(1)) {
+            lane.kick();
+        }
+    }
+
+    pub(crate) fn note_path(&self, setup: &LaneSetup) {
+        let mut path = self.path.lock().unwrap_or_else(PoisonError::into_inner);
+        *path = (setup.path, setup.path_reason.clone());
+    }
+
+    /// Ends every connection. Threads that own them notice.
+    pub(crate) fn shut_down(&self) {
+        let _ = shutdown(&self.control, Shutdown::Both);
+        for lane in self.lanes() {
+            lane.shut_down();
+        }
+    }
+}

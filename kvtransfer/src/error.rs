@@ -1,0 +1,126 @@
+//! What can go wrong, one enum per moment, sorted by whose fault it is.
+#![forbid(unsafe_code)]
+
+use std::time::Duration;
+
+use thiserror::Error;
+
+use crate::{ids::Room, wire::control::FailureCode};
+
+/// Why a call to the engine was refused. Nothing was changed by the call.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum SubmitError {
+    /// The room has a live transfer of the same role on this engine.
+    #[error("room {0} is already in use on this engine; draw a new room number for every request")]
+    DuplicateRoom(Room),
+    /// Back-pressure: a bounded queue is full. Try again when transfers have completed.
+    #[error("{what} is full: {used} in use, {asked} asked, the limit is {limit} (raise {setting} or slow down)")]
+    Full {
+        /// Which queue or table.
+        what: &'static str,
+        /// In use now.
+        used: u64,
+        /// Wanted by this call.
+        asked: u64,
+        /// The bound.
+        limit: u64,
+        /// The field of `EngineConfig` that sets it.
+        setting: &'static str,
+    },
+    /// The peer is not connected (any more).
+    #[error("the peer is not connected")]
+    UnknownPeer,
+    /// The transfer ended before the call.
+    #[error("the transfer has ended: {0}")]
+    Ended(TransferError),
+    /// Pages were pushed before every receiver granted its pages.
+    #[error("the receiver has not granted its pages yet; wait for the transfer to be ready")]
+    NotReady,
+    /// The page lists do not fit.
+    #[error("{0}")]
+    Items(String),
+    /// The engine has shut down.
+    #[error("the engine has shut down")]
+    Shutdown,
+}
+
+/// How a transfer failed. Both sides learn one of these (promise P2).
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum TransferError {
+    /// Cancelled by this side's application.
+    #[error("cancelled by the application")]
+    Cancelled,
+    /// This side's deadline passed.
+    #[error("timed out after {elapsed:?} while {stage}")]
+    Timeout {
+        /// What it was waiting for.
+        stage: &'static str,
+        /// Since the transfer was opened.
+        elapsed: Duration,
+    },
+    /// The other side ended it and said why.
+    #[error("the peer ended it ({}): {reason}", .code.name())]
+    PeerFailed {
+        /// Its reason.
+        code: FailureCode,
+        /// In words.
+        reason: String,
+    },
+    /// The connection to the peer ended, or the peer stopped answering.
+    #[error("lost the peer: {reason}")]
+    PeerLost {
+        /// What was seen.
+        reason: String,
+    },
+    /// The peer broke the protocol.
+    #[error("the peer broke the protocol: {reason}")]
+    PeerMisbehaved {
+        /// What it did.
+        reason: String,
+    },
+    /// Memory on this side or the peer's could not be accessed.
+    #[error("{op} failed with errno {errno}")]
+    Memory {
+        /// The system call.
+        op: &'static str,
+        /// Its errno.
+        errno: i32,
+    },
+    /// This engine shut down.
+    #[error("the engine shut down")]
+    Shutdown,
+}
+
+impl TransferError {
+    /// Whether the same request may succeed with a new room.
+    pub fn is_retryable(&self) -> bool {
+        !matches!(self, Self::Cancelled | Self::Shutdown)
+    }
+
+    /// A stable name for metrics.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Cancelled => "cancelled",
+            Self::Timeout { .. } => "timeout",
+            Self::PeerFailed { .. } => "peer_failed",
+            Self::PeerLost { .. } => "peer_lost",
+            Self::PeerMisbehaved { .. } => "peer_misbehaved",
+            Self::Memory { .. } => "memory",
+            Self::Shutdown => "shutdown",
+        }
+    }
+
+    /// What the other side is told.
+    pub fn code(&self) -> FailureCode {
+        match self {
+            Self::Cancelled => FailureCode::Cancelled,
+            Self::Timeout { .. } => FailureCode::Timeout,
+            Self::PeerFailed { .. } | Self::PeerLost { .. } => FailureCode::OtherPeer,
+            Self::PeerMisbehaved { .. } => FailureCode::Misbehaved,
+            Self::Memory { .. } => FailureCode::Memory,
+            Self::Shutdown => FailureCode::Shutdown,
+        }
+    }
+}

@@ -1,0 +1,557 @@
+//! What reaches a [`Node`] from its peers, its lanes and the clock.
+
+use crate::{
+    error::TransferError,
+    ids::{Epoch, LaneId, PeerId, TransferId},
+    time::Time,
+    transfer::{
+        Summary,
+        node::{ENDED_MAX, Node, Output, PeerSetup},
+        peer::{BatchOut, LaneSetup, Peer},
+        receive::{Admission, BatchIn, Placement},
+        send::{Orphan, SendLeg},
+        timers::Due,
+    },
+    wire::{
+        control::{Control, FailureCode, Grant},
+        lane::{Ack, AckStatus, BatchHeader},
+    },
+};
+
+impl Node {
+    /// A peer has said hello and its layout was agreed on.
+    pub fn peer_up(&mut self, now: Time, id: PeerId, setup: PeerSetup) {
+        let heartbeat = self.timers.set(now, self.config.heartbeat, Due::Heartbeat(id));
+        let peer = Peer::new(now, id, setup, heartbeat);
+        let earlier = self.peers.insert(id, peer);
+        debug_assert!(earlier.is_none(), "peer numbers are never reused");
+    }
+
+    /// The connection to a peer ended: everything that needs it fails now.
+    pub fn peer_down(&mut self, now: Time, id: PeerId, reason: &str) {
+        let Some(peer) = self.peers.remove(&id) else {
+            return;
+        };
+        self.timers.clear(peer.heartbeat);
+        let lost = || TransferError::PeerLost { reason: reason.to_owned() };
+        let sends: Vec<TransferId> = self
+            .sends
+            .values()
+            .filter(|room| room.legs.iter().any(|leg| leg.peer == id && !leg.done))
+            .map(|room| room.id)
+            .collect();
+        for transfer in sends {
+            self.end_send(now, transfer, Err(lost()));
+        }
+        let receives: Vec<TransferId> = self
+            .receives
+            .values()
+            .filter(|room| room.legs.iter().any(|leg| leg.peer == id && !leg.done))
+            .map(|room| room.id)
+            .collect();
+        for transfer in receives {
+            self.end_receive(now, transfer, Err(lost()));
+        }
+        for orphan in self.orphans.values_mut() {
+            if let Orphan::Granted { legs, .. } = orphan {
+                legs.retain(|(leg, ..)| leg.peer != id);
+            }
+        }
+    }
+
+    /// A data connection of a peer is ready.
+    pub fn lane_up(&mut self, peer: PeerId, lane: LaneId, setup: LaneSetup) {
+        if let Some(peer) = self.peers.get_mut(&peer) {
+            if let Some(slot) = peer.lanes.get_mut(usize::from(lane.0)) {
+                *slot = Some(Peer::new_lane(setup));
+            }
+            if !peer.queue.is_empty() {
+                self.outputs.push_back(Output::Work(peer.id));
+            }
+        }
+    }
+
+    /// A data connection ended. Its unacknowledged batches go to the peer's other lanes; without any, the peer is lost.
+    pub fn lane_down(&mut self, id: PeerId, lane: LaneId, reason: &str) {
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return;
+        };
+        *peer.failures.entry("lane_down").or_default() += 1;
+        if peer.lane_down(lane, &mut self.sends) {
+            self.outputs.push_back(Output::Work(id));
+        } else {
+            let reason = format!("its last data connection ended: {reason}");
+            self.outputs.push_back(Output::Disconnect { peer: id, reason });
+        }
+    }
+
+    /// Something arrived from a peer.
+    pub fn heard(&mut self, now: Time, peer: PeerId) {
+        if let Some(peer) = self.peers.get_mut(&peer) {
+            peer.last_heard = now;
+        }
+    }
+
+    /// The next batch that a lane should send, if any.
+    pub fn next_batch(&mut self, now: Time, peer: PeerId, lane: LaneId) -> Option<BatchOut> {
+        self.peers.get_mut(&peer)?.next_batch(now, lane, &mut self.sends)
+    }
+
+    /// Whether a peer has windows queued that no lane has taken yet.
+    pub fn has_queued(&self, peer: PeerId) -> bool {
+        self.peers.get(&peer).is_some_and(|peer| !peer.queue.is_empty())
+    }
+
+    /// How many lanes the queued work of a peer keeps busy.
+    pub fn lanes_wanted(&self, peer: PeerId) -> usize {
+        self.peers.get(&peer).map_or(0, |peer| {
+            let batch = peer.lanes.iter().flatten().map(|lane| lane.setup.batch_bytes).min();
+            let batches = peer.queued_bytes.div_ceil(batch.unwrap_or(1));
+            usize::try_from(batches).unwrap_or(usize::MAX)
+        })
+    }
+
+    /// Payload bytes queued to a peer.
+    pub fn queued_bytes(&self, peer: PeerId) -> u64 {
+        self.peers.get(&peer).map_or(0, |peer| peer.queued_bytes)
+    }
+
+    /// Whether bytes of a live transfer have moved.
+    pub fn has_started(&self, transfer: TransferId) -> bool {
+        let sending = self.sends.get(&transfer).is_some_and(|room| room.first_byte.is_some());
+        sending || self.receives.get(&transfer).is_some_and(|room| room.first_byte.is_some())
+    }
+
+    /// An acknowledgement arrived.
+    ///
+    /// # Errors
+    /// The peer broke the protocol; the lane must be closed.
+    pub fn on_ack(
+        &mut self,
+        now: Time,
+        peer_id: PeerId,
+        lane: LaneId,
+        ack: &Ack,
+    ) -> Result<(), String> {
+        let peer = self.peers.get_mut(&peer_id).ok_or("an acknowledgement from a lost peer")?;
+        peer.last_heard = now;
+        let settled = peer.acknowledge(now, lane, ack.room, ack.epoch(), ack.seq)?;
+        let has_more = !peer.queue.is_empty();
+        let Some(room) = self.sends.get_mut(&settled.transfer) else {
+            return Ok(());
+        };
+        let bytes = settled.bytes;
+        let leg = room.legs.iter_mut().find(|leg| leg.peer == peer_id);
+        let Some(leg) = leg.filter(|leg| leg.epoch == settled.epoch) else {
+            return Ok(());
+        };
+        leg.lost_on(lane);
+        if ack.status() == AckStatus::Discarded {
+            let reason = "the receiver no longer knows the room".to_owned();
+            let error = TransferError::PeerFailed { code: FailureCode::Cancelled, reason };
+            self.end_send(now, settled.transfer, Err(error));
+            return Ok(());
+        }
+        leg.done |= settled.last;
+        room.bytes += bytes;
+        if settled.last {
+            self.finish_send(now, settled.transfer);
+        } else if has_more {
+            // A window may have waited for this acknowledgement on another lane.
+            self.outputs.push_back(Output::Work(peer_id));
+        }
+        Ok(())
+    }
+
+    /// A batch header arrived: may its bytes be placed, and where?
+    pub fn admit(&mut self, now: Time, peer_id: PeerId, header: &BatchHeader) -> Admission {
+        let Some(peer) = self.peers.get_mut(&peer_id) else {
+            return Admission::Discard;
+        };
+        peer.last_heard = now;
+        let pairing = peer.incoming.clone();
+        let room = self.receive_rooms.get(&header.room);
+        let room = room.and_then(|id| self.receives.get_mut(id));
+        let Some(room) = room.filter(|room| room.epoch == header.epoch()) else {
+            self.late_messages += 1;
+            return Admission::Discard;
+        };
+        let id = room.id;
+        let located = match (pairing, room.leg_mut(peer_id).is_some()) {
+            (Ok(pairing), true) => room.locate(&pairing, header),
+            (Ok(_), false) => {
+                // A stranger to the room cannot fail it.
+                self.late_messages += 1;
+                return Admission::Discard;
+            }
+            (Err(why), _) => Err(why),
+        };
+        match located {
+            Ok(batch) => {
+                room.first_byte.get_or_insert(now);
+                Admission::Place(batch)
+            }
+            Err(reason) => {
+                self.end_receive(now, id, Err(TransferError::PeerMisbehaved { reason }));
+                Admission::Discard
+            }
+        }
+    }
+
+    /// A lane has dealt with a batch: what shall it answer?
+    pub fn placed(
+        &mut self,
+        now: Time,
+        peer: PeerId,
+        header: &BatchHeader,
+        batch: &BatchIn,
+        placement: Placement,
+    ) -> AckStatus {
+        let key = (header.room, header.epoch());
+        let Some(room) = self.receives.get_mut(&batch.transfer) else {
+            // The room is over. If this batch had already arrived on a lane that died since, it counts.
+            let again = placement == Placement::GateClosed && self.received.contains(&key);
+            return if again { AckStatus::Placed } else { AckStatus::Discarded };
+        };
+        let counted = match placement {
+            Placement::Placed => room.count(peer, header),
+            Placement::GateClosed => return AckStatus::Discarded,
+            Placement::Void => {
+                let reason = "it withdrew pages while they were on the wire".to_owned();
+                let error = TransferError::PeerFailed { code: FailureCode::Cancelled, reason };
+                self.end_receive(now, batch.transfer, Err(error));
+                return AckStatus::Discarded;
+            }
+            Placement::Failed(error) => {
+                self.end_receive(now, batch.transfer, Err(error));
+                return AckStatus::Discarded;
+            }
+        };
+        match counted {
+            Ok(false) => AckStatus::Placed,
+            Ok(true) => {
+                let (waited, moving) = spans(now, room.opened, room.first_byte);
+                let summary =
+                    Summary { bytes: room.bytes, batches: room.batches, waited, moving };
+                self.end_receive(now, batch.transfer, Ok(summary));
+                AckStatus::Placed
+            }
+            Err(reason) => {
+                let error = TransferError::PeerMisbehaved { reason };
+                self.end_receive(now, batch.transfer, Err(error));
+                AckStatus::Discarded
+            }
+        }
+    }
+
+    /// A message arrived on a peer's control stream.
+    pub fn on_control(&mut self, now: Time, peer: PeerId, message: Control) {
+        self.heard(now, peer);
+        match message {
+            Control::Grant(grant) => self.on_grant(now, peer, &grant),
+            Control::RoomFailed { room, epoch, code, reason } => {
+                self.on_room_failed(now, peer, room, epoch, code, reason);
+            }
+            Control::Ping { nonce } => {
+                self.outputs.push_back(Output::Control(peer, Control::Pong { nonce }));
+            }
+            Control::Pong { .. } => {}
+            Control::Hello(_)
+            | Control::Welcome(_)
+            | Control::Reject { .. }
+            | Control::LaneOpen { .. }
+            | Control::LaneReady { .. } => {
+                let reason = "it introduced itself twice".to_owned();
+                self.outputs.push_back(Output::Disconnect { peer, reason });
+            }
+        }
+    }
+
+    /// The time set by [`Node::next_timeout`] has come.
+    pub fn on_timeout(&mut self, now: Time) {
+        while let Some(due) = self.timers.pop(now) {
+            match due {
+                Due::Transfer(id) => self.expire(now, id),
+                Due::Orphan(room) => self.expire_orphan(room),
+                Due::Heartbeat(id) => self.heartbeat(now, id),
+            }
+        }
+    }
+
+    fn expire(&mut self, now: Time, id: TransferId) {
+        if let Some(room) = self.sends.get(&id) {
+            let error = TransferError::Timeout { stage: room.stage(), elapsed: now.since(room.opened) };
+            self.end_send(now, id, Err(error));
+        } else if let Some(room) = self.receives.get(&id) {
+            let error = TransferError::Timeout { stage: room.stage(), elapsed: now.since(room.opened) };
+            self.end_receive(now, id, Err(error));
+        }
+    }
+
+    fn expire_orphan(&mut self, room: u64) {
+        let Some(Orphan::Granted { legs, .. }) = self.orphans.remove(&room) else {
+            return;
+        };
+        let waited = self.config.orphan_ttl;
+        for (leg, ..) in legs {
+            let reason = format!("no sender opened room {room} within {waited:?}");
+            self.refuse(leg.peer, room, leg.epoch, FailureCode::NoSender, reason);
+        }
+    }
+
+    fn heartbeat(&mut self, now: Time, id: PeerId) {
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return;
+        };
+        let silence = now.since(peer.last_heard);
+        if silence > self.config.peer_silence_max {
+            let reason = format!("it has been silent for {silence:?}");
+            self.outputs.push_back(Output::Disconnect { peer: id, reason });
+            // Asked again until the connections are closed, in case the shell is slow.
+        }
+        peer.heartbeat = self.timers.set(now, self.config.heartbeat, Due::Heartbeat(id));
+        let nonce = now.nanos();
+        self.outputs.push_back(Output::Control(id, Control::Ping { nonce }));
+    }
+
+    fn on_grant(&mut self, now: Time, peer_id: PeerId, grant: &Grant) {
+        let Some(peer) = self.peers.get_mut(&peer_id) else {
+            return;
+        };
+        let (room, epoch) = (grant.room, grant.epoch);
+        let components = match &peer.outgoing {
+            Ok(pairing) => pairing.components.len(),
+            Err(why) => {
+                let reason = why.clone();
+                return self.refuse(peer_id, room, epoch, FailureCode::ItemMismatch, reason);
+            }
+        };
+        let fault = if room == 0 {
+            Some("room 0 is reserved: it means \"not arrived\" in the aux row".to_owned())
+        } else if grant.receivers_expected == 0 {
+            Some("a grant must expect at least one receiver".to_owned())
+        } else if grant.items.len() > components {
+            Some(format!("{} item lists for {components} components", grant.items.len()))
+        } else {
+            None
+        };
+        if let Some(reason) = fault {
+            *peer.failures.entry("bad_grant").or_default() += 1;
+            return self.refuse(peer_id, room, epoch, FailureCode::Misbehaved, reason);
+        }
+        let granted = grant.items.iter().map(Vec::len).collect();
+        let leg = SendLeg::new(peer_id, epoch, grant.dummy, granted);
+        match self.send_rooms.get(&room) {
+            Some(id) => {
+                self.add_leg(now, *id, leg, grant.receivers_expected, grant.prefix_tokens);
+            }
+            None => self.keep_grant(now, room, leg, grant.receivers_expected, grant.prefix_tokens),
+        }
+    }
+
+    fn keep_grant(&mut self, now: Time, room: u64, leg: SendLeg, expected: u16, prefix: u32) {
+        let (peer, epoch) = (leg.peer, leg.epoch);
+        let kept = self.orphans.len();
+        match self.orphans.get_mut(&room) {
+            Some(Orphan::Granted { legs, .. }) => {
+                if legs.iter().any(|(kept, ..)| kept.peer == peer && kept.epoch == epoch) {
+                    self.late_messages += 1;
+                } else if legs.iter().any(|(kept, ..)| kept.peer == peer) {
+                    let reason = format!("room {room} already has a grant of this receiver");
+                    self.refuse(peer, room, epoch, FailureCode::DuplicateRoom, reason);
+                } else if legs.len() >= usize::from(expected) {
+                    let reason = format!("room {room} has all its {expected} receivers");
+                    self.refuse(peer, room, epoch, FailureCode::DuplicateRoom, reason);
+                } else {
+                    legs.push((leg, expected, prefix));
+                }
+            }
+            Some(Orphan::Cancelled { .. }) => self.late_messages += 1,
+            Some(Orphan::SenderEnded { error, .. }) => {
+                let (code, reason) = (error.code(), error.to_string());
+                self.refuse(peer, room, epoch, code, reason);
+            }
+            None if kept >= self.config.orphans_max => {
+                let limit = self.config.orphans_max;
+                let reason = format!("already {limit} rooms wait for their senders here");
+                self.refuse(peer, room, epoch, FailureCode::Busy, reason);
+            }
+            None => {
+                let timer = self.timers.set(now, self.config.orphan_ttl, Due::Orphan(room));
+                let legs = vec![(leg, expected, prefix)];
+                self.orphans.insert(room, Orphan::Granted { legs, timer });
+            }
+        }
+    }
+
+    /// Adds a receiver to a sending room; when it is the last one, the room is ready.
+    pub(super) fn add_leg(
+        &mut self,
+        now: Time,
+        id: TransferId,
+        leg: SendLeg,
+        expected: u16,
+        prefix_tokens: u32,
+    ) {
+        let Some(room) = self.sends.get_mut(&id) else {
+            return;
+        };
+        let (peer, epoch, number) = (leg.peer, leg.epoch, room.room.number());
+        if let Some(known) = room.leg_mut(peer) {
+            if known.epoch == epoch {
+                self.late_messages += 1;
+            } else {
+                let reason = format!("room {number} is live with an earlier grant of this receiver");
+                self.refuse(peer, number, epoch, FailureCode::DuplicateRoom, reason);
+            }
+            return;
+        }
+        if *room.expected.get_or_insert(expected) != expected {
+            let first = room.expected.unwrap_or(0);
+            let reason = format!("one receiver expects {first} receivers, another {expected}");
+            self.refuse(peer, number, epoch, FailureCode::Misbehaved, reason.clone());
+            self.end_send(now, id, Err(TransferError::PeerMisbehaved { reason }));
+            return;
+        }
+        if room.is_ready() {
+            let reason = format!("room {number} has all its {expected} receivers");
+            self.refuse(peer, number, epoch, FailureCode::DuplicateRoom, reason);
+            return;
+        }
+        room.legs.push(leg);
+        if room.is_ready() {
+            self.outputs.push_back(Output::Ready { transfer: id, prefix_tokens });
+        }
+    }
+
+    fn on_room_failed(
+        &mut self,
+        now: Time,
+        peer: PeerId,
+        number: u64,
+        epoch: Epoch,
+        code: FailureCode,
+        reason: String,
+    ) {
+        let error = TransferError::PeerFailed { code, reason };
+        if let Some(room) = self.receive_rooms.get(&number).and_then(|id| self.receives.get(id))
+            && room.epoch == epoch
+            && room.told.contains(&peer)
+        {
+            let id = room.id;
+            return self.end_receive(now, id, Err(error));
+        }
+        if let Some(room) = self.send_rooms.get(&number).and_then(|id| self.sends.get(id)) {
+            let id = room.id;
+            if room.legs.iter().any(|leg| leg.peer == peer && leg.epoch == epoch) {
+                self.end_send(now, id, Err(error));
+            } else {
+                self.late_messages += 1;
+            }
+            return;
+        }
+        match self.orphans.get(&number) {
+            Some(Orphan::Granted { legs, timer })
+                if legs.iter().any(|(leg, ..)| leg.peer == peer && leg.epoch == epoch) =>
+            {
+                let timer = *timer;
+                self.orphans.insert(number, Orphan::Cancelled { error, timer });
+            }
+            _ => self.late_messages += 1,
+        }
+    }
+
+    fn refuse(&mut self, peer: PeerId, room: u64, epoch: Epoch, code: FailureCode, reason: String) {
+        let message = Control::RoomFailed { room, epoch, code, reason };
+        self.outputs.push_back(Output::Control(peer, message));
+    }
+
+    /// Ends a sending room with success if every leg is done.
+    pub(super) fn finish_send(&mut self, now: Time, id: TransferId) {
+        let Some(room) = self.sends.get(&id) else {
+            return;
+        };
+        if room.closed && room.legs.iter().all(|leg| leg.done) {
+            let (waited, moving) = spans(now, room.opened, room.first_byte);
+            let batches = room.legs.iter().map(SendLeg::batches).sum();
+            let summary = Summary { bytes: room.bytes, batches, waited, moving };
+            self.end_send(now, id, Ok(summary));
+        }
+    }
+
+    pub(super) fn end_send(
+        &mut self,
+        now: Time,
+        id: TransferId,
+        result: Result<Summary, TransferError>,
+    ) {
+        let Some(room) = self.sends.remove(&id) else {
+            return;
+        };
+        let number = room.room.number();
+        self.send_rooms.remove(&number);
+        self.timers.clear(room.deadline);
+        self.remember_send(now, &room, result.as_ref().err());
+        if let Err(error) = &result {
+            for leg in &room.legs {
+                if let Some(peer) = self.peers.get_mut(&leg.peer) {
+                    peer.purge(id);
+                    *peer.failures.entry(error.name()).or_default() += 1;
+                    self.refuse(leg.peer, number, leg.epoch, error.code(), error.to_string());
+                }
+            }
+            *self.failures.entry(error.name()).or_default() += 1;
+            let waits = !room.is_ready() && self.orphans.len() < self.config.orphans_max;
+            if waits {
+                // A receiver's grant may still be on its way: it is answered at once instead of left to its deadline.
+                let timer = self.timers.set(now, self.config.orphan_ttl, Due::Orphan(number));
+                let error = error.clone();
+                self.orphans.insert(number, Orphan::SenderEnded { error, timer });
+            }
+        }
+        self.outputs.push_back(Output::Ended { transfer: id, result });
+    }
+
+    pub(super) fn end_receive(
+        &mut self,
+        now: Time,
+        id: TransferId,
+        result: Result<Summary, TransferError>,
+    ) {
+        let Some(room) = self.receives.remove(&id) else {
+            return;
+        };
+        let number = room.room.number();
+        self.receive_rooms.remove(&number);
+        self.timers.clear(room.deadline);
+        self.remember_receive(now, &room, result.as_ref().err());
+        match &result {
+            Ok(_) => {
+                if self.received.len() == ENDED_MAX {
+                    self.received.pop_front();
+                }
+                self.received.push_back((number, room.epoch));
+            }
+            Err(error) => {
+                for peer_id in &room.told {
+                    if let Some(peer) = self.peers.get_mut(peer_id) {
+                        *peer.failures.entry(error.name()).or_default() += 1;
+                        self.refuse(*peer_id, number, room.epoch, error.code(), error.to_string());
+                    }
+                }
+                *self.failures.entry(error.name()).or_default() += 1;
+            }
+        }
+        self.outputs.push_back(Output::Ended { transfer: id, result });
+    }
+}
+
+/// (opening to first byte, first byte to now); a transfer without bytes waited all the time.
+fn spans(
+    now: Time,
+    opened: Time,
+    first_byte: Option<Time>,
+) -> (std::time::Duration, std::time::Duration) {
+    let first = first_byte.unwrap_or(now);
+    (first.since(opened), now.since(first))
+}

@@ -1,0 +1,372 @@
+//! The node itself: its tables and what the application asks of it. What peers ask is in `inputs`.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use super::{
+    Chunk, ReceiveRequest, SendRequest, Summary,
+    peer::{Peer, Sends, Window},
+    receive::{ReceiveLeg, ReceiveRoom, SeqSet},
+    send::{Orphan, SendRoom},
+    timers::{Due, Timers},
+};
+use crate::{
+    error::{SubmitError, TransferError},
+    ids::{Epoch, InstanceId, PeerId, TransferId},
+    plan::pairing::Pairing,
+    telemetry::snapshot::RoomStat,
+    time::Time,
+    wire::control::{Control, GRANT_ITEMS_MAX, Grant},
+};
+
+/// Bounds and periods of a [`Node`].
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct NodeConfig {
+    /// Most windows (4096 items each) queued to one peer. Default 4096: 16 Mi pages, about 800 KiB of queue.
+    pub queue_windows_max: usize,
+    /// Most payload bytes queued to one peer. Default 256 GiB: a node's worth of KV.
+    pub queue_bytes_max: u64,
+    /// Most live transfers, both roles together. Default 65 536.
+    pub transfers_max: usize,
+    /// Most rooms remembered for a sender that is not open (grants, cancellations). Default 16 384.
+    pub orphans_max: usize,
+    /// How long they are remembered; then a grant is answered with "no sender". Default 30 s.
+    pub orphan_ttl: Duration,
+    /// How often a peer is pinged. Default 1 s.
+    pub heartbeat: Duration,
+    /// A peer that has been silent for so long is dropped. Default 10 s. Transfers have their own, shorter deadlines.
+    pub peer_silence_max: Duration,
+    /// First epoch handed out; tests start it near the wrap.
+    pub first_epoch: u32,
+}
+
+impl Default for NodeConfig {
+    fn default() -> Self {
+        Self {
+            queue_windows_max: 4096,
+            queue_bytes_max: 256 << 30,
+            transfers_max: 65_536,
+            orphans_max: 16_384,
+            orphan_ttl: Duration::from_secs(30),
+            heartbeat: Duration::from_secs(1),
+            peer_silence_max: Duration::from_secs(10),
+            first_epoch: 1,
+        }
+    }
+}
+
+/// What the node must know of a connected peer.
+#[derive(Clone, Debug)]
+pub struct PeerSetup {
+    /// Its identity.
+    pub instance: InstanceId,
+    /// Its address, for telemetry.
+    pub address: String,
+    /// Us → them, or the sentence that says why nothing can be sent to them.
+    pub outgoing: Result<Arc<Pairing>, String>,
+    /// Them → us, or the sentence that says why nothing can be received from them.
+    pub incoming: Result<Arc<Pairing>, String>,
+}
+
+/// What the node wants done.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Output {
+    /// Send a message on the peer's control stream, in this order.
+    Control(PeerId, Control),
+    /// The peer's lanes have work.
+    Work(PeerId),
+    /// Every receiver of a sending transfer has granted its pages.
+    Ready {
+        /// Which.
+        transfer: TransferId,
+        /// Tokens that the receivers already hold.
+        prefix_tokens: u32,
+    },
+    /// A transfer ended. Its gate must be closed before anybody is told.
+    Ended {
+        /// Which.
+        transfer: TransferId,
+        /// How.
+        result: Result<Summary, TransferError>,
+    },
+    /// Close the connections of a peer, then report it down.
+    Disconnect {
+        /// Which.
+        peer: PeerId,
+        /// Why, for the log.
+        reason: String,
+    },
+}
+
+/// The state machine of one engine.
+pub struct Node {
+    pub(super) config: NodeConfig,
+    pub(super) peers: HashMap<PeerId, Peer>,
+    pub(super) sends: Sends,
+    pub(super) send_rooms: HashMap<u64, TransferId>,
+    pub(super) receives: HashMap<TransferId, ReceiveRoom>,
+    pub(super) receive_rooms: HashMap<u64, TransferId>,
+    pub(super) orphans: HashMap<u64, Orphan>,
+    /// Rooms received to the end, oldest first: a batch repeated after a lost lane is acknowledged again.
+    pub(super) received: VecDeque<(u64, Epoch)>,
+    /// The last rooms that ended, oldest first, for telemetry.
+    pub(super) ended: VecDeque<RoomStat>,
+    pub(super) timers: Timers,
+    pub(super) outputs: VecDeque<Output>,
+    pub(super) next_transfer: u64,
+    pub(super) next_epoch: u32,
+    pub(super) failures: std::collections::BTreeMap<&'static str, u64>,
+    /// Messages about rooms that are over or were never opened: ignored, counted.
+    pub(super) late_messages: u64,
+}
+
+/// Rooms remembered after they ended, for repeated batches and for telemetry.
+pub(super) const ENDED_MAX: usize = 1024;
+
+impl Node {
+    /// A node without peers.
+    pub fn new(config: NodeConfig) -> Self {
+        let next_epoch = config.first_epoch;
+        Self {
+            config,
+            peers: HashMap::new(),
+            sends: HashMap::new(),
+            send_rooms: HashMap::new(),
+            receives: HashMap::new(),
+            receive_rooms: HashMap::new(),
+            orphans: HashMap::new(),
+            received: VecDeque::new(),
+            ended: VecDeque::new(),
+            timers: Timers::default(),
+            outputs: VecDeque::new(),
+            next_transfer: 1,
+            next_epoch,
+            failures: std::collections::BTreeMap::new(),
+            late_messages: 0,
+        }
+    }
+
+    /// The next thing to do, oldest first. Call until `None` after every input.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    /// When [`Node::on_timeout`] wants to be called.
+    pub fn next_timeout(&self) -> Time {
+        self.timers.next()
+    }
+
+    /// Live transfers of both roles.
+    pub fn live_transfers(&self) -> usize {
+        self.sends.len() + self.receives.len()
+    }
+
+    /// Messages and batches about rooms that are over, since the start.
+    pub fn late_messages(&self) -> u64 {
+        self.late_messages
+    }
+
+    /// Opens the sending side of a room.
+    ///
+    /// # Errors
+    /// The room is live for sending, or the table of transfers is full.
+    pub fn open_send(
+        &mut self,
+        now: Time,
+        request: &SendRequest,
+    ) -> Result<TransferId, SubmitError> {
+        let number = request.room.number();
+        if self.send_rooms.contains_key(&number) {
+            return Err(SubmitError::DuplicateRoom(request.room));
+        }
+        let id = self.new_transfer()?;
+        let deadline = self.timers.set(now, request.timeout, Due::Transfer(id));
+        self.send_rooms.insert(number, id);
+        self.sends.insert(
+            id,
+            SendRoom {
+                id,
+                room: request.room,
+                opened: now,
+                first_byte: None,
+                deadline,
+                expected: None,
+                legs: Vec::new(),
+                pushed: Vec::new(),
+                closed: false,
+                bytes: 0,
+            },
+        );
+        if let Some(orphan) = self.orphans.remove(&number) {
+            self.timers.clear(orphan.timer());
+            match orphan {
+                Orphan::Granted { legs, .. } => {
+                    for (leg, expected, prefix) in legs {
+                        self.add_leg(now, id, leg, expected, prefix);
+                    }
+                }
+                Orphan::Cancelled { error, .. } => self.end_send(now, id, Err(error)),
+                Orphan::SenderEnded { .. } => {}
+            }
+        }
+        Ok(id)
+    }
+
+    /// Queues pages to every receiver of a room.
+    ///
+    /// The caller has checked every item against the local layout (`plan` does not do it again per batch).
+    ///
+    /// # Errors
+    /// The transfer is over or not ready, a list is longer than what was granted, or a peer's queue is full. Nothing is
+    /// queued then.
+    pub fn push(
+        &mut self,
+        now: Time,
+        transfer: TransferId,
+        chunk: &Chunk,
+    ) -> Result<(), SubmitError> {
+        let room = self.sends.get_mut(&transfer).ok_or(SubmitError::Ended(
+            TransferError::PeerLost { reason: "the transfer is over".into() },
+        ))?;
+        if !room.is_ready() {
+            return Err(SubmitError::NotReady);
+        }
+        if room.closed {
+            return Err(SubmitError::Items("the last chunk has already been pushed".into()));
+        }
+        let counts: Vec<usize> = chunk.items.iter().map(|items| items.len()).collect();
+        room.check_granted(&counts).map_err(SubmitError::Items)?;
+        let windows: usize = counts.iter().map(|n| Peer::windows_of(*n)).sum::<usize>().max(1);
+        for leg in room.legs.iter().filter(|leg| !leg.dummy) {
+            let peer = self.peers.get(&leg.peer).ok_or(SubmitError::UnknownPeer)?;
+            peer.check_room(&self.config, windows, &counts)?;
+            if !leg.has_seqs(peer.batches_of(&counts)) {
+                return Err(SubmitError::Items("the room has too many batches".into()));
+            }
+        }
+        room.pushed.resize(room.pushed.len().max(counts.len()), 0);
+        let starts = room.pushed.clone();
+        for (pushed, count) in room.pushed.iter_mut().zip(&counts) {
+            *pushed += count;
+        }
+        room.closed = chunk.last;
+        let number = room.room.number();
+        for leg in room.legs.iter_mut().filter(|leg| !leg.dummy) {
+            let peer =
+                self.peers.get_mut(&leg.peer).expect("invariant: looked up a few lines above");
+            let proto = Window::new(transfer, number, leg.epoch, now);
+            peer.enqueue_chunk(&proto, chunk, &starts);
+            self.outputs.push_back(Output::Work(leg.peer));
+        }
+        if chunk.last && room.legs.iter_mut().filter(|leg| leg.dummy).map(|leg| leg.done = true).count() > 0 {
+            self.finish_send(now, transfer);
+        }
+        Ok(())
+    }
+
+    /// Opens the receiving side of a room and sends its grants.
+    ///
+    /// The caller has checked every item against the local layout.
+    ///
+    /// # Errors
+    /// The room is live for receiving, a source is not connected or does not fit, or a table is full.
+    pub fn open_receive(
+        &mut self,
+        now: Time,
+        request: &ReceiveRequest,
+    ) -> Result<TransferId, SubmitError> {
+        let number = request.room.number();
+        if self.receive_rooms.contains_key(&number) {
+            return Err(SubmitError::DuplicateRoom(request.room));
+        }
+        let total: usize = request.items.iter().map(|items| items.len()).sum();
+        if total > GRANT_ITEMS_MAX {
+            return Err(SubmitError::Items(format!(
+                "{total} items in one grant, at most {GRANT_ITEMS_MAX} fit; split the request"
+            )));
+        }
+        let mut legs = Vec::new();
+        for source in &request.sources {
+            let peer = self.peers.get(&source.peer).ok_or(SubmitError::UnknownPeer)?;
+            let pairing = peer.incoming.as_ref().map_err(|why| SubmitError::Items(why.clone()))?;
+            let pages = request.items.first().map_or(0, |items| items.len());
+            let kv_bytes_expected =
+                pairing.components.first().map_or(0, |kv| kv.item_bytes()) * pages as u64;
+            if !source.dummy {
+                legs.push(ReceiveLeg {
+                    peer: source.peer,
+                    seen: SeqSet::default(),
+                    kv_bytes: 0,
+                    kv_bytes_expected,
+                    done: false,
+                });
+            }
+        }
+        if legs.is_empty() {
+            return Err(SubmitError::Items("a receiving room needs at least one real source".into()));
+        }
+        let id = self.new_transfer()?;
+        let epoch = Epoch(self.next_epoch);
+        self.next_epoch = self.next_epoch.wrapping_add(1);
+        let lists: Vec<Vec<i32>> = request.items.iter().map(|items| items.to_vec()).collect();
+        for source in &request.sources {
+            let grant = Grant {
+                room: number,
+                epoch,
+                receivers_expected: request.receivers_expected,
+                dummy: source.dummy,
+                prefix_tokens: request.prefix_tokens,
+                items: if source.dummy { Vec::new() } else { lists.clone() },
+            };
+            self.outputs.push_back(Output::Control(source.peer, Control::Grant(grant)));
+        }
+        let deadline = self.timers.set(now, request.timeout, Due::Transfer(id));
+        self.receive_rooms.insert(number, id);
+        self.receives.insert(
+            id,
+            ReceiveRoom {
+                id,
+                room: request.room,
+                epoch,
+                opened: now,
+                first_byte: None,
+                deadline,
+                items: request.items.clone(),
+                legs,
+                told: request.sources.iter().map(|source| source.peer).collect(),
+                bytes: 0,
+                batches: 0,
+            },
+        );
+        Ok(id)
+    }
+
+    /// Ends a transfer because the application wants so. Does nothing if it is over.
+    pub fn cancel(&mut self, now: Time, transfer: TransferId, error: TransferError) {
+        if self.sends.contains_key(&transfer) {
+            self.end_send(now, transfer, Err(error));
+        } else {
+            self.end_receive(now, transfer, Err(error));
+        }
+    }
+
+    fn new_transfer(&mut self) -> Result<TransferId, SubmitError> {
+        let (used, limit) = (self.live_transfers(), self.config.transfers_max);
+        if used >= limit {
+            return Err(SubmitError::Full {
+                what: "the table of transfers",
+                used: used as u64,
+                asked: 1,
+                limit: limit as u64,
+                setting: "transfers_max",
+            });
+        }
+        let id = TransferId(self.next_transfer);
+        self.next_transfer += 1;
+        Ok(id)
+    }
+}

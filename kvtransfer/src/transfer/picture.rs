@@ -1,0 +1,126 @@
+//! The live picture of a [`Node`] for telemetry.
+
+use crate::{
+    error::TransferError,
+    telemetry::snapshot::{RailStat, RoomRole, RoomStat, Snapshot},
+    time::Time,
+    transfer::{
+        node::{ENDED_MAX, Node},
+        peer::Peer,
+        receive::ReceiveRoom,
+        send::SendRoom,
+    },
+};
+
+impl Node {
+    /// Everything that telemetry shows of the data plane at `now`. Costs O(lanes + live rooms).
+    pub fn picture(&mut self, now: Time, snapshot: &mut Snapshot) {
+        snapshot.monotonic_ns = now.nanos();
+        for peer in self.peers.values_mut() {
+            peer.rails(now, &mut snapshot.rails);
+        }
+        snapshot.rails.sort_by(|a, b| (&a.peer, &a.rail).cmp(&(&b.peer, &b.rail)));
+        snapshot.rooms.extend(self.ended.iter().cloned());
+        snapshot.rooms.extend(self.sends.values().map(|room| self.send_stat(room)));
+        snapshot.rooms.extend(self.receives.values().map(|room| self.receive_stat(room)));
+        // A room used again replaces its earlier life.
+        snapshot.rooms.sort_by_key(|room| (room.room, room.role, std::cmp::Reverse(room.enqueued_ns)));
+        snapshot.rooms.dedup_by_key(|room| (room.room, room.role));
+        let named = self.failures.iter().map(|(name, count)| ((*name).to_owned(), *count));
+        snapshot.failures = named.collect();
+    }
+
+    fn peer_name(&self, id: crate::ids::PeerId) -> String {
+        self.peers.get(&id).map_or_else(String::new, |peer| peer.instance.to_string())
+    }
+
+    fn send_stat(&self, room: &SendRoom) -> RoomStat {
+        RoomStat {
+            room: room.room.number(),
+            role: RoomRole::Sender,
+            state: room.state().to_owned(),
+            peer: room.legs.first().map_or_else(String::new, |leg| self.peer_name(leg.peer)),
+            enqueued_ns: room.opened.nanos(),
+            first_byte_ns: room.first_byte.map_or(0, Time::nanos),
+            done_ns: 0,
+            bytes: room.bytes,
+            failure: String::new(),
+        }
+    }
+
+    fn receive_stat(&self, room: &ReceiveRoom) -> RoomStat {
+        RoomStat {
+            room: room.room.number(),
+            role: RoomRole::Receiver,
+            state: room.state().to_owned(),
+            peer: room.legs.first().map_or_else(String::new, |leg| self.peer_name(leg.peer)),
+            enqueued_ns: room.opened.nanos(),
+            first_byte_ns: room.first_byte.map_or(0, Time::nanos),
+            done_ns: 0,
+            bytes: room.bytes,
+            failure: String::new(),
+        }
+    }
+
+    pub(super) fn remember_send(
+        &mut self,
+        now: Time,
+        room: &SendRoom,
+        error: Option<&TransferError>,
+    ) {
+        let stat = self.send_stat(room);
+        self.remember(now, stat, error);
+    }
+
+    pub(super) fn remember_receive(
+        &mut self,
+        now: Time,
+        room: &ReceiveRoom,
+        error: Option<&TransferError>,
+    ) {
+        let stat = self.receive_stat(room);
+        self.remember(now, stat, error);
+    }
+
+    fn remember(&mut self, now: Time, mut stat: RoomStat, error: Option<&TransferError>) {
+        stat.state = if error.is_some() { "failed" } else { "success" }.to_owned();
+        stat.failure = error.map_or_else(String::new, |error| error.name().to_owned());
+        stat.done_ns = now.nanos();
+        if self.ended.len() == ENDED_MAX {
+            self.ended.pop_front();
+        }
+        self.ended.push_back(stat);
+    }
+}
+
+impl Peer {
+    fn rails(&mut self, now: Time, out: &mut Vec<RailStat>) {
+        let failures: Vec<(String, u64)> =
+            self.failures.iter().map(|(name, count)| ((*name).to_owned(), *count)).collect();
+        let lanes = self.lanes.iter().flatten().count().max(1) as u64;
+        for (index, lane) in self.lanes.iter_mut().enumerate() {
+            let Some(lane) = lane else {
+                continue;
+            };
+            let quantiles = lane.latency.quantiles(now.nanos());
+            out.push(RailStat {
+                peer: self.instance.to_string(),
+                peer_addr: self.address.clone(),
+                rail: format!("{}/{index}", lane.setup.path),
+                path: lane.setup.path.to_owned(),
+                path_reason: lane.setup.path_reason.clone(),
+                // The queue belongs to the peer: whichever lane is free takes from it, so each shows its share.
+                bytes_queued: self.queued_bytes / lanes,
+                bytes_in_flight: lane.in_flight_bytes,
+                transfers_queued: self.queue.len() as u64,
+                oldest_enqueued_ns: self.queue.front().map_or(0, |w| w.queued_at.nanos()),
+                rate_bytes_per_s: lane.rate.bytes_per_s(),
+                p50_ns: quantiles.p50_ns,
+                p99_ns: quantiles.p99_ns,
+                bytes_total: lane.bytes_total,
+                batches_total: lane.batches_total,
+                failures: failures.clone(),
+            });
+        }
+    }
+}

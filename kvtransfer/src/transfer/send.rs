@@ -1,0 +1,148 @@
+//! The sending side of a room: grants in, chunks out, acknowledgements counted.
+
+use crate::{
+    error::TransferError,
+    ids::{Epoch, LaneId, PeerId, Room, TransferId},
+    time::Time,
+    transfer::timers::TimerKey,
+    wire::{hello::LANES_MAX, lane::BATCHES_MAX},
+};
+
+/// The part of a sending room that goes to one receiver.
+#[derive(Debug)]
+pub(super) struct SendLeg {
+    pub(super) peer: PeerId,
+    pub(super) epoch: Epoch,
+    pub(super) dummy: bool,
+    /// Granted items per component.
+    pub(super) granted: Vec<usize>,
+    next_seq: u32,
+    unacked: u32,
+    unacked_on: [u32; LANES_MAX as usize],
+    pub(super) done: bool,
+}
+
+impl SendLeg {
+    pub(super) fn new(peer: PeerId, epoch: Epoch, dummy: bool, granted: Vec<usize>) -> Self {
+        let unacked_on = [0; LANES_MAX as usize];
+        Self { peer, epoch, dummy, granted, next_seq: 0, unacked: 0, unacked_on, done: false }
+    }
+
+    /// Whether every unacknowledged batch is on that lane, so that its order is enough.
+    pub(super) fn is_only_on(&self, lane: LaneId) -> bool {
+        self.unacked == self.unacked_on[usize::from(lane.0)]
+    }
+
+    pub(super) fn take_seq(&mut self) -> u32 {
+        let seq = self.next_seq;
+        self.next_seq += 1;
+        seq
+    }
+
+    /// Whether the receiver's record of batches has room for `more`.
+    pub(super) fn has_seqs(&self, more: u64) -> bool {
+        u64::from(self.next_seq) + more < u64::from(BATCHES_MAX)
+    }
+
+    pub(super) fn sent_on(&mut self, lane: LaneId) {
+        self.unacked += 1;
+        self.unacked_on[usize::from(lane.0)] += 1;
+    }
+
+    pub(super) fn lost_on(&mut self, lane: LaneId) {
+        let on = &mut self.unacked_on[usize::from(lane.0)];
+        debug_assert!(*on > 0 && self.unacked > 0, "every loss was a send");
+        *on = on.saturating_sub(1);
+        self.unacked = self.unacked.saturating_sub(1);
+    }
+
+    pub(super) fn batches(&self) -> u64 {
+        self.next_seq.into()
+    }
+}
+
+/// One sending room.
+#[derive(Debug)]
+pub(super) struct SendRoom {
+    pub(super) id: TransferId,
+    pub(super) room: Room,
+    pub(super) opened: Time,
+    pub(super) first_byte: Option<Time>,
+    pub(super) deadline: TimerKey,
+    /// From the first grant; every grant must say the same.
+    pub(super) expected: Option<u16>,
+    pub(super) legs: Vec<SendLeg>,
+    /// Items pushed so far, per component.
+    pub(super) pushed: Vec<usize>,
+    /// The last chunk has been pushed.
+    pub(super) closed: bool,
+    pub(super) bytes: u64,
+}
+
+impl SendRoom {
+    pub(super) fn is_ready(&self) -> bool {
+        self.expected.is_some_and(|expected| self.legs.len() == usize::from(expected))
+    }
+
+    /// What it is waiting for, in words.
+    pub(super) fn stage(&self) -> &'static str {
+        match (self.is_ready(), self.closed) {
+            (false, _) => "waiting for the receiver's grant",
+            (true, false) => "waiting for the application's next pages",
+            (true, true) => "waiting for the receiver to acknowledge pages",
+        }
+    }
+
+    /// SGLang's poll state name.
+    pub(super) fn state(&self) -> &'static str {
+        match (self.is_ready(), self.first_byte) {
+            (false, _) => "bootstrapping",
+            (true, None) => "waiting_for_input",
+            (true, Some(_)) => "transferring",
+        }
+    }
+
+    /// Checks that the receiver granted at least what has been and is being pushed.
+    ///
+    /// # Errors
+    /// A sentence with both numbers.
+    pub(super) fn check_granted(&self, more: &[usize]) -> Result<(), String> {
+        for leg in self.legs.iter().filter(|leg| !leg.dummy) {
+            for (component, more) in more.iter().enumerate() {
+                let pushed = self.pushed.get(component).copied().unwrap_or(0) + more;
+                let granted = leg.granted.get(component).copied().unwrap_or(0);
+                if pushed > granted {
+                    return Err(format!(
+                        "component {component}: the sender pushes {pushed} items, the receiver granted {granted}"
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn leg_mut(&mut self, peer: PeerId) -> Option<&mut SendLeg> {
+        self.legs.iter_mut().find(|leg| leg.peer == peer)
+    }
+}
+
+/// A grant or a cancellation for a room that nobody has opened for sending yet.
+#[derive(Debug)]
+pub(super) enum Orphan {
+    /// Grants that wait for the sender.
+    Granted { legs: Vec<(SendLeg, u16, u32)>, timer: TimerKey },
+    /// The receiver gave up first: a later sender fails at once (SGLang semantic worth keeping).
+    Cancelled { error: TransferError, timer: TimerKey },
+    /// The sender ended before a grant came: the grant is answered at once instead of waiting for a deadline.
+    SenderEnded { error: TransferError, timer: TimerKey },
+}
+
+impl Orphan {
+    pub(super) fn timer(&self) -> TimerKey {
+        match self {
+            Self::Granted { timer, .. }
+            | Self::Cancelled { timer, .. }
+            | Self::SenderEnded { timer, .. } => *timer,
+        }
+    }
+}

@@ -1,0 +1,534 @@
+//! The receiving half of a lane: headers in, payload straight into the pages, under the room's gate.
+#![expect(unsafe_code, reason = "hands raw region memory to recvmsg and process_vm_readv")]
+
+use std::{io, os::fd::BorrowedFd, sync::Arc};
+
+use super::{
+    LaneError,
+    lane::LaneContext,
+    outbound::{Outbound, VOID_PLACE, consume, len_of, range_of},
+    sys::{self, IOV_MAX, IoRange},
+};
+use crate::{
+    error::TransferError,
+    memory::Gate,
+    plan::{
+        cursor::{Segment, SideCursor},
+        descriptor::{Descriptor, Limits, PairCursor},
+        mismatch::End,
+        pairing::Pairing,
+        stream::check_items,
+    },
+    transfer::{BatchIn, Placement},
+    wire::lane::{ACK_MAGIC, Ack, BatchHeader, PayloadMode, Seal, WINDOW_ITEMS_MAX},
+};
+
+/// Bytes read ahead: the largest thing parsed from the buffer is a pull's item list.
+const BUFFER: usize = 8 + 4 * WINDOW_ITEMS_MAX as usize + BatchHeader::LEN;
+/// Bytes read after a payload: its seal and the next header, but none of the next payload, which would be copied twice.
+const AHEAD: usize = Seal::LEN + BatchHeader::LEN;
+/// Read size where acknowledgements are awaited, so that one call takes many.
+const ACKS_AHEAD: usize = 32 * Ack::LEN;
+/// Most bytes of one pull: bounds how long closing the gate can take.
+const PULL_BYTES_MAX: u64 = 4 << 20;
+/// Bytes thrown away per call.
+const DISCARD: usize = 64 << 10;
+const SEGMENTS: usize = IOV_MAX - 1;
+
+/// What the next bytes of the stream are.
+enum Expect {
+    Frame,
+    Items(BatchHeader, BatchIn, Arc<Gate>),
+    /// A pull list of a batch that is not placed.
+    SkipItems(BatchHeader),
+    Payload(Box<Filling>),
+    /// Payload that nobody wants, then its seal.
+    Skip(BatchHeader, u64),
+    Seal(BatchHeader, Option<BatchIn>, Placement),
+}
+
+/// A batch being placed.
+struct Filling {
+    header: BatchHeader,
+    batch: BatchIn,
+    gate: Arc<Gate>,
+    cursor: SideCursor,
+    left: u64,
+}
+
+pub(super) struct Inbound {
+    expect: Expect,
+    buffer: Box<[u8]>,
+    start: usize,
+    end: usize,
+    segments: Box<[Segment]>,
+    segment_at: usize,
+    segment_end: usize,
+    ranges: Vec<IoRange>,
+    descriptors: Box<[Descriptor]>,
+    scratch: Box<[u8]>,
+}
+
+/// Whether more may be done without waiting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Again,
+    /// The buffer does not hold enough.
+    NeedBytes,
+}
+
+impl Inbound {
+    /// `rest`: bytes that were read with the handshake.
+    pub(super) fn new(rest: &[u8]) -> Self {
+        let mut buffer = vec![0; BUFFER].into_boxed_slice();
+        let end = rest.len().min(BUFFER);
+        buffer[..end].copy_from_slice(&rest[..end]);
+        Self {
+            expect: Expect::Frame,
+            buffer,
+            start: 0,
+            end,
+            segments: vec![Segment::EMPTY; SEGMENTS].into_boxed_slice(),
+            segment_at: 0,
+            segment_end: 0,
+            ranges: Vec::with_capacity(IOV_MAX),
+            descriptors: Box::default(),
+            scratch: Box::default(),
+        }
+    }
+
+    /// Reads until the socket is empty or the peer must first read our answers.
+    pub(super) fn pump(
+        &mut self,
+        context: &LaneContext,
+        socket: BorrowedFd<'_>,
+        out: &mut Outbound,
+    ) -> Result<(), LaneError> {
+        loop {
+            while self.step(context, out)? == Step::Again {}
+            if out.is_clogged() {
+                return Ok(());
+            }
+            match self.receive(context, socket, out) {
+                Ok(0) => return Err(LaneError::Closed),
+                // A short read means that the socket is empty: the next readiness will come.
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Deals with what the buffer holds.
+    fn step(&mut self, context: &LaneContext, out: &mut Outbound) -> Result<Step, LaneError> {
+        match std::mem::replace(&mut self.expect, Expect::Frame) {
+            Expect::Frame => self.frame(context, out),
+            Expect::Items(header, batch, gate) => {
+                let Some(list) = self.take(8 + 4 * header.window_len as usize) else {
+                    self.expect = Expect::Items(header, batch, gate);
+                    return Ok(Step::NeedBytes);
+                };
+                let list = list.to_vec();
+                let placement = self.pull(context, &header, &batch, &gate, &list);
+                let status = context.hub.placed(context.peer, &header, &batch, placement);
+                out.queue_ack(Ack::new(&header, status));
+                Ok(Step::Again)
+            }
+            Expect::SkipItems(header) => {
+                if self.take(8 + 4 * header.window_len as usize).is_none() {
+                    self.expect = Expect::SkipItems(header);
+                    return Ok(Step::NeedBytes);
+                }
+                discard(&header, out);
+                Ok(Step::Again)
+            }
+            Expect::Payload(filling) => self.fill_from_buffer(context, filling),
+            Expect::Skip(header, left) => {
+                let have = (self.end - self.start) as u64;
+                let skipped = have.min(left);
+                self.start += usize::try_from(skipped).expect("invariant: within the buffer");
+                let left = left - skipped;
+                if left > 0 {
+                    self.expect = Expect::Skip(header, left);
+                    return Ok(Step::NeedBytes);
+                }
+                self.expect = Expect::Seal(header, None, Placement::GateClosed);
+                Ok(Step::Again)
+            }
+            Expect::Seal(header, batch, placement) => {
+                let Some(seal) = self.take(Seal::LEN) else {
+                    self.expect = Expect::Seal(header, batch, placement);
+                    return Ok(Step::NeedBytes);
+                };
+                let seal: &[u8; Seal::LEN] =
+                    seal.first_chunk().expect("invariant: taken with that length");
+                let good = Seal::parse(seal, header.seq)?;
+                match batch {
+                    None => discard(&header, out),
+                    Some(batch) => {
+                        let placement = if good { placement } else { Placement::Void };
+                        let status = context.hub.placed(context.peer, &header, &batch, placement);
+                        out.queue_ack(Ack::new(&header, status));
+                    }
+                }
+                Ok(Step::Again)
+            }
+        }
+    }
+
+    /// A batch header or an acknowledgement.
+    fn frame(&mut self, context: &LaneContext, out: &mut Outbound) -> Result<Step, LaneError> {
+        let have = &self.buffer[self.start..self.end];
+        let Some(magic) = have.first_chunk::<4>() else {
+            return Ok(Step::NeedBytes);
+        };
+        if u32::from_le_bytes(*magic) == ACK_MAGIC {
+            let Some(bytes) = have.first_chunk::<{ Ack::LEN }>() else {
+                return Ok(Step::NeedBytes);
+            };
+            let ack = Ack::parse(bytes)?;
+            self.start += Ack::LEN;
+            context.hub.on_ack(context.peer, context.lane, &ack).map_err(LaneError::Protocol)?;
+            out.unacked = out.unacked.saturating_sub(1);
+            return Ok(Step::Again);
+        }
+        let Some(bytes) = have.first_chunk::<{ BatchHeader::LEN }>() else {
+            return Ok(Step::NeedBytes);
+        };
+        let header = BatchHeader::parse(bytes)?;
+        self.start += BatchHeader::LEN;
+        let admitted = context.hub.admit(context.peer, &header);
+        self.expect = match (header.mode(), admitted) {
+            (PayloadMode::Inline, Some((batch, gate))) => {
+                let filling = Filling {
+                    cursor: target_cursor(&batch)?,
+                    left: header.len,
+                    header,
+                    batch,
+                    gate,
+                };
+                self.segment_at = 0;
+                self.segment_end = 0;
+                Expect::Payload(Box::new(filling))
+            }
+            (PayloadMode::Inline, None) => Expect::Skip(header, header.len),
+            (PayloadMode::Pull, Some((batch, gate))) => Expect::Items(header, batch, gate),
+            (PayloadMode::Pull, None) => Expect::SkipItems(header),
+            (PayloadMode::Ring, Some((batch, gate))) => {
+                let placement = self.copy_from_ring(context, &header, &batch, &gate)?;
+                let status = context.hub.placed(context.peer, &header, &batch, placement);
+                out.queue_ack(Ack::new(&header, status));
+                Expect::Frame
+            }
+            (PayloadMode::Ring, None) => {
+                discard(&header, out);
+                Expect::Frame
+            }
+        };
+        Ok(Step::Again)
+    }
+
+    fn take(&mut self, len: usize) -> Option<&[u8]> {
+        let end = self.start.checked_add(len).filter(|end| *end <= self.end)?;
+        let bytes = &self.buffer[self.start..end];
+        self.start = end;
+        Some(bytes)
+    }
+
+    /// Works out the next places if none are left.
+    fn refill(&mut self, filling: &mut Filling) {
+        if self.segment_at == self.segment_end {
+            let items = &filling.batch.items[filling.batch.part.clone()];
+            self.segment_end = filling.cursor.fill(items, &mut self.segments);
+            self.segment_at = 0;
+        }
+    }
+
+    /// Copies what the buffer already holds of a payload.
+    fn fill_from_buffer(
+        &mut self,
+        context: &LaneContext,
+        mut filling: Box<Filling>,
+    ) -> Result<Step, LaneError> {
+        while filling.left > 0 && self.start < self.end {
+            self.refill(&mut filling);
+            let segment = self.segments[self.segment_at];
+            let have = (self.end - self.start) as u64;
+            let len = have.min(segment.len);
+            let bytes = usize::try_from(len).expect("invariant: within the buffer");
+            let Some(_pass) = filling.gate.pass() else {
+                self.expect = Expect::Skip(filling.header, filling.left);
+                return Ok(Step::Again);
+            };
+            let region = context.hub.region(segment.region);
+            let source = &self.buffer[self.start..self.start + bytes];
+            let copied = region.map(|region| region.write_at(segment.offset, source));
+            if !matches!(copied, Some(Ok(()))) {
+                return Err(LaneError::Protocol(format!("region {} is gone", segment.region.0)));
+            }
+            self.start += bytes;
+            filling.left -= len;
+            self.segment_at = consume(&mut self.segments[..self.segment_end], self.segment_at, len);
+        }
+        if filling.left > 0 {
+            self.expect = Expect::Payload(filling);
+            return Ok(Step::NeedBytes);
+        }
+        self.expect = Expect::Seal(filling.header, Some(filling.batch), Placement::Placed);
+        Ok(Step::Again)
+    }
+
+    /// One `recvmsg`: into the pages if a payload is due, else into the buffer.
+    fn receive(
+        &mut self,
+        context: &LaneContext,
+        socket: BorrowedFd<'_>,
+        out: &Outbound,
+    ) -> io::Result<usize> {
+        if self.start == self.end {
+            self.start = 0;
+            self.end = 0;
+        } else if self.start > 0 {
+            self.buffer.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        match std::mem::replace(&mut self.expect, Expect::Frame) {
+            Expect::Payload(filling) => self.receive_payload(context, socket, filling),
+            Expect::Skip(header, left) => {
+                self.expect = Expect::Skip(header, left);
+                self.receive_and_drop(socket, left)
+            }
+            expect => {
+                let want = match &expect {
+                    Expect::Items(header, ..) | Expect::SkipItems(header) => {
+                        8 + 4 * header.window_len as usize + BatchHeader::LEN
+                    }
+                    Expect::Frame if out.unacked > 0 => ACKS_AHEAD,
+                    _ => AHEAD,
+                };
+                self.expect = expect;
+                let end = want.max(self.end + 1).min(BUFFER);
+                let space = &mut self.buffer[self.end..end];
+                let ranges = [IoRange::new(space.as_mut_ptr(), space.len())];
+                // SAFETY: the range is the unused part of our own buffer, not otherwise referred to during the call.
+                let got = unsafe { sys::receive(socket, &ranges) }?;
+                self.end += got;
+                Ok(got)
+            }
+        }
+    }
+
+    fn receive_payload(
+        &mut self,
+        context: &LaneContext,
+        socket: BorrowedFd<'_>,
+        mut filling: Box<Filling>,
+    ) -> io::Result<usize> {
+        debug_assert!(self.start == self.end, "the buffer was emptied into the pages first");
+        self.refill(&mut filling);
+        self.ranges.clear();
+        let mut staged = 0;
+        for segment in &self.segments[self.segment_at..self.segment_end] {
+            self.ranges.push(range_of(context, segment)?);
+            staged += segment.len;
+        }
+        if staged == filling.left {
+            self.ranges.push(IoRange::new(self.buffer.as_mut_ptr(), AHEAD));
+        }
+        let received = match filling.gate.pass() {
+            // SAFETY: the ranges are region memory that the hub keeps alive, and the empty buffer; the gate is held, so
+            // the pages still belong to the transfer.
+            Some(_pass) => unsafe { sys::receive(socket, &self.ranges) },
+            None => {
+                let left = filling.left;
+                self.expect = Expect::Skip(filling.header, left);
+                return self.receive_and_drop(socket, left);
+            }
+        };
+        let got = match received {
+            Ok(got) => got,
+            Err(error) => {
+                self.expect = Expect::Payload(filling);
+                return Err(error);
+            }
+        };
+        let placed = (got as u64).min(filling.left);
+        filling.left -= placed;
+        self.segment_at = consume(&mut self.segments[..self.segment_end], self.segment_at, placed);
+        self.end = got - usize::try_from(placed).unwrap_or(got);
+        self.expect = Expect::Payload(filling);
+        Ok(got)
+    }
+
+    /// Reads payload that nobody wants.
+    fn receive_and_drop(&mut self, socket: BorrowedFd<'_>, left: u64) -> io::Result<usize> {
+        if self.scratch.is_empty() {
+            self.scratch = vec![0; DISCARD].into_boxed_slice();
+        }
+        let len = usize::try_from(left).unwrap_or(DISCARD).min(DISCARD);
+        let ranges = [IoRange::new(self.scratch.as_mut_ptr(), len)];
+        // SAFETY: the range is our own scratch memory, not otherwise referred to during the call.
+        let got = unsafe { sys::receive(socket, &ranges) }?;
+        if let Expect::Skip(_, left) = &mut self.expect {
+            *left -= got as u64;
+        }
+        Ok(got)
+    }
+
+    /// Reads a batch out of the sender's process.
+    fn pull(
+        &mut self,
+        context: &LaneContext,
+        header: &BatchHeader,
+        batch: &BatchIn,
+        gate: &Gate,
+        list: &[u8],
+    ) -> Placement {
+        let Some(pid) = context.peer_pid else {
+            let reason = "it asks for a pull on a path that has none".to_owned();
+            return Placement::Failed(TransferError::PeerMisbehaved { reason });
+        };
+        let (token, items) = list.split_at(8);
+        let items: Vec<i32> =
+            items.chunks_exact(4).map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        let misbehaved =
+            |reason: String| Placement::Failed(TransferError::PeerMisbehaved { reason });
+        if let Err(error) = check_source_items(&batch.pairing, batch.component, &items) {
+            return misbehaved(error);
+        }
+        let cursor = PairCursor::new(
+            Arc::clone(&batch.pairing),
+            batch.component,
+            items.len(),
+            batch.range.clone(),
+            &Limits { len_max: std::num::NonZeroU64::new(PULL_BYTES_MAX), ..Limits::default() },
+        );
+        let mut cursor = match cursor {
+            Ok(cursor) => cursor,
+            Err(error) => return misbehaved(error.to_string()),
+        };
+        if self.descriptors.is_empty() {
+            self.descriptors = vec![Descriptor::EMPTY; IOV_MAX].into_boxed_slice();
+        }
+        let target_items = &batch.items[batch.part.clone()];
+        while cursor.remaining() > 0 {
+            let filled = cursor.fill(&items, target_items, &mut self.descriptors);
+            if let Err(placement) = self.pull_some(context, pid, gate, filled) {
+                return placement;
+            }
+        }
+        match sys::peek::<8>(pid, header.place) {
+            Ok(cell) if cell == token => Placement::Placed,
+            Ok(_) => Placement::Void,
+            Err(error) => memory_error(&error),
+        }
+    }
+
+    /// Pulls the first `filled` descriptors, a bounded number of bytes per call.
+    fn pull_some(
+        &mut self,
+        context: &LaneContext,
+        pid: i32,
+        gate: &Gate,
+        filled: usize,
+    ) -> Result<(), Placement> {
+        let mut at = 0;
+        let mut remote = [IoRange::EMPTY; IOV_MAX];
+        while at < filled {
+            self.ranges.clear();
+            let mut bytes = 0_u64;
+            while at < filled && (bytes == 0 || bytes + self.descriptors[at].len <= PULL_BYTES_MAX) {
+                let descriptor = &self.descriptors[at];
+                let source = descriptor.source;
+                let base = context.peer_regions.get(source.region.0 as usize);
+                let len = usize::try_from(descriptor.len).unwrap_or(usize::MAX);
+                let local = Segment {
+                    region: descriptor.target.region,
+                    offset: descriptor.target.offset,
+                    len: descriptor.len,
+                };
+                let Ok(range) = range_of(context, &local) else {
+                    return Err(memory_error(&io::ErrorKind::InvalidInput.into()));
+                };
+                let base = base.map_or(0, |region| region.base);
+                remote[self.ranges.len()] =
+                    IoRange::remote(base.wrapping_add(source.offset), len);
+                self.ranges.push(range);
+                bytes += descriptor.len;
+                at += 1;
+            }
+            let Some(_pass) = gate.pass() else {
+                return Err(Placement::GateClosed);
+            };
+            // SAFETY: local ranges are region memory that the hub keeps alive; the gate is held, so the pages still
+            // belong to the transfer. Remote ranges are the kernel's to check.
+            let pulled = unsafe { sys::pull(pid, &self.ranges, &remote[..self.ranges.len()]) };
+            match pulled {
+                Ok(done) if done as u64 == bytes => {}
+                Ok(_) => return Err(memory_error(&io::Error::from_raw_os_error(libc::EFAULT))),
+                Err(error) => return Err(memory_error(&error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies a batch out of the shared ring.
+    fn copy_from_ring(
+        &mut self,
+        context: &LaneContext,
+        header: &BatchHeader,
+        batch: &BatchIn,
+        gate: &Gate,
+    ) -> Result<Placement, LaneError> {
+        let ring = context.ring_in.as_ref();
+        let ring = ring.ok_or_else(|| LaneError::Protocol("a ring batch without a ring".into()))?;
+        if header.place == VOID_PLACE {
+            return Ok(Placement::Void);
+        }
+        let mut place = header.place;
+        let mut cursor = target_cursor(batch)?;
+        let items = &batch.items[batch.part.clone()];
+        while cursor.remaining() > 0 {
+            let filled = cursor.fill(items, &mut self.segments);
+            let Some(_pass) = gate.pass() else {
+                return Ok(Placement::GateClosed);
+            };
+            for segment in &self.segments[..filled] {
+                let target = context.hub.region(segment.region);
+                let copied = target.map(|target| {
+                    target.copy_from(segment.offset, ring.region(), place, len_of(segment))
+                });
+                match copied {
+                    Some(Ok(())) => place += segment.len,
+                    Some(Err(error)) => return Err(LaneError::Protocol(error.to_string())),
+                    None => return Err(LaneError::Protocol("a region is gone".into())),
+                }
+            }
+        }
+        Ok(Placement::Placed)
+    }
+}
+
+fn discard(header: &BatchHeader, out: &mut Outbound) {
+    out.queue_ack(Ack::new(header, crate::wire::lane::AckStatus::Discarded));
+}
+
+fn target_cursor(batch: &BatchIn) -> Result<SideCursor, LaneError> {
+    let pairing = Arc::clone(&batch.pairing);
+    let items = batch.part.len();
+    SideCursor::new(pairing, batch.component, End::Target, items, batch.range.clone())
+        .map_err(|error| LaneError::Protocol(error.to_string()))
+}
+
+fn check_source_items(pairing: &Pairing, component: usize, items: &[i32]) -> Result<(), String> {
+    let paired = pairing.components.get(component).ok_or("an unknown component")?;
+    check_items(items, paired.item_count(End::Source)).map_err(|error| error.to_string())
+}
+
+fn memory_error(error: &io::Error) -> Placement {
+    let errno = error.raw_os_error().unwrap_or(0);
+    Placement::Failed(TransferError::Memory { op: "process_vm_readv", errno })
+}
+

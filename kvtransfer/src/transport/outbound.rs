@@ -1,0 +1,346 @@
+//! The sending half of a lane: acknowledgements and batches, straight from the pages to the socket.
+#![expect(unsafe_code, reason = "hands raw region memory to sendmsg")]
+
+use std::{io, os::fd::BorrowedFd, sync::Arc};
+
+use super::{
+    LaneError,
+    lane::LaneContext,
+    sys::{self, IOV_MAX, IoRange},
+};
+use crate::{
+    memory::{Gate, Region},
+    plan::{cursor::{Segment, SideCursor}, mismatch::End},
+    transfer::BatchOut,
+    wire::lane::{Ack, BatchHeader, PayloadMode, Seal},
+};
+
+/// Unsent acknowledgements at which a lane stops reading: a peer that sends batches but never reads answers.
+pub(super) const ACK_BYTES_MAX: usize = 64 << 10;
+
+/// Fills the rest of a batch whose room ended while it was half written.
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
+/// Segments worked out at a time: a call's worth, less one range each for acks, head, and seal.
+const SEGMENTS: usize = IOV_MAX - 3;
+
+/// How far a call to [`Outbound::pump`] got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sent {
+    /// Nothing is left to send.
+    All,
+    /// The socket is full.
+    Blocked,
+}
+
+/// A batch being written.
+struct Writing {
+    gate: Arc<Gate>,
+    /// Header, and for a pull the token and the items.
+    head: Vec<u8>,
+    head_sent: usize,
+    payload: Option<Payload>,
+}
+
+/// Inline payload being written.
+struct Payload {
+    batch: BatchOut,
+    cursor: SideCursor,
+    /// Bytes not sent yet.
+    left: u64,
+    /// The room ended: zeros follow instead of pages.
+    void: bool,
+    seal: [u8; Seal::LEN],
+    seal_sent: usize,
+}
+
+pub(super) struct Outbound {
+    acks: Vec<u8>,
+    acks_sent: usize,
+    writing: Option<Writing>,
+    segments: Box<[Segment]>,
+    /// The unsent part of `segments`.
+    segment_at: usize,
+    segment_end: usize,
+    ranges: Vec<IoRange>,
+    /// Batches handed to this lane so far: numbers the ring's slots.
+    batches: u64,
+    /// Batches written and not acknowledged yet.
+    pub(super) unacked: usize,
+    spare_head: Vec<u8>,
+}
+
+impl Outbound {
+    pub(super) fn new() -> Self {
+        Self {
+            acks: Vec::new(),
+            acks_sent: 0,
+            writing: None,
+            segments: vec![Segment::EMPTY; SEGMENTS].into_boxed_slice(),
+            segment_at: 0,
+            segment_end: 0,
+            ranges: Vec::with_capacity(IOV_MAX),
+            batches: 0,
+            unacked: 0,
+            spare_head: Vec::new(),
+        }
+    }
+
+    pub(super) fn queue_ack(&mut self, ack: Ack) {
+        self.acks.extend_from_slice(&ack.to_bytes());
+    }
+
+    /// Whether the peer owes it to us to read before we read any more of it.
+    pub(super) fn is_clogged(&self) -> bool {
+        self.acks.len() - self.acks_sent >= ACK_BYTES_MAX
+    }
+
+    /// Whether there is something that the socket did not take.
+    pub(super) fn is_pending(&self) -> bool {
+        self.writing.is_some() || self.acks.len() > self.acks_sent
+    }
+
+    /// Sends until there is nothing to send or the socket is full.
+    pub(super) fn pump(
+        &mut self,
+        context: &LaneContext,
+        socket: BorrowedFd<'_>,
+    ) -> Result<Sent, LaneError> {
+        loop {
+            if self.writing.is_none() {
+                self.begin(context)?;
+            }
+            if !self.is_pending() {
+                return Ok(Sent::All);
+            }
+            match self.send_some(context, socket) {
+                Ok(sent) => self.advance(sent),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Ok(Sent::Blocked);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Takes the next batch from the node, if there is one.
+    fn begin(&mut self, context: &LaneContext) -> Result<(), LaneError> {
+        let Some((batch, gate)) = context.hub.next_batch(context.peer, context.lane) else {
+            return Ok(());
+        };
+        let slot = self.batches;
+        self.batches += 1;
+        self.unacked += 1;
+        let mut head = std::mem::take(&mut self.spare_head);
+        head.clear();
+        let mut fields = batch.fields;
+        let payload = match fields.mode {
+            PayloadMode::Inline => {
+                head.extend_from_slice(&BatchHeader::new(fields).to_bytes());
+                self.segment_at = 0;
+                self.segment_end = 0;
+                Some(Payload {
+                    cursor: source_cursor(&batch)?,
+                    left: fields.len,
+                    void: false,
+                    seal: Seal::new(fields.seq, true).to_bytes(),
+                    seal_sent: 0,
+                    batch,
+                })
+            }
+            PayloadMode::Pull => {
+                let (address, token) = gate.cell();
+                fields.place = address;
+                head.extend_from_slice(&BatchHeader::new(fields).to_bytes());
+                head.extend_from_slice(&token.to_le_bytes());
+                for item in &batch.items[batch.part.clone()] {
+                    head.extend_from_slice(&item.to_le_bytes());
+                }
+                None
+            }
+            PayloadMode::Ring => {
+                fields.place = self.copy_to_ring(context, &batch, &gate, slot)?;
+                head.extend_from_slice(&BatchHeader::new(fields).to_bytes());
+                None
+            }
+        };
+        self.writing = Some(Writing { gate, head, head_sent: 0, payload });
+        Ok(())
+    }
+
+    /// Copies a batch into its slot of the ring. A closed gate leaves stale bytes there, which the receiver will find
+    /// out from the node: a failed room's batches are answered by "room failed" on the control stream before its slot
+    /// could be taken for good, and its end marker never comes.
+    fn copy_to_ring(
+        &mut self,
+        context: &LaneContext,
+        batch: &BatchOut,
+        gate: &Gate,
+        slot: u64,
+    ) -> Result<u64, LaneError> {
+        let ring = context.ring_out.as_ref().ok_or_else(|| missing_ring("sending"))?;
+        let mut place = ring.slot(slot);
+        let first = place;
+        let mut cursor = source_cursor(batch)?;
+        let items = &batch.items[batch.part.clone()];
+        while cursor.remaining() > 0 {
+            let filled = cursor.fill(items, &mut self.segments);
+            let Some(_pass) = gate.pass() else {
+                return Ok(VOID_PLACE);
+            };
+            for segment in &self.segments[..filled] {
+                let len = len_of(segment);
+                let source = context.hub.region(segment.region).ok_or_else(|| no_region(segment))?;
+                let copied = ring.region().copy_from(place, source, segment.offset, len);
+                copied.map_err(|error| LaneError::Protocol(error.to_string()))?;
+                place += segment.len;
+            }
+        }
+        Ok(first)
+    }
+
+    fn send_some(
+        &mut self,
+        context: &LaneContext,
+        socket: BorrowedFd<'_>,
+    ) -> io::Result<usize> {
+        self.ranges.clear();
+        let started = self.writing.as_ref().is_some_and(|writing| writing.head_sent > 0);
+        if !started {
+            push_bytes(&mut self.ranges, &self.acks[self.acks_sent..]);
+        }
+        let Some(writing) = &mut self.writing else {
+            // SAFETY: the ranges point into `self.acks`, which is not touched until the call returns.
+            return unsafe { sys::send(socket, &self.ranges) };
+        };
+        push_bytes(&mut self.ranges, &writing.head[writing.head_sent..]);
+        let Some(payload) = &mut writing.payload else {
+            // SAFETY: the ranges point into `self.acks` and `writing.head`, which are not touched until the call returns.
+            return unsafe { sys::send(socket, &self.ranges) };
+        };
+        // Held during the call: when the room's end is reported, the kernel no longer reads its pages.
+        let pass = if payload.left > 0 && !payload.void { writing.gate.pass() } else { None };
+        if payload.left > 0 && pass.is_none() && !payload.void {
+            payload.void = true;
+            payload.seal = Seal::new(payload.batch.fields.seq, false).to_bytes();
+        }
+        if payload.void {
+            let len = usize::try_from(payload.left).unwrap_or(usize::MAX).min(ZEROS.len());
+            push_bytes(&mut self.ranges, &ZEROS[..len]);
+            if len as u64 == payload.left {
+                push_bytes(&mut self.ranges, &payload.seal[payload.seal_sent..]);
+            }
+        } else {
+            if self.segment_at == self.segment_end && payload.left > 0 {
+                let items = &payload.batch.items[payload.batch.part.clone()];
+                self.segment_end = payload.cursor.fill(items, &mut self.segments);
+                self.segment_at = 0;
+            }
+            let segments = &self.segments[self.segment_at..self.segment_end];
+            let mut staged = 0;
+            for segment in segments {
+                self.ranges.push(range_of(context, segment)?);
+                staged += segment.len;
+            }
+            if staged == payload.left {
+                push_bytes(&mut self.ranges, &payload.seal[payload.seal_sent..]);
+            }
+        }
+        // SAFETY: the ranges point into buffers of `self`, a static, and region memory whose region the hub keeps alive;
+        // the gate is held, so the pages are still the transfer's.
+        let sent = unsafe { sys::send(socket, &self.ranges) };
+        drop(pass);
+        sent
+    }
+
+    /// Accounts for `sent` bytes, in the order in which `send_some` staged them.
+    fn advance(&mut self, mut sent: usize) {
+        let started = self.writing.as_ref().is_some_and(|writing| writing.head_sent > 0);
+        if !started {
+            let acks = sent.min(self.acks.len() - self.acks_sent);
+            self.acks_sent += acks;
+            sent -= acks;
+            if self.acks_sent == self.acks.len() {
+                self.acks.clear();
+                self.acks_sent = 0;
+            }
+        }
+        let Some(writing) = &mut self.writing else {
+            return;
+        };
+        let head = sent.min(writing.head.len() - writing.head_sent);
+        writing.head_sent += head;
+        sent -= head;
+        let head_done = writing.head_sent == writing.head.len();
+        let done = match &mut writing.payload {
+            None => head_done,
+            Some(payload) => {
+                let bytes = (sent as u64).min(payload.left);
+                payload.left -= bytes;
+                if !payload.void {
+                    let segments = &mut self.segments[..self.segment_end];
+                    self.segment_at = consume(segments, self.segment_at, bytes);
+                }
+                payload.seal_sent += sent - usize::try_from(bytes).unwrap_or(sent);
+                head_done && payload.left == 0 && payload.seal_sent == Seal::LEN
+            }
+        };
+        if done && let Some(writing) = self.writing.take() {
+            self.spare_head = writing.head;
+        }
+    }
+}
+
+/// The ring place of a batch whose room ended before it was copied.
+pub(super) const VOID_PLACE: u64 = u64::MAX;
+
+fn missing_ring(who: &str) -> LaneError {
+    LaneError::Protocol(format!("a ring batch, but the {who} side has no ring"))
+}
+
+fn no_region(segment: &Segment) -> LaneError {
+    LaneError::Protocol(format!("region {} does not exist", segment.region.0))
+}
+
+fn source_cursor(batch: &BatchOut) -> Result<SideCursor, LaneError> {
+    let component = usize::from(batch.fields.component);
+    let range = batch.fields.offset..batch.fields.offset + batch.fields.len;
+    SideCursor::new(Arc::clone(&batch.pairing), component, End::Source, batch.part.len(), range)
+        .map_err(|error| LaneError::Protocol(error.to_string()))
+}
+
+pub(super) fn len_of(segment: &Segment) -> usize {
+    usize::try_from(segment.len).expect("invariant: a segment is at most a batch, 64 MiB")
+}
+
+/// A segment of local memory for a system call.
+pub(super) fn range_of(context: &LaneContext, segment: &Segment) -> io::Result<IoRange> {
+    let len = len_of(segment);
+    let region: Option<&Region> = context.hub.region(segment.region);
+    let base = region.and_then(|region| region.at(segment.offset, len).ok());
+    // Layouts and items were checked against the regions, so this does not happen; if it does, only the lane ends.
+    let base = base.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+    Ok(IoRange::new(base.as_ptr(), len))
+}
+
+fn push_bytes(ranges: &mut Vec<IoRange>, bytes: &[u8]) {
+    if !bytes.is_empty() {
+        ranges.push(IoRange::new(bytes.as_ptr().cast_mut(), bytes.len()));
+    }
+}
+
+/// Takes `bytes` off the front of `segments[at..]`; the new front.
+pub(super) fn consume(segments: &mut [Segment], mut at: usize, mut bytes: u64) -> usize {
+    while bytes > 0 {
+        let segment = &mut segments[at];
+        if bytes < segment.len {
+            segment.offset += bytes;
+            segment.len -= bytes;
+            return at;
+        }
+        bytes -= segment.len;
+        at += 1;
+    }
+    at
+}

@@ -1,0 +1,198 @@
+//! The introduction: who an engine is, what its memory looks like, and by which same-host paths it can be reached.
+
+use super::{
+    WireError,
+    codec::{Reader, Writer},
+};
+use crate::{
+    ids::InstanceId,
+    layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard},
+};
+
+/// Most bytes of a bearer token.
+pub const TOKEN_BYTES_MAX: usize = 512;
+/// Most lanes of one peer.
+pub const LANES_MAX: u8 = 16;
+/// Most regions of one engine: a region per layer and buffer of a deep model, with room to spare.
+pub const REGIONS_MAX: usize = 8192;
+/// Most components of a layout; SGLang 0.5.23 knows 13 state types.
+pub const COMPONENTS_MAX: usize = 64;
+/// Most entries of a component: K and V of 1024 layers, and drafts.
+pub const ENTRIES_MAX: usize = 4096;
+/// Most bytes of a name (dtype, page layout, state type).
+pub const NAME_BYTES_MAX: usize = 64;
+
+/// Where an engine runs, for finding out whether a peer shares the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostIdentity {
+    /// `/proc/sys/kernel/random/boot_id`: the same on every process of one boot of one kernel.
+    pub boot_id: [u8; 16],
+    /// Effective user id: another user's memory cannot be read.
+    pub user_id: u32,
+    /// Name of the abstract Unix socket on which this engine takes same-host lanes; empty if it takes none.
+    pub socket_name: String,
+    /// Address of 16 bytes that a same-host peer reads to prove that it can read this process.
+    pub probe_address: u64,
+    /// What it must find there.
+    pub probe_cookie: [u8; 16],
+}
+
+/// A registered region as a peer must know it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegionAddress {
+    /// Virtual address in the owner's process (for same-host pulls).
+    pub base: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// First message each way on a control stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// Who is speaking.
+    pub instance: InstanceId,
+    /// When its process started (Unix nanoseconds): a larger one at the same address is a restart.
+    pub generation: u64,
+    /// Drawn by the dialling side: joins lanes to their control stream.
+    pub link: u64,
+    /// Data lanes the dialling side will open, or the accepting side allows.
+    pub lanes: u8,
+    /// Bearer token, empty if none.
+    pub token: Vec<u8>,
+    /// Where it runs.
+    pub host: HostIdentity,
+    /// Its regions, indexed by [`RegionId`].
+    pub regions: Vec<RegionAddress>,
+    /// What lies in them.
+    pub layout: Layout,
+}
+
+impl Hello {
+    pub(super) fn write(&self, w: &mut Writer<'_>) {
+        w.raw(&self.instance.0);
+        w.u64(self.generation);
+        w.u64(self.link);
+        w.u8(self.lanes);
+        w.count(self.token.len());
+        w.raw(&self.token);
+        w.raw(&self.host.boot_id);
+        w.u32(self.host.user_id);
+        w.text(&self.host.socket_name);
+        w.u64(self.host.probe_address);
+        w.raw(&self.host.probe_cookie);
+        w.count(self.regions.len());
+        for region in &self.regions {
+            w.u64(region.base);
+            w.u64(region.len);
+        }
+        write_layout(w, &self.layout);
+    }
+
+    pub(super) fn read(r: &mut Reader<'_>) -> Result<Self, WireError> {
+        let instance = InstanceId(r.id()?);
+        let generation = r.u64()?;
+        let link = r.u64()?;
+        let lanes = r.u8()?;
+        if lanes == 0 || lanes > LANES_MAX {
+            return Err(WireError::Value { what: "lane count", got: lanes.into() });
+        }
+        let token = r.bytes("token", TOKEN_BYTES_MAX)?;
+        let host = HostIdentity {
+            boot_id: r.id()?,
+            user_id: r.u32()?,
+            socket_name: r.text("socket name", 100)?,
+            probe_address: r.u64()?,
+            probe_cookie: r.id()?,
+        };
+        let regions = (0..r.count("region count", REGIONS_MAX, 16)?)
+            .map(|_| Ok(RegionAddress { base: r.u64()?, len: r.u64()? }))
+            .collect::<Result<_, WireError>>()?;
+        let layout = read_layout(r)?;
+        Ok(Self { instance, generation, link, lanes, token, host, regions, layout })
+    }
+}
+
+fn write_shard(w: &mut Writer<'_>, shard: Shard) {
+    w.u32(shard.rank);
+    w.u32(shard.size);
+}
+
+fn read_shard(r: &mut Reader<'_>) -> Result<Shard, WireError> {
+    Ok(Shard { rank: r.u32()?, size: r.u32()? })
+}
+
+fn write_layout(w: &mut Writer<'_>, layout: &Layout) {
+    w.u32(layout.page_size);
+    w.text(&layout.kv_dtype);
+    w.text(&layout.kv_layout);
+    let (total, rank) = match layout.attention {
+        Attention::Heads { total_kv_heads, rank_kv_heads } => (total_kv_heads, rank_kv_heads),
+        Attention::Latent => (0, 0),
+    };
+    w.u32(total);
+    w.u32(rank);
+    write_shard(w, layout.tp);
+    write_shard(w, layout.pp);
+    w.u32(layout.layers.start);
+    w.u32(layout.layers.end);
+    w.count(layout.components.len());
+    for component in &layout.components {
+        match &component.kind {
+            ComponentKind::Kv => w.u8(0),
+            ComponentKind::Aux => w.u8(1),
+            ComponentKind::State(name) => {
+                w.u8(2);
+                w.text(name);
+            }
+        }
+        w.u32(component.draft_entries);
+        w.count(component.entries.len());
+        for entry in &component.entries {
+            w.u32(entry.region.0);
+            w.u64(entry.offset);
+            w.u64(entry.item_len);
+            w.u64(entry.item_count);
+            w.u8(u8::from(entry.layer_id.is_some()));
+            w.u32(entry.layer_id.unwrap_or(0));
+        }
+    }
+}
+
+fn read_layout(r: &mut Reader<'_>) -> Result<Layout, WireError> {
+    let page_size = r.u32()?;
+    let kv_dtype = r.text("dtype name", NAME_BYTES_MAX)?;
+    let kv_layout = r.text("page layout name", NAME_BYTES_MAX)?;
+    let (total_kv_heads, rank_kv_heads) = (r.u32()?, r.u32()?);
+    let attention = if total_kv_heads == 0 {
+        Attention::Latent
+    } else {
+        Attention::Heads { total_kv_heads, rank_kv_heads }
+    };
+    let (tp, pp) = (read_shard(r)?, read_shard(r)?);
+    let layers = r.u32()?..r.u32()?;
+    let components = (0..r.count("component count", COMPONENTS_MAX, 9)?)
+        .map(|_| read_component(r))
+        .collect::<Result<_, _>>()?;
+    Ok(Layout { page_size, kv_dtype, kv_layout, attention, tp, pp, layers, components })
+}
+
+fn read_component(r: &mut Reader<'_>) -> Result<Component, WireError> {
+    let kind = match r.u8()? {
+        0 => ComponentKind::Kv,
+        1 => ComponentKind::Aux,
+        2 => ComponentKind::State(r.text("state type", NAME_BYTES_MAX)?),
+        got => return Err(WireError::Value { what: "component kind", got: got.into() }),
+    };
+    let draft_entries = r.u32()?;
+    let entries = (0..r.count("entry count", ENTRIES_MAX, 33)?)
+        .map(|_| {
+            let region = RegionId(r.u32()?);
+            let (offset, item_len, item_count) = (r.u64()?, r.u64()?, r.u64()?);
+            let named = r.u8()? != 0;
+            let layer = r.u32()?;
+            let layer_id = named.then_some(layer);
+            Ok(Entry { region, offset, item_len, item_count, layer_id })
+        })
+        .collect::<Result<_, WireError>>()?;
+    Ok(Component { kind, entries, draft_entries })
+}
