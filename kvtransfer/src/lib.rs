@@ -4,3 +4,5 @@
 
 pub mod layout;
 pub mod plan;
+pub mod serve;
+pub mod telemetry;
