@@ -6,6 +6,7 @@
 //! [`watch::Watcher`]. The listener is `serve::telemetry`. All but [`watch`] are pure: no sockets, threads or clocks.
 #![forbid(unsafe_code)]
 
+pub mod codec;
 pub mod delta;
 pub mod latency;
 pub mod message;
