@@ -192,6 +192,43 @@ async fn places_are_bounded_and_a_dead_subscriber_frees_its_own() {
 }
 
 #[tokio::test]
+async fn a_frozen_subscriber_loses_its_place() {
+    let engine = Arc::new(Engine::default());
+    let mut config = quick();
+    config.subscribers_max = 1;
+    let server = TelemetryServer::start(config, engine.source(1, 1)).expect("it starts");
+    // A relay that can stop to relay, with both connections left open.
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
+        .await
+        .expect("a port");
+    let relay_addr = listener.local_addr().expect("an address");
+    let (freeze, frozen) = tokio::sync::oneshot::channel::<()>();
+    let addr = server.addr();
+    let relay = tokio::spawn(async move {
+        let (mut near, _) = listener.accept().await.expect("the watcher comes");
+        let mut far = TcpStream::connect(addr).await.expect("it connects");
+        tokio::select! {
+            _ = tokio::io::copy_bidirectional(&mut near, &mut far) => {}
+            _ = frozen => std::future::pending().await,
+        }
+    });
+    let first = Watcher::spawn(watch(relay_addr)).expect("a good endpoint");
+    until(&first, |seen| seen.live).await;
+    freeze.send(()).expect("the relay runs");
+    let second = Watcher::spawn(watch(server.addr())).expect("a good endpoint");
+    until(&second, |seen| {
+        refused_with(seen, tonic::Code::ResourceExhausted)
+    })
+    .await;
+    until(&second, |seen| seen.live).await;
+    assert!(
+        !relay.is_finished(),
+        "the frozen one still holds its connection"
+    );
+    relay.abort();
+}
+
+#[tokio::test]
 async fn only_the_token_opens_stream_and_page() {
     let engine = Arc::new(Engine::default());
     let mut config = quick();

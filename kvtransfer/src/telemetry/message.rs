@@ -481,13 +481,6 @@ mod tests {
             read(v1::Snapshot { failures, ..none() }),
             Malformed::TooMany { .. }
         ));
-        for rate_bytes_per_s in [f64::NAN, f64::INFINITY, -1.0] {
-            let rails = vec![v1::RailStat {
-                rate_bytes_per_s,
-                ..rail(0)
-            }];
-            assert_eq!(read(v1::Snapshot { rails, ..none() }), Malformed::Rate);
-        }
         let removed_rooms = vec![v1::RoomKey { room: 1, role: 1 }; ROOMS_MAX + 1];
         let delta = v1::Delta {
             removed_rooms,
@@ -497,5 +490,26 @@ mod tests {
             read_delta(stamp, delta).unwrap_err(),
             Malformed::TooMany { .. }
         ));
+    }
+
+    #[test]
+    fn a_rate_is_a_number() {
+        let stamp = Stamp {
+            sequence: 0,
+            epoch: 0,
+            monotonic_ns: 0,
+            wall_ns: 0,
+        };
+        for rate_bytes_per_s in [f64::NAN, f64::INFINITY, -1.0] {
+            let rails = vec![v1::RailStat {
+                rate_bytes_per_s,
+                ..v1::RailStat::default()
+            }];
+            let snapshot = v1::Snapshot {
+                rails,
+                ..v1::Snapshot::default()
+            };
+            assert_eq!(read_snapshot(stamp, snapshot), Err(Malformed::Rate));
+        }
     }
 }

@@ -189,8 +189,8 @@ pub struct Clipped {
 
 impl Snapshot {
     /// Sorts the lists by name, drops duplicates (the first wins) and what exceeds the bounds, folds surplus failure
-    /// reasons into [`REASON_OTHER`], shortens texts to [`TEXT_BYTES_MAX`], and turns a rate that is not a number
-    /// into 0 (it would differ from itself, and so change at every look).
+    /// reasons into [`REASON_OTHER`], shortens texts to [`TEXT_BYTES_MAX`], and turns a rate that is no rate
+    /// into 0 (consumers refuse it, and one that is not a number would differ from itself at every look).
     pub fn normalise(&mut self) -> Clipped {
         clip(&mut self.instance);
         for rail in &mut self.rails {
@@ -220,7 +220,7 @@ impl RailStat {
         ] {
             clip(text);
         }
-        if !self.rate_bytes_per_s.is_finite() {
+        if !self.rate_bytes_per_s.is_finite() || self.rate_bytes_per_s < 0.0 {
             self.rate_bytes_per_s = 0.0;
         }
         fold(&mut self.failures);
@@ -269,21 +269,11 @@ fn fold(failures: &mut Vec<(String, u64)>) {
 /// Shortens a text to the bound, at a character's edge.
 fn clip(text: &mut String) {
     if text.len() > TEXT_BYTES_MAX {
-        text.truncate(text.floor_char_boundary_stable(TEXT_BYTES_MAX));
-    }
-}
-
-/// `str::floor_char_boundary` came after our oldest supported toolchain.
-trait FloorCharBoundary {
-    fn floor_char_boundary_stable(&self, at: usize) -> usize;
-}
-
-impl FloorCharBoundary for str {
-    fn floor_char_boundary_stable(&self, at: usize) -> usize {
-        (0..=at.min(self.len()))
+        // `floor_char_boundary` came after our oldest supported toolchain.
+        let edge = (0..=TEXT_BYTES_MAX)
             .rev()
-            .find(|&edge| self.is_char_boundary(edge))
-            .unwrap_or(0)
+            .find(|&edge| text.is_char_boundary(edge));
+        text.truncate(edge.unwrap_or(0));
     }
 }
 

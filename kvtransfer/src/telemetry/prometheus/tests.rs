@@ -3,8 +3,15 @@ use super::super::snapshot::RoomStat;
 use super::*;
 use proptest::prelude::*;
 
+/// One line of a page that is not a comment.
+struct Sample {
+    metric: String,
+    labels: Vec<(String, String)>,
+    value: f64,
+}
+
 /// Reads one sample line as a scraper does: `name{label="value",…} number`. `None`: it does not parse.
-fn parse(line: &str) -> Option<(String, Vec<(String, String)>, f64)> {
+fn parse(line: &str) -> Option<Sample> {
     let name_end = line.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == ':'))?;
     let (name, mut rest) = line.split_at(name_end);
     let mut labels = Vec::new();
@@ -43,11 +50,15 @@ fn parse(line: &str) -> Option<(String, Vec<(String, String)>, f64)> {
         }
     }
     let value = rest.strip_prefix(' ')?.parse().ok()?;
-    (!name.is_empty()).then(|| (name.to_owned(), labels, value))
+    (!name.is_empty()).then(|| Sample {
+        metric: name.to_owned(),
+        labels,
+        value,
+    })
 }
 
 /// Checks a whole page: heads come once and before their samples, and no series comes twice.
-fn check(page: &str) -> Vec<(String, Vec<(String, String)>, f64)> {
+fn check(page: &str) -> Vec<Sample> {
     assert!(page.ends_with('\n'));
     let (mut current, mut heads, mut samples) = (String::new(), Vec::new(), Vec::new());
     for line in page.lines() {
@@ -62,13 +73,13 @@ fn check(page: &str) -> Vec<(String, Vec<(String, String)>, f64)> {
             current = name.to_owned();
         } else {
             let sample = parse(line).unwrap_or_else(|| panic!("does not parse: {line:?}"));
-            assert_eq!(sample.0, current);
+            assert_eq!(sample.metric, current);
             samples.push(sample);
         }
     }
     let mut series: Vec<_> = samples
         .iter()
-        .map(|(name, labels, _)| (name, labels))
+        .map(|sample| (&sample.metric, &sample.labels))
         .collect();
     let count = series.len();
     series.sort();
@@ -141,8 +152,8 @@ fn series_are_bounded_and_sums_are_kept() {
         let metric = format!("kvtransfer_{metric}");
         samples
             .iter()
-            .filter(|s| s.0 == metric)
-            .map(|s| s.2)
+            .filter(|s| s.metric == metric)
+            .map(|s| s.value)
             .collect::<Vec<_>>()
     };
     let queued = of("rail_queued_bytes");
@@ -176,6 +187,6 @@ proptest! {
         picture.normalise();
         let samples = check(&render(&picture));
         // What went in comes out: the first sample carries the instance.
-        prop_assert_eq!(&samples[0].1[0].1, &text);
+        prop_assert_eq!(&samples[0].labels[0].1, &text);
     }
 }
