@@ -15,3 +15,4 @@ pub mod time;
 pub mod transfer;
 mod transport;
 pub mod wire;
+pub mod serve;
