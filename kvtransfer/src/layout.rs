@@ -71,7 +71,7 @@ impl fmt::Display for ComponentKind {
 }
 
 /// One buffer of a component: `item_count` items of `item_len` bytes each, back to back.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// The region that holds the buffer.
     pub region: RegionId,

@@ -3,6 +3,7 @@
     unsafe_code,
     reason = "a counting allocator has to implement GlobalAlloc"
 )]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::alloc::{GlobalAlloc, Layout as Memory, System};
 use std::cell::Cell;

@@ -1,5 +1,6 @@
 //! Every reason to refuse a layout or a pairing, with the sentence the operator reads, and the rules of pairing that are
 //! easier to read as examples than as properties.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::sync::Arc;
 
@@ -331,16 +332,20 @@ fn invalid(change: impl FnOnce(&mut Layout)) -> LayoutError {
     error
 }
 
+/// Changes the KV component of a good layout.
+fn invalid_kv(change: fn(&mut Component)) -> LayoutError {
+    invalid(|layout| change(&mut layout.components[0]))
+}
+
 #[test]
-fn layouts_are_bounded() {
+fn lists_and_names_are_bounded() {
     use LayoutError as E;
-    let kv = |layout: &mut Layout, change: fn(&mut Component)| change(&mut layout.components[0]);
     assert!(matches!(invalid(|l| l.components.clear()), E::NoKv));
     let many = |l: &mut Layout| l.components = vec![component(ComponentKind::Aux, 1, 1); 65];
     assert!(matches!(invalid(many), E::TooManyComponents { count: 65 }));
     let full = |c: &mut Component| c.entries = vec![entry(4096); ENTRIES_MAX + 1];
     assert!(matches!(
-        invalid(|l| kv(l, full)),
+        invalid_kv(full),
         E::TooManyEntries {
             component: 0,
             count: 4097
@@ -352,6 +357,11 @@ fn layouts_are_bounded() {
     ));
     let long = |l: &mut Layout| l.components.insert(1, state(&"x".repeat(65), 1, 1));
     assert!(matches!(invalid(long), E::NameLength { len: 65, .. }));
+}
+
+#[test]
+fn numbers_and_shards_are_bounded() {
+    use LayoutError as E;
     assert!(matches!(
         invalid(|l| l.page_size = 0),
         E::OutOfRange { value: 0, .. }
@@ -397,6 +407,11 @@ fn layouts_are_bounded() {
             ..
         }
     ));
+}
+
+#[test]
+fn components_and_entries_are_bounded() {
+    use LayoutError as E;
     let swapped = |l: &mut Layout| l.components.swap(0, 1);
     assert!(matches!(
         invalid(swapped),
@@ -413,7 +428,7 @@ fn layouts_are_bounded() {
         E::ComponentOrder { component: 1, .. }
     ));
     assert!(matches!(
-        invalid(|l| kv(l, |c| c.draft_entries = 9)),
+        invalid_kv(|c| c.draft_entries = 9),
         E::DraftEntries { .. }
     ));
     let stray = |l: &mut Layout| l.components[1].draft_entries = 1;
@@ -426,22 +441,19 @@ fn layouts_are_bounded() {
         }
     ));
     assert!(matches!(
-        invalid(|l| kv(l, |c| c.draft_entries = 1)),
+        invalid_kv(|c| c.draft_entries = 1),
         E::OddHalves { count: 7, .. }
     ));
     let partial = |c: &mut Component| c.entries[3].layer_id = Some(3);
     assert!(matches!(
-        invalid(|l| kv(l, partial)),
+        invalid_kv(partial),
         E::LayerIdsPartial { named: 1, .. }
     ));
     let wide = |c: &mut Component| c.entries[2].item_len = ITEM_LEN_MAX + 1;
-    assert!(matches!(
-        invalid(|l| kv(l, wide)),
-        E::ItemLen { entry: 2, .. }
-    ));
+    assert!(matches!(invalid_kv(wide), E::ItemLen { entry: 2, .. }));
     let odd = |c: &mut Component| c.entries[2].item_len -= 1;
     assert!(matches!(
-        invalid(|l| kv(l, odd)),
+        invalid_kv(odd),
         E::ItemUneven {
             entry: 2,
             heads: 4,
@@ -449,15 +461,9 @@ fn layouts_are_bounded() {
         }
     ));
     let far = |c: &mut Component| c.entries[7].offset = u64::MAX;
-    assert!(matches!(
-        invalid(|l| kv(l, far)),
-        E::BufferEnd { entry: 7, .. }
-    ));
+    assert!(matches!(invalid_kv(far), E::BufferEnd { entry: 7, .. }));
     let deep = |c: &mut Component| c.entries[7].item_count = u64::MAX;
-    assert!(matches!(
-        invalid(|l| kv(l, deep)),
-        E::BufferEnd { entry: 7, .. }
-    ));
+    assert!(matches!(invalid_kv(deep), E::BufferEnd { entry: 7, .. }));
 }
 
 #[test]
