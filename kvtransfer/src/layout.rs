@@ -5,6 +5,16 @@
 //! (`srt/disaggregation/base/conn.py:57-120`): one *entry* per KV buffer, one *item* per page of that buffer.
 #![forbid(unsafe_code)]
 
+use std::fmt;
+use std::ops::Range;
+
+mod validate;
+
+pub use validate::{
+    BUFFER_END_MAX, COMPONENTS_MAX, ENTRIES_MAX, HEADS_MAX, ITEM_LEN_MAX, LAYERS_MAX, LayoutError,
+    NAME_LEN_MAX, PAGE_SIZE_MAX, SHARDS_MAX,
+};
+
 /// Names a registered memory region of one engine. Numbers are handed out by the engine in order of registration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RegionId(pub u32);
@@ -49,14 +59,26 @@ pub enum ComponentKind {
     Aux,
 }
 
+impl fmt::Display for ComponentKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Kv => f.write_str("kv"),
+            // A name may come from a peer and land in a log line, so control characters are escaped.
+            Self::State(name) => write!(f, "{}", name.escape_debug()),
+            Self::Aux => f.write_str("aux"),
+        }
+    }
+}
+
 /// One buffer of a component: `item_count` items of `item_len` bytes each, back to back.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// The region that holds the buffer.
     pub region: RegionId,
     /// Where the buffer starts in the region, in bytes.
     pub offset: u64,
-    /// Bytes of one item (for KV: one page of this layer's buffer on this rank).
+    /// Bytes of one item (for KV: one page of this layer's buffer on this rank). 0 marks an *elided* entry: it keeps
+    /// its place in the order but has no bytes, and pairing skips it (SGLang's DSA pools do this).
     pub item_len: u64,
     /// Items in the buffer.
     pub item_count: u64,
@@ -90,8 +112,46 @@ pub struct Layout {
     pub tp: Shard,
     /// Pipeline-parallel place.
     pub pp: Shard,
-    /// First and one-past-last global layer held by this rank.
-    pub layers: std::ops::Range<u32>,
+    /// First and one-past-last global layer held by this rank, draft layers not counted.
+    pub layers: Range<u32>,
     /// KV first, then states, then aux last.
     pub components: Vec<Component>,
 }
+
+impl Attention {
+    /// KV heads on this rank; a latent cache counts as one.
+    #[must_use]
+    pub fn rank_heads(&self) -> u32 {
+        match *self {
+            Self::Heads { rank_kv_heads, .. } => rank_kv_heads,
+            Self::Latent => 1,
+        }
+    }
+}
+
+impl Component {
+    /// The entries that do not belong to a draft model. A draft count above the entry count (which
+    /// [`Layout::validate`] refuses) leaves none.
+    pub fn main_entries(&self) -> &[Entry] {
+        let main = self
+            .entries
+            .len()
+            .saturating_sub(self.draft_entries as usize);
+        &self.entries[..main]
+    }
+
+    /// The trailing entries that belong to a draft model.
+    pub fn draft_entries(&self) -> &[Entry] {
+        &self.entries[self.main_entries().len()..]
+    }
+
+    /// Item indices that every buffer of the component can take, `0..item_count`. Elided entries have no say; a
+    /// component without buffers takes any index.
+    pub fn item_count(&self) -> u64 {
+        let real = self.entries.iter().filter(|entry| entry.item_len > 0);
+        real.map(|entry| entry.item_count).min().unwrap_or(u64::MAX)
+    }
+}
+
+/// The page layout `[page_size, heads, head_dim]`, the only one whose heads can be cut apart.
+pub(crate) const NHD: &str = "nhd";
