@@ -23,5 +23,7 @@ pub fn now() -> Time {
 
 /// Wall-clock time since the Unix epoch; zero if the host's clock is set before it.
 pub fn wall() -> Duration {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO)
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or(Duration::ZERO)
 }

@@ -90,9 +90,19 @@ impl EngineConfig {
         let ranges = [
             ("lanes", u64::from(self.lanes), 1, u64::from(LANES_MAX)),
             ("batch_bytes", self.batch_bytes, 4096, BATCH_BYTES_MAX),
-            ("pull_batch_bytes", self.pull_batch_bytes, 4096, BATCH_BYTES_MAX),
+            (
+                "pull_batch_bytes",
+                self.pull_batch_bytes,
+                4096,
+                BATCH_BYTES_MAX,
+            ),
             ("lane_window", self.lane_window as u64, 1, 4096),
-            ("ring_bytes", self.ring_bytes as u64, RING_SLOTS * 4096, 1 << 30),
+            (
+                "ring_bytes",
+                self.ring_bytes as u64,
+                RING_SLOTS * 4096,
+                1 << 30,
+            ),
             ("peers_max", self.peers_max as u64, 1, 1 << 20),
             ("strangers_max", self.strangers_max as u64, 1, 1 << 16),
             (
@@ -104,7 +114,9 @@ impl EngineConfig {
         ];
         for (name, value, least, most) in ranges {
             if !(least..=most).contains(&value) {
-                return Err(format!("{name} is {value}, it must be within {least}..={most}"));
+                return Err(format!(
+                    "{name} is {value}, it must be within {least}..={most}"
+                ));
             }
         }
         Ok(())

@@ -62,7 +62,9 @@ pub enum BuildError {
 
 fn fix(error: &io::Error) -> &'static str {
     match error.kind() {
-        io::ErrorKind::AddrInUse => " (another process has that port: stop it, or use port 0 for a free one)",
+        io::ErrorKind::AddrInUse => {
+            " (another process has that port: stop it, or use port 0 for a free one)"
+        }
         io::ErrorKind::AddrNotAvailable => " (no interface of this host has that address)",
         io::ErrorKind::PermissionDenied => " (ports below 1024 need privileges)",
         _ => "",
@@ -136,9 +138,14 @@ impl Engine {
     /// See [`BuildError`].
     pub fn start(config: EngineConfig, memory: Memory, layout: Layout) -> Result<Self, BuildError> {
         config.validate().map_err(BuildError::Config)?;
-        layout.validate().map_err(|error| BuildError::Layout(error.to_string()))?;
-        let regions: Vec<(u64, u64)> =
-            memory.regions.iter().map(|r| (r.base_address(), r.len() as u64)).collect();
+        layout
+            .validate()
+            .map_err(|error| BuildError::Layout(error.to_string()))?;
+        let regions: Vec<(u64, u64)> = memory
+            .regions
+            .iter()
+            .map(|r| (r.base_address(), r.len() as u64))
+            .collect();
         let lengths = regions.iter().map(|(_, len)| *len).collect::<Vec<_>>();
         greeting::check_regions(&layout, &lengths).map_err(BuildError::Layout)?;
         let listener = config
@@ -148,11 +155,18 @@ impl Engine {
                     .map_err(|source| BuildError::Listen { address, source })
             })
             .transpose()?;
-        let local_addr = listener.as_ref().map(std::net::TcpListener::local_addr).transpose()?;
+        let local_addr = listener
+            .as_ref()
+            .map(std::net::TcpListener::local_addr)
+            .transpose()?;
         let (hub, waker) = hub::Hub::new(config, memory.regions, layout)?;
         let hub = Arc::new(hub);
         let control = control::start(Arc::clone(&hub), listener, waker)?;
-        Ok(Self { hub, control: Mutex::new(Some(control)), local_addr })
+        Ok(Self {
+            hub,
+            control: Mutex::new(Some(control)),
+            local_addr,
+        })
     }
 
     /// This engine's identity.
@@ -238,7 +252,11 @@ impl Engine {
     /// connection and joins the threads.
     pub fn shut_down(&self) {
         self.hub.shut_down();
-        let control = self.control.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let control = self
+            .control
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         if let Some(control) = control {
             let _ = control.join();
         }

@@ -15,7 +15,9 @@ pub enum SubmitError {
     #[error("room {0} is already in use on this engine; draw a new room number for every request")]
     DuplicateRoom(Room),
     /// Back-pressure: a bounded queue is full. Try again when transfers have completed.
-    #[error("{what} is full: {used} in use, {asked} asked, the limit is {limit} (raise {setting} or slow down)")]
+    #[error(
+        "{what} is full: {used} in use, {asked} asked, the limit is {limit} (raise {setting} or slow down)"
+    )]
     Full {
         /// Which queue or table.
         what: &'static str,

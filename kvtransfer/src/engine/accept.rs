@@ -2,9 +2,7 @@
 
 use std::{
     io,
-    os::{
-        fd::{AsFd, OwnedFd},
-    },
+    os::fd::{AsFd, OwnedFd},
     sync::{Arc, atomic::Ordering},
 };
 
@@ -37,16 +35,17 @@ pub(super) fn greet(hub: &Arc<Hub>, strangers: &Arc<Strangers>, stranger: Strang
         return;
     };
     let (hub, strangers) = (Arc::clone(hub), Arc::clone(strangers));
-    let spawned = std::thread::Builder::new().name("kvt-greet".into()).stack_size(512 << 10).spawn(
-        move || {
+    let spawned = std::thread::Builder::new()
+        .name("kvt-greet".into())
+        .stack_size(512 << 10)
+        .spawn(move || {
             let address = stranger.address.clone();
             if let Err(error) = converse(&hub, stranger) {
                 hub.malformed.fetch_add(1, Ordering::Relaxed);
                 tracing::info!(address, %error, "a connection was turned away");
             }
             strangers.done(ticket);
-        },
-    );
+        });
     if let Err(error) = spawned {
         tracing::warn!(%error, "no thread to greet a connection with");
         // The ticket was moved into the closure and dropped with it: the stranger's slot is reclaimed as the oldest.
@@ -60,37 +59,49 @@ fn converse(hub: &Arc<Hub>, stranger: Stranger) -> io::Result<()> {
     let mut talk = Talk::new(&socket, hub.config.handshake_timeout);
     match talk.hear()? {
         Control::Hello(hello) if !stranger.is_local => welcome(hub, stranger, talk, *hello),
-        Control::LaneOpen { instance, link, lane, token, can_pull } => {
-            let opened = check_token(hub, &token).and_then(|()| {
-                find(hub, instance, link, lane)
-            });
+        Control::LaneOpen {
+            instance,
+            link,
+            lane,
+            token,
+            can_pull,
+        } => {
+            let opened = check_token(hub, &token).and_then(|()| find(hub, instance, link, lane));
             match opened {
                 Ok(link) => lane_ready(hub, stranger, talk, &link, LaneId(lane), can_pull),
                 Err(reason) => reject(&mut talk, reason),
             }
         }
-        other => reject(&mut talk, format!("a connection cannot start with {other:?}")),
+        other => reject(
+            &mut talk,
+            format!("a connection cannot start with {other:?}"),
+        ),
     }
 }
 
 fn reject(talk: &mut Talk<'_>, reason: String) -> io::Result<()> {
-    talk.say(&Control::Reject { reason: reason.clone() }, None)?;
+    talk.say(
+        &Control::Reject {
+            reason: reason.clone(),
+        },
+        None,
+    )?;
     Err(io::Error::other(reason))
 }
 
-fn welcome(
-    hub: &Arc<Hub>,
-    stranger: Stranger,
-    mut talk: Talk<'_>,
-    hello: Hello,
-) -> io::Result<()> {
+fn welcome(hub: &Arc<Hub>, stranger: Stranger, mut talk: Talk<'_>, hello: Hello) -> io::Result<()> {
     let started = clock::now();
-    let (lanes, number) = (hello.lanes.min(hub.config.lanes.max(hello.lanes)), hello.link);
+    let (lanes, number) = (
+        hello.lanes.min(hub.config.lanes.max(hello.lanes)),
+        hello.link,
+    );
     let room_for = hub.link_count() < hub.config.peers_max;
     let agreed = agree(hub, hello, stranger.address.clone()).and_then(|agreement| {
         if !room_for {
             let limit = hub.config.peers_max;
-            return Err(format!("already {limit} peers (peers_max at the accepting side)"));
+            return Err(format!(
+                "already {limit} peers (peers_max at the accepting side)"
+            ));
         }
         check_generation(hub, agreement.instance, agreement.generation).map(|()| agreement)
     });
@@ -105,7 +116,12 @@ fn welcome(
     let peer = hub.new_peer_id();
     let writer = stranger.socket.try_clone()?;
     rustix::io::ioctl_fionbio(&stranger.socket, true)?;
-    let link = Arc::new(Link::new(peer, agreement, writer, clock::now().since(started)));
+    let link = Arc::new(Link::new(
+        peer,
+        agreement,
+        writer,
+        clock::now().since(started),
+    ));
     // Queued before anybody else can queue: the first message on the stream.
     let _ = link.queue(&Control::Welcome(Box::new(introduce(hub, number, lanes))));
     hub.add_link(&link);
@@ -118,17 +134,22 @@ fn welcome(
 fn check_generation(hub: &Hub, instance: InstanceId, generation: u64) -> Result<(), String> {
     let known = hub.links_of(instance);
     match known.iter().map(|link| link.agreement.generation).max() {
-        Some(newest) if newest > generation => {
-            Err(format!("generation {generation} is older than {newest}, which is connected"))
-        }
+        Some(newest) if newest > generation => Err(format!(
+            "generation {generation} is older than {newest}, which is connected"
+        )),
         _ => Ok(()),
     }
 }
 
 fn find(hub: &Hub, instance: InstanceId, link: u64, lane: u8) -> Result<Arc<Link>, String> {
-    let link = hub.find_link(instance, link).ok_or("a data connection without a control stream")?;
+    let link = hub
+        .find_link(instance, link)
+        .ok_or("a data connection without a control stream")?;
     if lane >= link.agreement.lanes {
-        return Err(format!("data connection {lane} of {} agreed", link.agreement.lanes));
+        return Err(format!(
+            "data connection {lane} of {} agreed",
+            link.agreement.lanes
+        ));
     }
     if link.lanes().iter().any(|known| known.id.0 == lane) {
         return Err(format!("data connection {lane} is open already"));
@@ -154,7 +175,11 @@ fn lane_ready(
     let ring = local.as_ref().and_then(|local| local.ring_out.memfd_fd());
     talk.say(&Control::LaneReady { can_pull }, ring.map(AsFd::as_fd))?;
     let (decoder, ring_in) = talk.finish();
-    let reason = if stranger.is_local { "" } else { "the peer chose tcp" };
+    let reason = if stranger.is_local {
+        ""
+    } else {
+        "the peer chose tcp"
+    };
     let start = LaneStart {
         socket: stranger.socket,
         lane,
@@ -176,5 +201,9 @@ pub(super) fn adopt(
 ) -> io::Result<()> {
     rustix::io::ioctl_fionbio(&socket, true)?;
     decoder.trust();
-    hub.adopt(Adopted { socket, decoder, peer })
+    hub.adopt(Adopted {
+        socket,
+        decoder,
+        peer,
+    })
 }

@@ -21,13 +21,7 @@ use super::{
     greeting::socket_name,
     hub::Hub,
 };
-use crate::{
-    clock,
-    config::SameHost,
-    ids::PeerId,
-    time::Time,
-    wire::control::ControlDecoder,
-};
+use crate::{clock, config::SameHost, ids::PeerId, time::Time, wire::control::ControlDecoder};
 
 /// The waker's token; peers are numbered from 1 and shifted past the fixed tokens.
 pub(super) const WAKE: Token = Token(0);
@@ -53,7 +47,10 @@ pub(super) struct Strangers {
 
 impl Strangers {
     fn new(bound: usize) -> Self {
-        Self { bound, inner: Mutex::new((0, VecDeque::new())) }
+        Self {
+            bound,
+            inner: Mutex::new((0, VecDeque::new())),
+        }
     }
 
     /// Takes a stranger in; its ticket is given back by [`Strangers::done`].
@@ -117,7 +114,11 @@ pub(super) fn start(
     let registry = poll.registry();
     if let Some(listener) = &listener {
         listener.set_nonblocking(true)?;
-        registry.register(&mut SourceFd(&listener.as_raw_fd()), LISTEN, Interest::READABLE)?;
+        registry.register(
+            &mut SourceFd(&listener.as_raw_fd()),
+            LISTEN,
+            Interest::READABLE,
+        )?;
     }
     let local = if listener.is_some() && hub.config.same_host != SameHost::Off {
         let name = std::os::unix::net::SocketAddr::from_abstract_name(socket_name(&hub))?;
@@ -150,7 +151,11 @@ impl ControlThread {
         while !self.hub.is_stopped() {
             self.adopt_new();
             let due = self.hub.arm();
-            let timeout = if self.unread.is_empty() { until(due) } else { Some(Duration::ZERO) };
+            let timeout = if self.unread.is_empty() {
+                until(due)
+            } else {
+                Some(Duration::ZERO)
+            };
             if let Err(error) = self.poll.poll(&mut events, timeout)
                 && error.kind() != io::ErrorKind::Interrupted
             {
@@ -183,12 +188,19 @@ impl ControlThread {
     }
 
     fn adopt_new(&mut self) {
-        for Adopted { socket, decoder, peer } in self.hub.adopted() {
+        for Adopted {
+            socket,
+            decoder,
+            peer,
+        } in self.hub.adopted()
+        {
             let token = usize::try_from(peer.0 + PEERS_FROM).unwrap_or(usize::MAX);
             let interest = Interest::READABLE | Interest::WRITABLE;
             let raw = socket.as_raw_fd();
             let registered =
-                self.poll.registry().register(&mut SourceFd(&raw), Token(token), interest);
+                self.poll
+                    .registry()
+                    .register(&mut SourceFd(&raw), Token(token), interest);
             if let Err(error) = registered {
                 self.hub.drop_peer(peer, &error.to_string());
                 continue;
@@ -241,8 +253,11 @@ impl ControlThread {
         while let Some(listener) = &self.local {
             match listener.accept() {
                 Ok((stream, _)) => {
-                    let stranger =
-                        Stranger { socket: stream.into(), address: "same host".into(), is_local: true };
+                    let stranger = Stranger {
+                        socket: stream.into(),
+                        address: "same host".into(),
+                        is_local: true,
+                    };
                     greet(&self.hub, &self.strangers, stranger);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -261,7 +276,8 @@ fn note_accept_error(error: &io::Error) {
 fn until(due: Time) -> Option<Duration> {
     (due != Time::NEVER).then(|| {
         // mio rounds down to milliseconds; a deadline must not be checked too early and then spun on.
-        due.since(clock::now()).saturating_add(Duration::from_micros(999))
+        due.since(clock::now())
+            .saturating_add(Duration::from_micros(999))
     })
 }
 

@@ -80,14 +80,23 @@ pub(super) fn dial(
     }
     if hub.link_count() >= hub.config.peers_max {
         let limit = hub.config.peers_max;
-        return Err(ConnectError::Local(format!("already {limit} peers (peers_max)")));
+        return Err(ConnectError::Local(format!(
+            "already {limit} peers (peers_max)"
+        )));
     }
-    let broken = |stage| move |source| ConnectError::Handshake { address, stage, source };
+    let broken = |stage| {
+        move |source| ConnectError::Handshake {
+            address,
+            stage,
+            source,
+        }
+    };
     let control = connect(address, timeout)?;
     let mut talk = Talk::new(&control, timeout);
     let number = u64::from_le_bytes(super::hub::random().map_err(broken("random number"))?);
     let hello = introduce(hub, number, hub.config.lanes);
-    talk.say(&Control::Hello(Box::new(hello)), None).map_err(broken("sending hello"))?;
+    talk.say(&Control::Hello(Box::new(hello)), None)
+        .map_err(broken("sending hello"))?;
     let welcome = match talk.hear().map_err(broken("waiting for its hello"))? {
         Control::Welcome(welcome) => welcome,
         Control::Reject { reason } => return Err(ConnectError::Refused { address, reason }),
@@ -103,17 +112,26 @@ pub(super) fn dial(
     agreement.link = number;
     let peer = hub.new_peer_id();
     let control: OwnedFd = control.into();
-    let writer = control.try_clone().map_err(broken("duplicating a descriptor"))?;
+    let writer = control
+        .try_clone()
+        .map_err(broken("duplicating a descriptor"))?;
     let link = Link::new(peer, agreement, writer, clock::now().since(started));
     let link = Arc::new(link);
     hub.add_link(&link);
     let opened = open_lanes(hub, &link, &host, address, lanes, timeout);
     if let Err(source) = opened {
         hub.drop_peer(peer, "its data connections could not be opened");
-        return Err(ConnectError::Handshake { address, stage: "opening data connections", source });
+        return Err(ConnectError::Handshake {
+            address,
+            stage: "opening data connections",
+            source,
+        });
     }
     accept::adopt(hub, control, decoder, peer).map_err(broken("handing over"))?;
-    Ok(PeerInfo { handshake: clock::now().since(started), ..peer_info(&link) })
+    Ok(PeerInfo {
+        handshake: clock::now().since(started),
+        ..peer_info(&link)
+    })
 }
 
 fn connect(address: SocketAddr, timeout: Duration) -> Result<TcpStream, ConnectError> {
@@ -164,7 +182,10 @@ fn same_host_refusal(hub: &Hub, host: &HostIdentity) -> Option<String> {
     } else if host.boot_id != own || own == [0; 16] {
         Some("the peer is on another host (its boot id differs)".into())
     } else if host.user_id != user {
-        Some(format!("the peer runs as user {}, this engine as {user}", host.user_id))
+        Some(format!(
+            "the peer runs as user {}, this engine as {user}",
+            host.user_id
+        ))
     } else if host.socket_name.is_empty() {
         Some("same-host paths are switched off at the peer".into())
     } else {
@@ -186,7 +207,16 @@ fn open_local(
     if hub.config.same_host == SameHost::PullOnly && !local.can_pull {
         return Err("the peer's memory cannot be read (ptrace scope or container)".into());
     }
-    open_lane(hub, link, stream.into(), Some(local), lane, timeout, String::new()).map_err(failed)
+    open_lane(
+        hub,
+        link,
+        stream.into(),
+        Some(local),
+        lane,
+        timeout,
+        String::new(),
+    )
+    .map_err(failed)
 }
 
 fn open_lane(
@@ -219,5 +249,13 @@ fn open_lane(
     };
     let (decoder, ring_in) = talk.finish();
     let rest = decoder.into_rest();
-    Ok(LaneStart { socket, lane, rest, local, peer_can_pull, ring_in, reason })
+    Ok(LaneStart {
+        socket,
+        lane,
+        rest,
+        local,
+        peer_can_pull,
+        ring_in,
+        reason,
+    })
 }

@@ -51,14 +51,21 @@ pub(super) fn introduce(hub: &Hub, link: u64, lanes: u8) -> Hello {
         host: HostIdentity {
             boot_id: super::boot_id().unwrap_or_default(),
             user_id: rustix::process::geteuid().as_raw(),
-            socket_name: if offers_socket { socket_name(hub) } else { String::new() },
+            socket_name: if offers_socket {
+                socket_name(hub)
+            } else {
+                String::new()
+            },
             probe_address: std::ptr::from_ref(&*hub.probe_cookie).addr() as u64,
             probe_cookie: *hub.probe_cookie,
         },
         regions: hub
             .regions()
             .iter()
-            .map(|region| RegionAddress { base: region.base_address(), len: region.len() as u64 })
+            .map(|region| RegionAddress {
+                base: region.base_address(),
+                len: region.len() as u64,
+            })
             .collect(),
         layout: hub.layout.clone(),
     }
@@ -92,11 +99,17 @@ pub(super) fn agree(hub: &Hub, peer: Hello, address: String) -> Result<Agreement
     if peer.instance == hub.instance {
         return Err("this is the same engine; an engine cannot be its own peer".into());
     }
-    peer.layout.validate().map_err(|error| format!("the peer's layout: {error}"))?;
+    peer.layout
+        .validate()
+        .map_err(|error| format!("the peer's layout: {error}"))?;
     let lengths: Vec<u64> = peer.regions.iter().map(|region| region.len).collect();
     check_regions(&peer.layout, &lengths).map_err(|why| format!("the peer's layout: {why}"))?;
-    let outgoing = pair(&hub.layout, &peer.layout).map(Arc::new).map_err(|e| e.to_string());
-    let incoming = pair(&peer.layout, &hub.layout).map(Arc::new).map_err(|e| e.to_string());
+    let outgoing = pair(&hub.layout, &peer.layout)
+        .map(Arc::new)
+        .map_err(|e| e.to_string());
+    let incoming = pair(&peer.layout, &hub.layout)
+        .map(Arc::new)
+        .map_err(|e| e.to_string());
     if let (Err(why), Err(_)) = (&outgoing, &incoming) {
         return Err(why.clone());
     }
@@ -125,7 +138,9 @@ pub(super) fn check_regions(layout: &Layout, lengths: &[u64]) -> Result<(), Stri
             let region = entry.region.0;
             let Some(len) = lengths.get(region as usize) else {
                 let kind = &component.kind;
-                return Err(format!("{kind:?} entry {index} names region {region}, which is not there"));
+                return Err(format!(
+                    "{kind:?} entry {index} names region {region}, which is not there"
+                ));
             };
             if end.is_none_or(|end| end > *len) {
                 let kind = &component.kind;
@@ -159,10 +174,18 @@ impl<'a> Talk<'a> {
 
     fn left(&self) -> io::Result<Duration> {
         let left = self.deadline.since(clock::now());
-        if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
+        if left.is_zero() {
+            Err(io::ErrorKind::TimedOut.into())
+        } else {
+            Ok(left)
+        }
     }
 
-    pub(super) fn say(&mut self, message: &Control, pass: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    pub(super) fn say(
+        &mut self,
+        message: &Control,
+        pass: Option<BorrowedFd<'_>>,
+    ) -> io::Result<()> {
         let mut bytes = Vec::new();
         message.encode(&mut bytes);
         let mut pass = pass;
@@ -211,7 +234,12 @@ impl<'a> Talk<'a> {
             let mut control = RecvAncillaryBuffer::new(&mut space);
             let got = {
                 let mut parts = [IoSliceMut::new(&mut bytes)];
-                match recvmsg(self.stream, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
+                match recvmsg(
+                    self.stream,
+                    &mut parts,
+                    &mut control,
+                    RecvFlags::CMSG_CLOEXEC,
+                ) {
                     Ok(message) => message.bytes,
                     Err(rustix::io::Errno::INTR) => continue,
                     Err(rustix::io::Errno::AGAIN) => return Err(io::ErrorKind::TimedOut.into()),
@@ -251,7 +279,11 @@ pub(super) struct LocalPath {
 
 impl LocalPath {
     /// Looks at the peer on a Unix stream: who is it, can its memory be read?
-    pub(super) fn probe(hub: &Hub, stream: BorrowedFd<'_>, host: &HostIdentity) -> io::Result<Self> {
+    pub(super) fn probe(
+        hub: &Hub,
+        stream: BorrowedFd<'_>,
+        host: &HostIdentity,
+    ) -> io::Result<Self> {
         let credentials = rustix::net::sockopt::socket_peercred(stream)?;
         if credentials.uid != rustix::process::geteuid() {
             return Err(io::ErrorKind::PermissionDenied.into());
@@ -261,7 +293,11 @@ impl LocalPath {
         let can_pull = wanted
             && sys::peek::<16>(pid, host.probe_address).is_ok_and(|got| got == host.probe_cookie);
         let ring_out = Region::memfd("kvtransfer-ring", ring_len(hub)).map_err(io::Error::other)?;
-        Ok(Self { pid, can_pull, ring_out })
+        Ok(Self {
+            pid,
+            can_pull,
+            ring_out,
+        })
     }
 }
 
@@ -320,11 +356,18 @@ pub(super) fn start_lane(hub: &Arc<Hub>, link: &Link, start: LaneStart) -> io::R
     let ring_in = match start.ring_in {
         Some(fd) if start.local.is_some() => {
             let len = usize::try_from(rustix::fs::fstat(&fd)?.st_size).unwrap_or(0);
-            Some(Ring::new(Region::peer_memfd(fd, len).map_err(io::Error::other)?, slot))
+            Some(Ring::new(
+                Region::peer_memfd(fd, len).map_err(io::Error::other)?,
+                slot,
+            ))
         }
         _ => None,
     };
-    let pid = start.local.as_ref().filter(|local| local.can_pull).map(|local| local.pid);
+    let pid = start
+        .local
+        .as_ref()
+        .filter(|local| local.can_pull)
+        .map(|local| local.pid);
     let context = LaneContext {
         hub: Arc::clone(hub),
         peer: link.peer,

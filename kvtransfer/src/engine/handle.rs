@@ -69,11 +69,18 @@ pub(super) struct Shared {
 impl Shared {
     fn new(token: u64) -> Self {
         let gate = Arc::new(Gate::new(token));
-        Self { id: OnceLock::new(), gate, state: Mutex::default(), changed: Condvar::new() }
+        Self {
+            id: OnceLock::new(),
+            gate,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        }
     }
 
     pub(super) fn set_id(&self, id: TransferId) {
-        self.id.set(id).expect("invariant: a transfer is opened once");
+        self.id
+            .set(id)
+            .expect("invariant: a transfer is opened once");
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -125,7 +132,13 @@ impl Transfer {
         }
         let shared = Arc::new(Shared::new(hub.new_token()));
         let id = hub.open(&shared, |node, now| node.open_send(now, request))?;
-        Ok(Self { hub: Arc::clone(hub), shared, room: request.room, id, is_sender: true })
+        Ok(Self {
+            hub: Arc::clone(hub),
+            shared,
+            room: request.room,
+            id,
+            is_sender: true,
+        })
     }
 
     pub(super) fn open_receive(
@@ -138,7 +151,13 @@ impl Transfer {
         check_lists(&hub.layout, &request.items)?;
         let shared = Arc::new(Shared::new(hub.new_token()));
         let id = hub.open(&shared, |node, now| node.open_receive(now, request))?;
-        Ok(Self { hub: Arc::clone(hub), shared, room: request.room, id, is_sender: false })
+        Ok(Self {
+            hub: Arc::clone(hub),
+            shared,
+            room: request.room,
+            id,
+            is_sender: false,
+        })
     }
 
     /// The room.
@@ -194,7 +213,10 @@ impl Transfer {
     pub fn wait_ready(&self, timeout: Duration) -> Result<u32, TransferError> {
         let waiting = |state: &mut State| state.ready.is_none() && state.result.is_none();
         let state = self.shared.lock();
-        let waited = self.shared.changed.wait_timeout_while(state, timeout, waiting);
+        let waited = self
+            .shared
+            .changed
+            .wait_timeout_while(state, timeout, waiting);
         let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         match (&state.result, state.ready) {
             (Some(Err(error)), _) => Err(error.clone()),
@@ -234,10 +256,7 @@ impl Transfer {
     }
 
     /// Calls `callback` at the end, at once if it has come. It runs on an engine thread and must not block.
-    pub fn on_end(
-        &self,
-        callback: impl FnOnce(&Result<Summary, TransferError>) + Send + 'static,
-    ) {
+    pub fn on_end(&self, callback: impl FnOnce(&Result<Summary, TransferError>) + Send + 'static) {
         let mut state = self.shared.lock();
         match state.result.clone() {
             Some(result) => {
@@ -255,7 +274,8 @@ impl Transfer {
 
     /// Ends it now. When this returns, no byte of it moves any more.
     pub fn cancel(&self) {
-        self.hub.with(|node, now| node.cancel(now, self.id, TransferError::Cancelled));
+        self.hub
+            .with(|node, now| node.cancel(now, self.id, TransferError::Cancelled));
         // Another thread may be ending it at this moment: wait until it is published.
         let waiting = |state: &mut State| state.result.is_none();
         let state = self.shared.lock();
@@ -275,7 +295,10 @@ impl Drop for Transfer {
 impl std::fmt::Debug for Transfer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let role = if self.is_sender { "sender" } else { "receiver" };
-        f.debug_struct("Transfer").field("role", &role).field("room", &self.room).finish()
+        f.debug_struct("Transfer")
+            .field("role", &role)
+            .field("room", &self.room)
+            .finish()
     }
 }
 
@@ -308,7 +331,12 @@ pub struct CompletionQueue {
 impl CompletionQueue {
     pub(super) fn new(bound: usize) -> Self {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok();
-        Self { ended: Mutex::default(), event, bound, lost: AtomicU64::new(0) }
+        Self {
+            ended: Mutex::default(),
+            event,
+            bound,
+            lost: AtomicU64::new(0),
+        }
     }
 
     /// Poll this for readability. `None` if the system has no descriptor left.
@@ -348,7 +376,9 @@ impl CompletionQueue {
 fn check_lists(layout: &Layout, lists: &[Arc<[i32]>]) -> Result<(), SubmitError> {
     if lists.len() > layout.components.len() {
         let (got, known) = (lists.len(), layout.components.len());
-        return Err(SubmitError::Items(format!("{got} item lists for {known} components")));
+        return Err(SubmitError::Items(format!(
+            "{got} item lists for {known} components"
+        )));
     }
     for (component, list) in layout.components.iter().zip(lists) {
         check_items(list, component.item_count())

@@ -139,8 +139,11 @@ impl Hub {
         if output.is_none() && !wake {
             return None;
         }
-        let mut effects =
-            Effects { wake, completions: core.completions.clone(), ..Effects::default() };
+        let mut effects = Effects {
+            wake,
+            completions: core.completions.clone(),
+            ..Effects::default()
+        };
         while let Some(next) = output {
             match next {
                 Output::Control(peer, message) => {
@@ -161,7 +164,10 @@ impl Hub {
                         effects.work.push((Arc::clone(link), wanted, bytes));
                     }
                 }
-                Output::Ready { transfer, prefix_tokens } => {
+                Output::Ready {
+                    transfer,
+                    prefix_tokens,
+                } => {
                     if let Some(shared) = core.transfers.get(&transfer) {
                         effects.ready.push((Arc::clone(shared), prefix_tokens));
                     }
@@ -218,7 +224,9 @@ impl Hub {
         let mut taken = None;
         if let Some(mut effects) = effects {
             effects.work.retain(|(link, _, bytes)| {
-                let lane = link.first_lane().filter(|_| *bytes <= self.config.inline_bytes);
+                let lane = link
+                    .first_lane()
+                    .filter(|_| *bytes <= self.config.inline_bytes);
                 let pumped = lane.filter(|lane| lane.try_pump());
                 let is_left = pumped.is_none();
                 taken = pumped.or(taken.take());
@@ -329,7 +337,10 @@ impl Hub {
     /// Links of an instance, newest last.
     pub(super) fn links_of(&self, instance: InstanceId) -> Vec<Arc<Link>> {
         let core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = core.links.values().filter(|link| link.agreement.instance == instance);
+        let known = core
+            .links
+            .values()
+            .filter(|link| link.agreement.instance == instance);
         let mut links: Vec<_> = known.cloned().collect();
         links.sort_by_key(|link| link.peer);
         links
@@ -341,7 +352,11 @@ impl Hub {
     }
 
     pub(super) fn link_count(&self) -> usize {
-        self.core.lock().unwrap_or_else(PoisonError::into_inner).links.len()
+        self.core
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .links
+            .len()
     }
 
     pub(super) fn peers(&self) -> Vec<PeerInfo> {
@@ -366,7 +381,10 @@ impl Hub {
     pub(super) fn completions(&self) -> Arc<CompletionQueue> {
         let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
         let bound = self.config.node.transfers_max;
-        Arc::clone(core.completions.get_or_insert_with(|| Arc::new(CompletionQueue::new(bound))))
+        Arc::clone(
+            core.completions
+                .get_or_insert_with(|| Arc::new(CompletionQueue::new(bound))),
+        )
     }
 
     pub(super) fn snapshot(&self) -> Snapshot {
@@ -401,7 +419,10 @@ impl Hub {
 
     /// Gives a control stream to the control thread.
     pub(super) fn adopt(&self, adopted: Adopted) -> io::Result<()> {
-        self.adopted.lock().unwrap_or_else(PoisonError::into_inner).push(adopted);
+        self.adopted
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(adopted);
         self.waker.wake()
     }
 
@@ -426,7 +447,10 @@ impl Hub {
         let (transfers, peers) = {
             let core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
             let transfers: Vec<TransferId> = core.transfers.keys().copied().collect();
-            (transfers, core.links.keys().copied().collect::<Vec<PeerId>>())
+            (
+                transfers,
+                core.links.keys().copied().collect::<Vec<PeerId>>(),
+            )
         };
         for transfer in transfers {
             self.with(|node, now| node.cancel(now, transfer, TransferError::Shutdown));
@@ -452,7 +476,11 @@ impl Hub {
 }
 
 pub(super) fn peer_info(link: &Link) -> PeerInfo {
-    let (path, path_reason) = link.path.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let (path, path_reason) = link
+        .path
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clone();
     PeerInfo {
         peer: link.peer,
         instance: link.agreement.instance,

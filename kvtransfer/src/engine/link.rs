@@ -105,16 +105,26 @@ impl Link {
     }
 
     pub(crate) fn add_lane(&self, lane: Arc<Lane>) {
-        self.lanes.lock().unwrap_or_else(PoisonError::into_inner).push(lane);
+        self.lanes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(lane);
     }
 
     pub(crate) fn lanes(&self) -> Vec<Arc<Lane>> {
-        self.lanes.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.lanes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// The first lane, the one that small transfers take.
     pub(crate) fn first_lane(&self) -> Option<Arc<Lane>> {
-        self.lanes.lock().unwrap_or_else(PoisonError::into_inner).first().cloned()
+        self.lanes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .first()
+            .cloned()
     }
 
     /// Wakes as many lanes as there is work for.

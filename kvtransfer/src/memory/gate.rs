@@ -22,7 +22,10 @@ pub struct Pass<'a>(#[expect(dead_code, reason = "held, not read")] MutexGuard<'
 impl Gate {
     /// An open gate whose cell holds `token` (not zero).
     pub fn new(token: u64) -> Self {
-        Self { open: Mutex::new(true), cell: AtomicU64::new(token) }
+        Self {
+            open: Mutex::new(true),
+            cell: AtomicU64::new(token),
+        }
     }
 
     /// Holds the gate open, or `None` if the transfer has ended.
@@ -76,7 +79,10 @@ mod tests {
             let (gate, moved) = (Arc::clone(&gate), Arc::clone(&moved));
             thread::spawn(move || {
                 gate.close();
-                assert!(moved.load(Ordering::SeqCst), "closed while somebody was moving bytes");
+                assert!(
+                    moved.load(Ordering::SeqCst),
+                    "closed while somebody was moving bytes"
+                );
             })
         };
         // The closer may or may not have reached the lock; in both orders it must see the store.

@@ -1,5 +1,8 @@
 //! Regions: heap, anonymous mappings, huge pages, memfds, files, and memory owned by somebody else.
-#![expect(unsafe_code, reason = "raw memory that peers may change must not be behind references")]
+#![expect(
+    unsafe_code,
+    reason = "raw memory that peers may change must not be behind references"
+)]
 
 use std::{
     alloc::{Layout, alloc_zeroed, dealloc},
@@ -86,7 +89,12 @@ impl Region {
             source: io::ErrorKind::OutOfMemory.into(),
             fix: "",
         })?;
-        Ok(Self { base, len, backing: Backing::Heap(layout), memfd: None })
+        Ok(Self {
+            base,
+            len,
+            backing: Backing::Heap(layout),
+            memfd: None,
+        })
     }
 
     /// A zeroed anonymous mapping; its pages exist when touched.
@@ -104,7 +112,9 @@ impl Region {
     pub fn huge(len: usize) -> Result<Self, RegionError> {
         const FIX: &str = " (reserve huge pages: sysctl vm.nr_hugepages)";
         const HUGE_2M_BITS: u8 = 21;
-        let len = len.checked_next_multiple_of(2 << 20).ok_or(RegionError::Length(len))?;
+        let len = len
+            .checked_next_multiple_of(2 << 20)
+            .ok_or(RegionError::Length(len))?;
         Self::anonymous(len, Some(HUGE_2M_BITS), "a mapping of huge pages", FIX)
     }
 
@@ -122,9 +132,12 @@ impl Region {
         if huge_bits.is_some() {
             options.huge(huge_bits);
         }
-        let map = options
-            .map_anon()
-            .map_err(|source| RegionError::System { what, len, source, fix })?;
+        let map = options.map_anon().map_err(|source| RegionError::System {
+            what,
+            len,
+            source,
+            fix,
+        })?;
         Ok(Self::mapped(map.into(), None))
     }
 
@@ -149,9 +162,16 @@ impl Region {
         // Whoever maps it can rely on its length: no SIGBUS by a peer that shrinks it.
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
         fcntl_add_seals(&fd, seals).map_err(failed)?;
-        let map = MmapOptions::new().len(len).map_raw(&fd).map_err(|source| {
-            RegionError::System { what: "mapping a memfd", len, source, fix: "" }
-        })?;
+        let map =
+            MmapOptions::new()
+                .len(len)
+                .map_raw(&fd)
+                .map_err(|source| RegionError::System {
+                    what: "mapping a memfd",
+                    len,
+                    source,
+                    fix: "",
+                })?;
         Ok(Self::mapped(map, Some(fd)))
     }
 
@@ -161,7 +181,12 @@ impl Region {
     /// It is not sealed or too short, or the system refuses.
     pub fn peer_memfd(fd: OwnedFd, len: usize) -> Result<Self, RegionError> {
         use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
-        let failed = |what, source: io::Error| RegionError::System { what, len, source, fix: "" };
+        let failed = |what, source: io::Error| RegionError::System {
+            what,
+            len,
+            source,
+            fix: "",
+        };
         let seals = fcntl_get_seals(&fd).map_err(|e| failed("reading a peer's seals", e.into()))?;
         let stat = fstat(&fd).map_err(|e| failed("measuring a peer's memfd", e.into()))?;
         let long_enough = usize::try_from(stat.st_size).is_ok_and(|size| size >= len);
@@ -184,9 +209,19 @@ impl Region {
         if len == 0 {
             return Err(RegionError::Length(len));
         }
-        let failed = |source| RegionError::System { what: "mapping a file", len, source, fix: "" };
+        let failed = |source| RegionError::System {
+            what: "mapping a file",
+            len,
+            source,
+            fix: "",
+        };
         let mut options = OpenOptions::new();
-        let file = options.read(true).write(true).create(true).truncate(false).open(path);
+        let file = options
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path);
         let file = file.map_err(failed)?;
         if file.metadata().map_err(failed)?.len() < len as u64 {
             file.set_len(len as u64).map_err(failed)?;
@@ -201,13 +236,23 @@ impl Region {
     /// `base..base + len` must be readable and writable by copies from any thread until the region is dropped, which the
     /// engine does no earlier than its shutdown.
     pub unsafe fn external(base: NonNull<u8>, len: usize) -> Self {
-        Self { base, len, backing: Backing::External, memfd: None }
+        Self {
+            base,
+            len,
+            backing: Backing::External,
+            memfd: None,
+        }
     }
 
     fn mapped(map: MmapRaw, memfd: Option<OwnedFd>) -> Self {
         let base = NonNull::new(map.as_mut_ptr()).expect("invariant: a mapping is never at null");
         let len = map.len();
-        Self { base, len, backing: Backing::Map(map), memfd }
+        Self {
+            base,
+            len,
+            backing: Backing::Map(map),
+            memfd,
+        }
     }
 
     /// Bytes.
@@ -231,7 +276,11 @@ impl Region {
     /// # Errors
     /// The range is not inside the region.
     pub(crate) fn at(&self, offset: u64, len: usize) -> Result<NonNull<u8>, RegionError> {
-        let outside = || RegionError::OutOfBounds { offset, len, region: self.len };
+        let outside = || RegionError::OutOfBounds {
+            offset,
+            len,
+            region: self.len,
+        };
         let start = usize::try_from(offset).map_err(|_| outside())?;
         if start.checked_add(len).is_none_or(|end| end > self.len) {
             return Err(outside());
@@ -308,7 +357,10 @@ impl std::fmt::Debug for Region {
             Backing::Map(_) => "mapping",
             Backing::External => "external",
         };
-        f.debug_struct("Region").field("kind", &kind).field("len", &self.len).finish()
+        f.debug_struct("Region")
+            .field("kind", &kind)
+            .field("len", &self.len)
+            .finish()
     }
 }
 
@@ -331,8 +383,14 @@ mod tests {
             let mut out = [0; 12];
             region.read_at(9_988, &mut out).expect("in bounds");
             assert_eq!(&out, b"\0\x000123456789", "{region:?}");
-            assert!(matches!(region.write_at(9_991, &out), Err(RegionError::OutOfBounds { .. })));
-            assert!(matches!(region.at(u64::MAX, 2), Err(RegionError::OutOfBounds { .. })));
+            assert!(matches!(
+                region.write_at(9_991, &out),
+                Err(RegionError::OutOfBounds { .. })
+            ));
+            assert!(matches!(
+                region.at(u64::MAX, 2),
+                Err(RegionError::OutOfBounds { .. })
+            ));
         }
         std::fs::remove_file(folder).expect("the file region made it");
     }
@@ -340,19 +398,35 @@ mod tests {
     #[test]
     fn a_memfd_is_shared_with_whoever_maps_its_descriptor() {
         let mine = Region::memfd("shared", 8192).expect("memfd");
-        let fd = mine.memfd_fd().expect("it has one").try_clone().expect("dup");
+        let fd = mine
+            .memfd_fd()
+            .expect("it has one")
+            .try_clone()
+            .expect("dup");
         let theirs = Region::peer_memfd(fd, 8192).expect("sealed and long enough");
         mine.write_at(100, b"seen").expect("in bounds");
         let mut out = [0; 4];
         theirs.read_at(100, &mut out).expect("in bounds");
         assert_eq!(&out, b"seen");
-        let again = mine.memfd_fd().expect("it has one").try_clone().expect("dup");
-        assert!(Region::peer_memfd(again, 8193).is_err(), "longer than it is");
+        let again = mine
+            .memfd_fd()
+            .expect("it has one")
+            .try_clone()
+            .expect("dup");
+        assert!(
+            Region::peer_memfd(again, 8193).is_err(),
+            "longer than it is"
+        );
     }
 
     #[test]
     fn empty_and_absurd_lengths_are_refused() {
-        for region in [Region::heap(0), Region::mmap(0), Region::memfd("x", 0), Region::heap(usize::MAX)] {
+        for region in [
+            Region::heap(0),
+            Region::mmap(0),
+            Region::memfd("x", 0),
+            Region::heap(usize::MAX),
+        ] {
             assert!(region.is_err());
         }
     }

@@ -21,7 +21,9 @@ use crate::{
 impl Node {
     /// A peer has said hello and its layout was agreed on.
     pub fn peer_up(&mut self, now: Time, id: PeerId, setup: PeerSetup) {
-        let heartbeat = self.timers.set(now, self.config.heartbeat, Due::Heartbeat(id));
+        let heartbeat = self
+            .timers
+            .set(now, self.config.heartbeat, Due::Heartbeat(id));
         let peer = Peer::new(now, id, setup, heartbeat);
         let earlier = self.peers.insert(id, peer);
         debug_assert!(earlier.is_none(), "peer numbers are never reused");
@@ -33,7 +35,9 @@ impl Node {
             return;
         };
         self.timers.clear(peer.heartbeat);
-        let lost = || TransferError::PeerLost { reason: reason.to_owned() };
+        let lost = || TransferError::PeerLost {
+            reason: reason.to_owned(),
+        };
         let sends: Vec<TransferId> = self
             .sends
             .values()
@@ -81,7 +85,8 @@ impl Node {
             self.outputs.push_back(Output::Work(id));
         } else {
             let reason = format!("its last data connection ended: {reason}");
-            self.outputs.push_back(Output::Disconnect { peer: id, reason });
+            self.outputs
+                .push_back(Output::Disconnect { peer: id, reason });
         }
     }
 
@@ -94,18 +99,27 @@ impl Node {
 
     /// The next batch that a lane should send, if any.
     pub fn next_batch(&mut self, now: Time, peer: PeerId, lane: LaneId) -> Option<BatchOut> {
-        self.peers.get_mut(&peer)?.next_batch(now, lane, &mut self.sends)
+        self.peers
+            .get_mut(&peer)?
+            .next_batch(now, lane, &mut self.sends)
     }
 
     /// Whether a peer has windows queued that no lane has taken yet.
     pub fn has_queued(&self, peer: PeerId) -> bool {
-        self.peers.get(&peer).is_some_and(|peer| !peer.queue.is_empty())
+        self.peers
+            .get(&peer)
+            .is_some_and(|peer| !peer.queue.is_empty())
     }
 
     /// How many lanes the queued work of a peer keeps busy.
     pub fn lanes_wanted(&self, peer: PeerId) -> usize {
         self.peers.get(&peer).map_or(0, |peer| {
-            let batch = peer.lanes.iter().flatten().map(|lane| lane.setup.batch_bytes).min();
+            let batch = peer
+                .lanes
+                .iter()
+                .flatten()
+                .map(|lane| lane.setup.batch_bytes)
+                .min();
             let batches = peer.queued_bytes.div_ceil(batch.unwrap_or(1));
             usize::try_from(batches).unwrap_or(usize::MAX)
         })
@@ -118,8 +132,15 @@ impl Node {
 
     /// Whether bytes of a live transfer have moved.
     pub fn has_started(&self, transfer: TransferId) -> bool {
-        let sending = self.sends.get(&transfer).is_some_and(|room| room.first_byte.is_some());
-        sending || self.receives.get(&transfer).is_some_and(|room| room.first_byte.is_some())
+        let sending = self
+            .sends
+            .get(&transfer)
+            .is_some_and(|room| room.first_byte.is_some());
+        sending
+            || self
+                .receives
+                .get(&transfer)
+                .is_some_and(|room| room.first_byte.is_some())
     }
 
     /// An acknowledgement arrived.
@@ -133,7 +154,10 @@ impl Node {
         lane: LaneId,
         ack: &Ack,
     ) -> Result<(), String> {
-        let peer = self.peers.get_mut(&peer_id).ok_or("an acknowledgement from a lost peer")?;
+        let peer = self
+            .peers
+            .get_mut(&peer_id)
+            .ok_or("an acknowledgement from a lost peer")?;
         peer.last_heard = now;
         let settled = peer.acknowledge(now, lane, ack.room, ack.epoch(), ack.seq)?;
         let has_more = !peer.queue.is_empty();
@@ -148,7 +172,10 @@ impl Node {
         leg.lost_on(lane);
         if ack.status() == AckStatus::Discarded {
             let reason = "the receiver no longer knows the room".to_owned();
-            let error = TransferError::PeerFailed { code: FailureCode::Cancelled, reason };
+            let error = TransferError::PeerFailed {
+                code: FailureCode::Cancelled,
+                reason,
+            };
             self.end_send(now, settled.transfer, Err(error));
             return Ok(());
         }
@@ -211,14 +238,21 @@ impl Node {
         let Some(room) = self.receives.get_mut(&batch.transfer) else {
             // The room is over. If this batch had already arrived on a lane that died since, it counts.
             let again = placement == Placement::GateClosed && self.received.contains(&key);
-            return if again { AckStatus::Placed } else { AckStatus::Discarded };
+            return if again {
+                AckStatus::Placed
+            } else {
+                AckStatus::Discarded
+            };
         };
         let counted = match placement {
             Placement::Placed => room.count(peer, header),
             Placement::GateClosed => return AckStatus::Discarded,
             Placement::Void => {
                 let reason = "it withdrew pages while they were on the wire".to_owned();
-                let error = TransferError::PeerFailed { code: FailureCode::Cancelled, reason };
+                let error = TransferError::PeerFailed {
+                    code: FailureCode::Cancelled,
+                    reason,
+                };
                 self.end_receive(now, batch.transfer, Err(error));
                 return AckStatus::Discarded;
             }
@@ -231,8 +265,12 @@ impl Node {
             Ok(false) => AckStatus::Placed,
             Ok(true) => {
                 let (waited, moving) = spans(now, room.opened, room.first_byte);
-                let summary =
-                    Summary { bytes: room.bytes, batches: room.batches, waited, moving };
+                let summary = Summary {
+                    bytes: room.bytes,
+                    batches: room.batches,
+                    waited,
+                    moving,
+                };
                 self.end_receive(now, batch.transfer, Ok(summary));
                 AckStatus::Placed
             }
@@ -249,11 +287,17 @@ impl Node {
         self.heard(now, peer);
         match message {
             Control::Grant(grant) => self.on_grant(now, peer, &grant),
-            Control::RoomFailed { room, epoch, code, reason } => {
+            Control::RoomFailed {
+                room,
+                epoch,
+                code,
+                reason,
+            } => {
                 self.on_room_failed(now, peer, room, epoch, code, reason);
             }
             Control::Ping { nonce } => {
-                self.outputs.push_back(Output::Control(peer, Control::Pong { nonce }));
+                self.outputs
+                    .push_back(Output::Control(peer, Control::Pong { nonce }));
             }
             Control::Pong { .. } => {}
             Control::Hello(_)
@@ -280,10 +324,16 @@ impl Node {
 
     fn expire(&mut self, now: Time, id: TransferId) {
         if let Some(room) = self.sends.get(&id) {
-            let error = TransferError::Timeout { stage: room.stage(), elapsed: now.since(room.opened) };
+            let error = TransferError::Timeout {
+                stage: room.stage(),
+                elapsed: now.since(room.opened),
+            };
             self.end_send(now, id, Err(error));
         } else if let Some(room) = self.receives.get(&id) {
-            let error = TransferError::Timeout { stage: room.stage(), elapsed: now.since(room.opened) };
+            let error = TransferError::Timeout {
+                stage: room.stage(),
+                elapsed: now.since(room.opened),
+            };
             self.end_receive(now, id, Err(error));
         }
     }
@@ -306,12 +356,16 @@ impl Node {
         let silence = now.since(peer.last_heard);
         if silence > self.config.peer_silence_max {
             let reason = format!("it has been silent for {silence:?}");
-            self.outputs.push_back(Output::Disconnect { peer: id, reason });
+            self.outputs
+                .push_back(Output::Disconnect { peer: id, reason });
             // Asked again until the connections are closed, in case the shell is slow.
         }
-        peer.heartbeat = self.timers.set(now, self.config.heartbeat, Due::Heartbeat(id));
+        peer.heartbeat = self
+            .timers
+            .set(now, self.config.heartbeat, Due::Heartbeat(id));
         let nonce = now.nanos();
-        self.outputs.push_back(Output::Control(id, Control::Ping { nonce }));
+        self.outputs
+            .push_back(Output::Control(id, Control::Ping { nonce }));
     }
 
     fn on_grant(&mut self, now: Time, peer_id: PeerId, grant: &Grant) {
@@ -331,7 +385,10 @@ impl Node {
         } else if grant.receivers_expected == 0 {
             Some("a grant must expect at least one receiver".to_owned())
         } else if grant.items.len() > components {
-            Some(format!("{} item lists for {components} components", grant.items.len()))
+            Some(format!(
+                "{} item lists for {components} components",
+                grant.items.len()
+            ))
         } else {
             None
         };
@@ -345,7 +402,13 @@ impl Node {
             Some(id) => {
                 self.add_leg(now, *id, leg, grant.receivers_expected, grant.prefix_tokens);
             }
-            None => self.keep_grant(now, room, leg, grant.receivers_expected, grant.prefix_tokens),
+            None => self.keep_grant(
+                now,
+                room,
+                leg,
+                grant.receivers_expected,
+                grant.prefix_tokens,
+            ),
         }
     }
 
@@ -354,7 +417,10 @@ impl Node {
         let kept = self.orphans.len();
         match self.orphans.get_mut(&room) {
             Some(Orphan::Granted { legs, .. }) => {
-                if legs.iter().any(|(kept, ..)| kept.peer == peer && kept.epoch == epoch) {
+                if legs
+                    .iter()
+                    .any(|(kept, ..)| kept.peer == peer && kept.epoch == epoch)
+                {
                     self.late_messages += 1;
                 } else if legs.iter().any(|(kept, ..)| kept.peer == peer) {
                     let reason = format!("room {room} already has a grant of this receiver");
@@ -377,7 +443,9 @@ impl Node {
                 self.refuse(peer, room, epoch, FailureCode::Busy, reason);
             }
             None => {
-                let timer = self.timers.set(now, self.config.orphan_ttl, Due::Orphan(room));
+                let timer = self
+                    .timers
+                    .set(now, self.config.orphan_ttl, Due::Orphan(room));
                 let legs = vec![(leg, expected, prefix)];
                 self.orphans.insert(room, Orphan::Granted { legs, timer });
             }
@@ -401,7 +469,8 @@ impl Node {
             if known.epoch == epoch {
                 self.late_messages += 1;
             } else {
-                let reason = format!("room {number} is live with an earlier grant of this receiver");
+                let reason =
+                    format!("room {number} is live with an earlier grant of this receiver");
                 self.refuse(peer, number, epoch, FailureCode::DuplicateRoom, reason);
             }
             return;
@@ -420,7 +489,10 @@ impl Node {
         }
         room.legs.push(leg);
         if room.is_ready() {
-            self.outputs.push_back(Output::Ready { transfer: id, prefix_tokens });
+            self.outputs.push_back(Output::Ready {
+                transfer: id,
+                prefix_tokens,
+            });
         }
     }
 
@@ -434,16 +506,27 @@ impl Node {
         reason: String,
     ) {
         let error = TransferError::PeerFailed { code, reason };
-        if let Some(room) = self.receive_rooms.get(&number).and_then(|id| self.receives.get(id))
+        if let Some(room) = self
+            .receive_rooms
+            .get(&number)
+            .and_then(|id| self.receives.get(id))
             && room.epoch == epoch
             && room.told.contains(&peer)
         {
             let id = room.id;
             return self.end_receive(now, id, Err(error));
         }
-        if let Some(room) = self.send_rooms.get(&number).and_then(|id| self.sends.get(id)) {
+        if let Some(room) = self
+            .send_rooms
+            .get(&number)
+            .and_then(|id| self.sends.get(id))
+        {
             let id = room.id;
-            if room.legs.iter().any(|leg| leg.peer == peer && leg.epoch == epoch) {
+            if room
+                .legs
+                .iter()
+                .any(|leg| leg.peer == peer && leg.epoch == epoch)
+            {
                 self.end_send(now, id, Err(error));
             } else {
                 self.late_messages += 1;
@@ -452,17 +535,25 @@ impl Node {
         }
         match self.orphans.get(&number) {
             Some(Orphan::Granted { legs, timer })
-                if legs.iter().any(|(leg, ..)| leg.peer == peer && leg.epoch == epoch) =>
+                if legs
+                    .iter()
+                    .any(|(leg, ..)| leg.peer == peer && leg.epoch == epoch) =>
             {
                 let timer = *timer;
-                self.orphans.insert(number, Orphan::Cancelled { error, timer });
+                self.orphans
+                    .insert(number, Orphan::Cancelled { error, timer });
             }
             _ => self.late_messages += 1,
         }
     }
 
     fn refuse(&mut self, peer: PeerId, room: u64, epoch: Epoch, code: FailureCode, reason: String) {
-        let message = Control::RoomFailed { room, epoch, code, reason };
+        let message = Control::RoomFailed {
+            room,
+            epoch,
+            code,
+            reason,
+        };
         self.outputs.push_back(Output::Control(peer, message));
     }
 
@@ -474,7 +565,12 @@ impl Node {
         if room.closed && room.legs.iter().all(|leg| leg.done) {
             let (waited, moving) = spans(now, room.opened, room.first_byte);
             let batches = room.legs.iter().map(SendLeg::batches).sum();
-            let summary = Summary { bytes: room.bytes, batches, waited, moving };
+            let summary = Summary {
+                bytes: room.bytes,
+                batches,
+                waited,
+                moving,
+            };
             self.end_send(now, id, Ok(summary));
         }
     }
@@ -504,12 +600,18 @@ impl Node {
             let waits = !room.is_ready() && self.orphans.len() < self.config.orphans_max;
             if waits {
                 // A receiver's grant may still be on its way: it is answered at once instead of left to its deadline.
-                let timer = self.timers.set(now, self.config.orphan_ttl, Due::Orphan(number));
+                let timer = self
+                    .timers
+                    .set(now, self.config.orphan_ttl, Due::Orphan(number));
                 let error = error.clone();
-                self.orphans.insert(number, Orphan::SenderEnded { error, timer });
+                self.orphans
+                    .insert(number, Orphan::SenderEnded { error, timer });
             }
         }
-        self.outputs.push_back(Output::Ended { transfer: id, result });
+        self.outputs.push_back(Output::Ended {
+            transfer: id,
+            result,
+        });
     }
 
     pub(super) fn end_receive(
@@ -536,13 +638,22 @@ impl Node {
                 for peer_id in &room.told {
                     if let Some(peer) = self.peers.get_mut(peer_id) {
                         *peer.failures.entry(error.name()).or_default() += 1;
-                        self.refuse(*peer_id, number, room.epoch, error.code(), error.to_string());
+                        self.refuse(
+                            *peer_id,
+                            number,
+                            room.epoch,
+                            error.code(),
+                            error.to_string(),
+                        );
                     }
                 }
                 *self.failures.entry(error.name()).or_default() += 1;
             }
         }
-        self.outputs.push_back(Output::Ended { transfer: id, result });
+        self.outputs.push_back(Output::Ended {
+            transfer: id,
+            result,
+        });
     }
 }
 

@@ -229,18 +229,27 @@ impl Node {
         transfer: TransferId,
         chunk: &Chunk,
     ) -> Result<(), SubmitError> {
-        let room = self.sends.get_mut(&transfer).ok_or(SubmitError::Ended(
-            TransferError::PeerLost { reason: "the transfer is over".into() },
-        ))?;
+        let room =
+            self.sends
+                .get_mut(&transfer)
+                .ok_or(SubmitError::Ended(TransferError::PeerLost {
+                    reason: "the transfer is over".into(),
+                }))?;
         if !room.is_ready() {
             return Err(SubmitError::NotReady);
         }
         if room.closed {
-            return Err(SubmitError::Items("the last chunk has already been pushed".into()));
+            return Err(SubmitError::Items(
+                "the last chunk has already been pushed".into(),
+            ));
         }
         let counts: Vec<usize> = chunk.items.iter().map(|items| items.len()).collect();
         room.check_granted(&counts).map_err(SubmitError::Items)?;
-        let windows: usize = counts.iter().map(|n| Peer::windows_of(*n)).sum::<usize>().max(1);
+        let windows: usize = counts
+            .iter()
+            .map(|n| Peer::windows_of(*n))
+            .sum::<usize>()
+            .max(1);
         for leg in room.legs.iter().filter(|leg| !leg.dummy) {
             let peer = self.peers.get(&leg.peer).ok_or(SubmitError::UnknownPeer)?;
             peer.check_room(&self.config, windows, &counts)?;
@@ -256,13 +265,23 @@ impl Node {
         room.closed = chunk.last;
         let number = room.room.number();
         for leg in room.legs.iter_mut().filter(|leg| !leg.dummy) {
-            let peer =
-                self.peers.get_mut(&leg.peer).expect("invariant: looked up a few lines above");
+            let peer = self
+                .peers
+                .get_mut(&leg.peer)
+                .expect("invariant: looked up a few lines above");
             let proto = Window::new(transfer, number, leg.epoch, now);
             peer.enqueue_chunk(&proto, chunk, &starts);
             self.outputs.push_back(Output::Work(leg.peer));
         }
-        if chunk.last && room.legs.iter_mut().filter(|leg| leg.dummy).map(|leg| leg.done = true).count() > 0 {
+        if chunk.last
+            && room
+                .legs
+                .iter_mut()
+                .filter(|leg| leg.dummy)
+                .map(|leg| leg.done = true)
+                .count()
+                > 0
+        {
             self.finish_send(now, transfer);
         }
         Ok(())
@@ -291,8 +310,14 @@ impl Node {
         }
         let mut legs = Vec::new();
         for source in &request.sources {
-            let peer = self.peers.get(&source.peer).ok_or(SubmitError::UnknownPeer)?;
-            let pairing = peer.incoming.as_ref().map_err(|why| SubmitError::Items(why.clone()))?;
+            let peer = self
+                .peers
+                .get(&source.peer)
+                .ok_or(SubmitError::UnknownPeer)?;
+            let pairing = peer
+                .incoming
+                .as_ref()
+                .map_err(|why| SubmitError::Items(why.clone()))?;
             let pages = request.items.first().map_or(0, |items| items.len());
             let kv_bytes_expected =
                 pairing.components.first().map_or(0, |kv| kv.item_bytes()) * pages as u64;
@@ -307,7 +332,9 @@ impl Node {
             }
         }
         if legs.is_empty() {
-            return Err(SubmitError::Items("a receiving room needs at least one real source".into()));
+            return Err(SubmitError::Items(
+                "a receiving room needs at least one real source".into(),
+            ));
         }
         let id = self.new_transfer()?;
         let epoch = Epoch(self.next_epoch);
@@ -320,9 +347,14 @@ impl Node {
                 receivers_expected: request.receivers_expected,
                 dummy: source.dummy,
                 prefix_tokens: request.prefix_tokens,
-                items: if source.dummy { Vec::new() } else { lists.clone() },
+                items: if source.dummy {
+                    Vec::new()
+                } else {
+                    lists.clone()
+                },
             };
-            self.outputs.push_back(Output::Control(source.peer, Control::Grant(grant)));
+            self.outputs
+                .push_back(Output::Control(source.peer, Control::Grant(grant)));
         }
         let deadline = self.timers.set(now, request.timeout, Due::Transfer(id));
         self.receive_rooms.insert(number, id);

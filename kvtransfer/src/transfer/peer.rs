@@ -15,12 +15,7 @@ use crate::{
         rate::{HALF_LIFE_DEFAULT, RateEstimator},
     },
     time::Time,
-    transfer::{
-        Chunk, NodeConfig,
-        node::PeerSetup,
-        send::SendRoom,
-        timers::TimerKey,
-    },
+    transfer::{Chunk, NodeConfig, node::PeerSetup, send::SendRoom, timers::TimerKey},
     wire::{
         hello::LANES_MAX,
         lane::{BatchFields, PayloadMode, WINDOW_ITEMS_MAX},
@@ -197,8 +192,16 @@ impl Peer {
         }
         if chunk.last {
             match self.queue.len() - first {
-                0 => self.queue.push_back(Window { last: true, ..proto.clone() }),
-                _ => self.queue.iter_mut().next_back().into_iter().for_each(|w| w.last = true),
+                0 => self.queue.push_back(Window {
+                    last: true,
+                    ..proto.clone()
+                }),
+                _ => self
+                    .queue
+                    .iter_mut()
+                    .next_back()
+                    .into_iter()
+                    .for_each(|w| w.last = true),
             }
         }
     }
@@ -220,12 +223,21 @@ impl Peer {
         windows: usize,
         counts: &[usize],
     ) -> Result<(), SubmitError> {
-        let pairing = self.outgoing.as_ref().map_err(|why| SubmitError::Items(why.clone()))?;
+        let pairing = self
+            .outgoing
+            .as_ref()
+            .map_err(|why| SubmitError::Items(why.clone()))?;
         if counts.len() > pairing.components.len() {
             let (got, known) = (counts.len(), pairing.components.len());
-            return Err(SubmitError::Items(format!("{got} item lists for {known} components")));
+            return Err(SubmitError::Items(format!(
+                "{got} item lists for {known} components"
+            )));
         }
-        let bytes: u64 = counts.iter().enumerate().map(|(c, n)| self.bytes_of(c, *n)).sum();
+        let bytes: u64 = counts
+            .iter()
+            .enumerate()
+            .map(|(c, n)| self.bytes_of(c, *n))
+            .sum();
         let bounds = [
             (
                 "the queue of windows to the peer",
@@ -244,7 +256,13 @@ impl Peer {
         ];
         for (what, used, asked, limit, setting) in bounds {
             if used.saturating_add(asked) > limit {
-                return Err(SubmitError::Full { what, used, asked, limit, setting });
+                return Err(SubmitError::Full {
+                    what,
+                    used,
+                    asked,
+                    limit,
+                    setting,
+                });
             }
         }
         Ok(())
@@ -252,11 +270,17 @@ impl Peer {
 
     /// At most how many batches a chunk makes.
     pub(super) fn batches_of(&self, counts: &[usize]) -> u64 {
-        let smallest = self.lanes.iter().flatten().map(|lane| lane.setup.batch_bytes).min();
+        let smallest = self
+            .lanes
+            .iter()
+            .flatten()
+            .map(|lane| lane.setup.batch_bytes)
+            .min();
         // Cutting at item boundaries makes batches of at least half the size.
         let smallest = smallest.unwrap_or(1 << 20).max(2) / 2;
         let each = counts.iter().enumerate();
-        each.map(|(c, n)| self.bytes_of(c, *n) / smallest + Self::windows_of(*n) as u64).sum()
+        each.map(|(c, n)| self.bytes_of(c, *n) / smallest + Self::windows_of(*n) as u64)
+            .sum()
     }
 
     /// Windows that `items` items make.
@@ -329,7 +353,11 @@ impl Peer {
             items: Arc::clone(&sent.items),
             part: sent.part.clone(),
         };
-        lane.in_flight.push_back(InFlight { window: sent, seq, sent_at: now });
+        lane.in_flight.push_back(InFlight {
+            window: sent,
+            seq,
+            sent_at: now,
+        });
         Some(batch)
     }
 
@@ -345,23 +373,42 @@ impl Peer {
         epoch: Epoch,
         seq: u32,
     ) -> Result<Settled, String> {
-        let lane = self.lanes.get_mut(usize::from(lane.0)).and_then(Option::as_mut);
+        let lane = self
+            .lanes
+            .get_mut(usize::from(lane.0))
+            .and_then(Option::as_mut);
         let lane = lane.ok_or("an acknowledgement on a lane that is down")?;
-        let expected = lane.in_flight.front().map(|f| (f.window.room, f.window.epoch, f.seq));
+        let expected = lane
+            .in_flight
+            .front()
+            .map(|f| (f.window.room, f.window.epoch, f.seq));
         if expected != Some((room, epoch, seq)) {
             return Err(format!(
                 "acknowledged batch {seq} of room {room}, expected {expected:?}"
             ));
         }
-        let done = lane.in_flight.pop_front().expect("invariant: the front was just compared");
+        let done = lane
+            .in_flight
+            .pop_front()
+            .expect("invariant: the front was just compared");
         let bytes = done.bytes();
         lane.in_flight_bytes -= bytes;
         lane.bytes_total = lane.bytes_total.wrapping_add(bytes);
         lane.batches_total = lane.batches_total.wrapping_add(1);
         lane.latency.record(now.since(done.sent_at), now.nanos());
         lane.rate.complete(bytes, done.sent_at.nanos(), now.nanos());
-        let Window { transfer, epoch, last, .. } = done.window;
-        Ok(Settled { transfer, epoch, bytes, last })
+        let Window {
+            transfer,
+            epoch,
+            last,
+            ..
+        } = done.window;
+        Ok(Settled {
+            transfer,
+            epoch,
+            bytes,
+            last,
+        })
     }
 
     /// Takes a lane away and queues its unacknowledged batches again, first ones first. Returns whether lanes are left.
@@ -372,7 +419,10 @@ impl Peer {
             if let Some(leg) = room.and_then(|room| room.leg_mut(self.id)) {
                 leg.lost_on(id);
                 self.queued_bytes += lost.bytes();
-                self.queue.push_front(Window { resend: Some(lost.seq), ..lost.window });
+                self.queue.push_front(Window {
+                    resend: Some(lost.seq),
+                    ..lost.window
+                });
             }
         }
         self.lanes.iter().any(Option::is_some)
@@ -410,7 +460,10 @@ fn batch_len(component: &ComponentPairing, offset: u64, whole: u64, most: u64) -
     if whole <= most {
         return whole;
     }
-    let piece = component.pieces().first().map_or(1, |piece| piece.item_bytes().max(1));
+    let piece = component
+        .pieces()
+        .first()
+        .map_or(1, |piece| piece.item_bytes().max(1));
     let end = offset + most;
     let cut = end - end % piece;
     if cut > offset { cut - offset } else { most }
@@ -418,5 +471,7 @@ fn batch_len(component: &ComponentPairing, offset: u64, whole: u64, most: u64) -
 
 /// A number that the bounds on grants and components keep small.
 fn bounded<T: TryFrom<usize>>(number: usize) -> T {
-    T::try_from(number).ok().expect("invariant: components and granted items are bounded")
+    T::try_from(number)
+        .ok()
+        .expect("invariant: components and granted items are bounded")
 }

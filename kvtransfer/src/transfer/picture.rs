@@ -19,19 +19,32 @@ impl Node {
         for peer in self.peers.values_mut() {
             peer.rails(now, &mut snapshot.rails);
         }
-        snapshot.rails.sort_by(|a, b| (&a.peer, &a.rail).cmp(&(&b.peer, &b.rail)));
+        snapshot
+            .rails
+            .sort_by(|a, b| (&a.peer, &a.rail).cmp(&(&b.peer, &b.rail)));
         snapshot.rooms.extend(self.ended.iter().cloned());
-        snapshot.rooms.extend(self.sends.values().map(|room| self.send_stat(room)));
-        snapshot.rooms.extend(self.receives.values().map(|room| self.receive_stat(room)));
+        snapshot
+            .rooms
+            .extend(self.sends.values().map(|room| self.send_stat(room)));
+        snapshot
+            .rooms
+            .extend(self.receives.values().map(|room| self.receive_stat(room)));
         // A room used again replaces its earlier life.
-        snapshot.rooms.sort_by_key(|room| (room.room, room.role, std::cmp::Reverse(room.enqueued_ns)));
+        snapshot
+            .rooms
+            .sort_by_key(|room| (room.room, room.role, std::cmp::Reverse(room.enqueued_ns)));
         snapshot.rooms.dedup_by_key(|room| (room.room, room.role));
-        let named = self.failures.iter().map(|(name, count)| ((*name).to_owned(), *count));
+        let named = self
+            .failures
+            .iter()
+            .map(|(name, count)| ((*name).to_owned(), *count));
         snapshot.failures = named.collect();
     }
 
     fn peer_name(&self, id: crate::ids::PeerId) -> String {
-        self.peers.get(&id).map_or_else(String::new, |peer| peer.instance.to_string())
+        self.peers
+            .get(&id)
+            .map_or_else(String::new, |peer| peer.instance.to_string())
     }
 
     fn send_stat(&self, room: &SendRoom) -> RoomStat {
@@ -39,7 +52,10 @@ impl Node {
             room: room.room.number(),
             role: RoomRole::Sender,
             state: room.state().to_owned(),
-            peer: room.legs.first().map_or_else(String::new, |leg| self.peer_name(leg.peer)),
+            peer: room
+                .legs
+                .first()
+                .map_or_else(String::new, |leg| self.peer_name(leg.peer)),
             enqueued_ns: room.opened.nanos(),
             first_byte_ns: room.first_byte.map_or(0, Time::nanos),
             done_ns: 0,
@@ -53,7 +69,10 @@ impl Node {
             room: room.room.number(),
             role: RoomRole::Receiver,
             state: room.state().to_owned(),
-            peer: room.legs.first().map_or_else(String::new, |leg| self.peer_name(leg.peer)),
+            peer: room
+                .legs
+                .first()
+                .map_or_else(String::new, |leg| self.peer_name(leg.peer)),
             enqueued_ns: room.opened.nanos(),
             first_byte_ns: room.first_byte.map_or(0, Time::nanos),
             done_ns: 0,
@@ -95,8 +114,11 @@ impl Node {
 
 impl Peer {
     fn rails(&mut self, now: Time, out: &mut Vec<RailStat>) {
-        let failures: Vec<(String, u64)> =
-            self.failures.iter().map(|(name, count)| ((*name).to_owned(), *count)).collect();
+        let failures: Vec<(String, u64)> = self
+            .failures
+            .iter()
+            .map(|(name, count)| ((*name).to_owned(), *count))
+            .collect();
         let lanes = self.lanes.iter().flatten().count().max(1) as u64;
         for (index, lane) in self.lanes.iter_mut().enumerate() {
             let Some(lane) = lane else {

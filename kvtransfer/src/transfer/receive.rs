@@ -117,7 +117,11 @@ impl ReceiveRoom {
 
     /// SGLang's poll state name.
     pub(super) fn state(&self) -> &'static str {
-        if self.first_byte.is_none() { "waiting_for_input" } else { "transferring" }
+        if self.first_byte.is_none() {
+            "waiting_for_input"
+        } else {
+            "transferring"
+        }
     }
 
     pub(super) fn leg_mut(&mut self, peer: PeerId) -> Option<&mut ReceiveLeg> {
@@ -137,19 +141,28 @@ impl ReceiveRoom {
         let paired = pairing.components.get(component);
         let items = self.items.get(component);
         let (Some(paired), Some(items)) = (paired, items) else {
-            return Err(format!("a batch for component {component}, which does not exist"));
+            return Err(format!(
+                "a batch for component {component}, which does not exist"
+            ));
         };
         let start = header.window_start as usize;
         let end = start + header.window_len as usize;
         if end > items.len() {
             let granted = items.len();
-            return Err(format!("a batch for items {start}..{end} of {granted} granted"));
+            return Err(format!(
+                "a batch for items {start}..{end} of {granted} granted"
+            ));
         }
         let stream = paired.item_bytes() * u64::from(header.window_len);
-        let range_end = header.offset.checked_add(header.len).filter(|end| *end <= stream);
+        let range_end = header
+            .offset
+            .checked_add(header.len)
+            .filter(|end| *end <= stream);
         let Some(range_end) = range_end else {
             let (offset, len) = (header.offset, header.len);
-            return Err(format!("a batch of {len} bytes at {offset} of a stream of {stream}"));
+            return Err(format!(
+                "a batch of {len} bytes at {offset} of a stream of {stream}"
+            ));
         };
         Ok(BatchIn {
             transfer: self.id,
@@ -166,7 +179,9 @@ impl ReceiveRoom {
     /// # Errors
     /// What the peer did wrong, in words.
     pub(super) fn count(&mut self, peer: PeerId, header: &BatchHeader) -> Result<bool, String> {
-        let leg = self.leg_mut(peer).ok_or("a batch from a peer that has no part in the room")?;
+        let leg = self
+            .leg_mut(peer)
+            .ok_or("a batch from a peer that has no part in the room")?;
         if !leg.seen.insert(header.seq) {
             return Ok(false);
         }
@@ -176,7 +191,9 @@ impl ReceiveRoom {
         if header.is_last() {
             let (seen, expected) = (leg.seen.count(), header.seq + 1);
             if seen != expected {
-                return Err(format!("its last batch came after {seen} of {expected} batches"));
+                return Err(format!(
+                    "its last batch came after {seen} of {expected} batches"
+                ));
             }
             if leg.kv_bytes != leg.kv_bytes_expected {
                 let (got, wanted) = (leg.kv_bytes, leg.kv_bytes_expected);

@@ -25,7 +25,16 @@ pub(super) struct SendLeg {
 impl SendLeg {
     pub(super) fn new(peer: PeerId, epoch: Epoch, dummy: bool, granted: Vec<usize>) -> Self {
         let unacked_on = [0; LANES_MAX as usize];
-        Self { peer, epoch, dummy, granted, next_seq: 0, unacked: 0, unacked_on, done: false }
+        Self {
+            peer,
+            epoch,
+            dummy,
+            granted,
+            next_seq: 0,
+            unacked: 0,
+            unacked_on,
+            done: false,
+        }
     }
 
     /// Whether every unacknowledged batch is on that lane, so that its order is enough.
@@ -81,7 +90,8 @@ pub(super) struct SendRoom {
 
 impl SendRoom {
     pub(super) fn is_ready(&self) -> bool {
-        self.expected.is_some_and(|expected| self.legs.len() == usize::from(expected))
+        self.expected
+            .is_some_and(|expected| self.legs.len() == usize::from(expected))
     }
 
     /// What it is waiting for, in words.
@@ -130,11 +140,20 @@ impl SendRoom {
 #[derive(Debug)]
 pub(super) enum Orphan {
     /// Grants that wait for the sender.
-    Granted { legs: Vec<(SendLeg, u16, u32)>, timer: TimerKey },
+    Granted {
+        legs: Vec<(SendLeg, u16, u32)>,
+        timer: TimerKey,
+    },
     /// The receiver gave up first: a later sender fails at once (SGLang semantic worth keeping).
-    Cancelled { error: TransferError, timer: TimerKey },
+    Cancelled {
+        error: TransferError,
+        timer: TimerKey,
+    },
     /// The sender ended before a grant came: the grant is answered at once instead of waiting for a deadline.
-    SenderEnded { error: TransferError, timer: TimerKey },
+    SenderEnded {
+        error: TransferError,
+        timer: TimerKey,
+    },
 }
 
 impl Orphan {

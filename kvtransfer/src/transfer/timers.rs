@@ -42,7 +42,9 @@ impl Timers {
 
     /// When the next timer is due.
     pub(super) fn next(&self) -> Time {
-        self.due.first_key_value().map_or(Time::NEVER, |(key, _)| key.0)
+        self.due
+            .first_key_value()
+            .map_or(Time::NEVER, |(key, _)| key.0)
     }
 
     pub(super) fn pop(&mut self, now: Time) -> Option<Due> {

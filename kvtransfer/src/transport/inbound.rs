@@ -1,5 +1,8 @@
 //! The receiving half of a lane: headers in, payload straight into the pages, under the room's gate.
-#![expect(unsafe_code, reason = "hands raw region memory to recvmsg and process_vm_readv")]
+#![expect(
+    unsafe_code,
+    reason = "hands raw region memory to recvmsg and process_vm_readv"
+)]
 
 use std::{io, os::fd::BorrowedFd, sync::Arc};
 
@@ -161,8 +164,9 @@ impl Inbound {
                     self.expect = Expect::Seal(header, batch, placement);
                     return Ok(Step::NeedBytes);
                 };
-                let seal: &[u8; Seal::LEN] =
-                    seal.first_chunk().expect("invariant: taken with that length");
+                let seal: &[u8; Seal::LEN] = seal
+                    .first_chunk()
+                    .expect("invariant: taken with that length");
                 let good = Seal::parse(seal, header.seq)?;
                 match batch {
                     None => discard(&header, out),
@@ -189,7 +193,10 @@ impl Inbound {
             };
             let ack = Ack::parse(bytes)?;
             self.start += Ack::LEN;
-            context.hub.on_ack(context.peer, context.lane, &ack).map_err(LaneError::Protocol)?;
+            context
+                .hub
+                .on_ack(context.peer, context.lane, &ack)
+                .map_err(LaneError::Protocol)?;
             out.unacked = out.unacked.saturating_sub(1);
             return Ok(Step::Again);
         }
@@ -265,7 +272,10 @@ impl Inbound {
             let source = &self.buffer[self.start..self.start + bytes];
             let copied = region.map(|region| region.write_at(segment.offset, source));
             if !matches!(copied, Some(Ok(()))) {
-                return Err(LaneError::Protocol(format!("region {} is gone", segment.region.0)));
+                return Err(LaneError::Protocol(format!(
+                    "region {} is gone",
+                    segment.region.0
+                )));
             }
             self.start += bytes;
             filling.left -= len;
@@ -326,7 +336,10 @@ impl Inbound {
         socket: BorrowedFd<'_>,
         mut filling: Box<Filling>,
     ) -> io::Result<usize> {
-        debug_assert!(self.start == self.end, "the buffer was emptied into the pages first");
+        debug_assert!(
+            self.start == self.end,
+            "the buffer was emptied into the pages first"
+        );
         self.refill(&mut filling);
         self.ranges.clear();
         let mut staged = 0;
@@ -335,7 +348,8 @@ impl Inbound {
             staged += segment.len;
         }
         if staged == filling.left {
-            self.ranges.push(IoRange::new(self.buffer.as_mut_ptr(), AHEAD));
+            self.ranges
+                .push(IoRange::new(self.buffer.as_mut_ptr(), AHEAD));
         }
         let received = match filling.gate.pass() {
             // SAFETY: the ranges are region memory that the hub keeps alive, and the empty buffer; the gate is held, so
@@ -356,7 +370,11 @@ impl Inbound {
         };
         let placed = (got as u64).min(filling.left);
         filling.left -= placed;
-        self.segment_at = consume(&mut self.segments[..self.segment_end], self.segment_at, placed);
+        self.segment_at = consume(
+            &mut self.segments[..self.segment_end],
+            self.segment_at,
+            placed,
+        );
         self.end = got - usize::try_from(placed).unwrap_or(got);
         self.expect = Expect::Payload(filling);
         Ok(got)
@@ -391,8 +409,10 @@ impl Inbound {
             return Placement::Failed(TransferError::PeerMisbehaved { reason });
         };
         let (token, items) = list.split_at(8);
-        let items: Vec<i32> =
-            items.chunks_exact(4).map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        let items: Vec<i32> = items
+            .chunks_exact(4)
+            .map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+            .collect();
         let misbehaved =
             |reason: String| Placement::Failed(TransferError::PeerMisbehaved { reason });
         if let Err(error) = check_source_items(&batch.pairing, batch.component, &items) {
@@ -403,7 +423,10 @@ impl Inbound {
             batch.component,
             items.len(),
             batch.range.clone(),
-            &Limits { len_max: std::num::NonZeroU64::new(PULL_BYTES_MAX), ..Limits::default() },
+            &Limits {
+                len_max: std::num::NonZeroU64::new(PULL_BYTES_MAX),
+                ..Limits::default()
+            },
         );
         let mut cursor = match cursor {
             Ok(cursor) => cursor,
@@ -439,7 +462,8 @@ impl Inbound {
         while at < filled {
             self.ranges.clear();
             let mut bytes = 0_u64;
-            while at < filled && (bytes == 0 || bytes + self.descriptors[at].len <= PULL_BYTES_MAX) {
+            while at < filled && (bytes == 0 || bytes + self.descriptors[at].len <= PULL_BYTES_MAX)
+            {
                 let descriptor = &self.descriptors[at];
                 let source = descriptor.source;
                 let base = context.peer_regions.get(source.region.0 as usize);
@@ -453,8 +477,7 @@ impl Inbound {
                     return Err(memory_error(&io::ErrorKind::InvalidInput.into()));
                 };
                 let base = base.map_or(0, |region| region.base);
-                remote[self.ranges.len()] =
-                    IoRange::remote(base.wrapping_add(source.offset), len);
+                remote[self.ranges.len()] = IoRange::remote(base.wrapping_add(source.offset), len);
                 self.ranges.push(range);
                 bytes += descriptor.len;
                 at += 1;
@@ -518,17 +541,28 @@ fn discard(header: &BatchHeader, out: &mut Outbound) {
 fn target_cursor(batch: &BatchIn) -> Result<SideCursor, LaneError> {
     let pairing = Arc::clone(&batch.pairing);
     let items = batch.part.len();
-    SideCursor::new(pairing, batch.component, End::Target, items, batch.range.clone())
-        .map_err(|error| LaneError::Protocol(error.to_string()))
+    SideCursor::new(
+        pairing,
+        batch.component,
+        End::Target,
+        items,
+        batch.range.clone(),
+    )
+    .map_err(|error| LaneError::Protocol(error.to_string()))
 }
 
 fn check_source_items(pairing: &Pairing, component: usize, items: &[i32]) -> Result<(), String> {
-    let paired = pairing.components.get(component).ok_or("an unknown component")?;
+    let paired = pairing
+        .components
+        .get(component)
+        .ok_or("an unknown component")?;
     check_items(items, paired.item_count(End::Source)).map_err(|error| error.to_string())
 }
 
 fn memory_error(error: &io::Error) -> Placement {
     let errno = error.raw_os_error().unwrap_or(0);
-    Placement::Failed(TransferError::Memory { op: "process_vm_readv", errno })
+    Placement::Failed(TransferError::Memory {
+        op: "process_vm_readv",
+        errno,
+    })
 }
-

@@ -123,11 +123,14 @@ impl Lane {
         let worker = Arc::clone(&lane);
         const STACK: usize = 256 << 10;
         let alive = hub.lane_alive();
-        std::thread::Builder::new().name(name).stack_size(STACK).spawn(move || {
-            worker.run();
-            drop(worker);
-            drop(alive);
-        })?;
+        std::thread::Builder::new()
+            .name(name)
+            .stack_size(STACK)
+            .spawn(move || {
+                worker.run();
+                drop(worker);
+                drop(alive);
+            })?;
         Ok(lane)
     }
 
@@ -194,7 +197,9 @@ impl Lane {
             return;
         };
         self.failed.store(true, Ordering::SeqCst);
-        let LaneContext { hub, peer, lane, .. } = &open.context;
+        let LaneContext {
+            hub, peer, lane, ..
+        } = &open.context;
         tracing::info!(%peer, lane = lane.0, %error, "lane ended");
         hub.lane_down(*peer, *lane, &error.to_string());
         let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
@@ -203,11 +208,13 @@ impl Lane {
 
     /// Whether a caller drives the lane, or has just done so.
     fn is_driven(&self) -> bool {
-        let since = clock::now().nanos().saturating_sub(self.driven_at.load(Ordering::SeqCst));
+        let since = clock::now()
+            .nanos()
+            .saturating_sub(self.driven_at.load(Ordering::SeqCst));
         self.drivers.load(Ordering::SeqCst) > 0 || Duration::from_nanos(since) < DRIVEN_FOR
     }
 
-    fn run(self: Arc<Self>) {
+    fn run(&self) {
         loop {
             if self.failed.load(Ordering::SeqCst) {
                 return;
@@ -237,7 +244,11 @@ impl Lane {
                 PollFd::new(&self.kick, PollFlags::IN),
                 PollFd::new(&self.socket, interest),
             ];
-            let watched = if driven && !blocked { &mut fds[..1] } else { &mut fds[..] };
+            let watched = if driven && !blocked {
+                &mut fds[..1]
+            } else {
+                &mut fds[..]
+            };
             let _ = poll(watched, timeout.as_ref());
         }
     }
@@ -260,7 +271,8 @@ impl LaneIo {
 
     /// Reads, answers, sends, until the socket gives and takes no more.
     fn pump(&mut self, socket: BorrowedFd<'_>) -> Result<(), LaneError> {
-        self.inbound.pump(&self.context, socket, &mut self.outbound)?;
+        self.inbound
+            .pump(&self.context, socket, &mut self.outbound)?;
         self.outbound_pump(socket)?;
         Ok(())
     }
@@ -272,4 +284,3 @@ fn timespec(duration: Duration) -> Timespec {
         tv_nsec: duration.subsec_nanos().into(),
     }
 }
-

@@ -10,7 +10,10 @@ use super::{
 };
 use crate::{
     memory::{Gate, Region},
-    plan::{cursor::{Segment, SideCursor}, mismatch::End},
+    plan::{
+        cursor::{Segment, SideCursor},
+        mismatch::End,
+    },
     transfer::BatchOut,
     wire::lane::{Ack, BatchHeader, PayloadMode, Seal},
 };
@@ -165,7 +168,12 @@ impl Outbound {
                 None
             }
         };
-        self.writing = Some(Writing { gate, head, head_sent: 0, payload });
+        self.writing = Some(Writing {
+            gate,
+            head,
+            head_sent: 0,
+            payload,
+        });
         Ok(())
     }
 
@@ -179,7 +187,10 @@ impl Outbound {
         gate: &Gate,
         slot: u64,
     ) -> Result<u64, LaneError> {
-        let ring = context.ring_out.as_ref().ok_or_else(|| missing_ring("sending"))?;
+        let ring = context
+            .ring_out
+            .as_ref()
+            .ok_or_else(|| missing_ring("sending"))?;
         let mut place = ring.slot(slot);
         let first = place;
         let mut cursor = source_cursor(batch)?;
@@ -191,7 +202,10 @@ impl Outbound {
             };
             for segment in &self.segments[..filled] {
                 let len = len_of(segment);
-                let source = context.hub.region(segment.region).ok_or_else(|| no_region(segment))?;
+                let source = context
+                    .hub
+                    .region(segment.region)
+                    .ok_or_else(|| no_region(segment))?;
                 let copied = ring.region().copy_from(place, source, segment.offset, len);
                 copied.map_err(|error| LaneError::Protocol(error.to_string()))?;
                 place += segment.len;
@@ -200,13 +214,12 @@ impl Outbound {
         Ok(first)
     }
 
-    fn send_some(
-        &mut self,
-        context: &LaneContext,
-        socket: BorrowedFd<'_>,
-    ) -> io::Result<usize> {
+    fn send_some(&mut self, context: &LaneContext, socket: BorrowedFd<'_>) -> io::Result<usize> {
         self.ranges.clear();
-        let started = self.writing.as_ref().is_some_and(|writing| writing.head_sent > 0);
+        let started = self
+            .writing
+            .as_ref()
+            .is_some_and(|writing| writing.head_sent > 0);
         if !started {
             push_bytes(&mut self.ranges, &self.acks[self.acks_sent..]);
         }
@@ -220,13 +233,19 @@ impl Outbound {
             return unsafe { sys::send(socket, &self.ranges) };
         };
         // Held during the call: when the room's end is reported, the kernel no longer reads its pages.
-        let pass = if payload.left > 0 && !payload.void { writing.gate.pass() } else { None };
+        let pass = if payload.left > 0 && !payload.void {
+            writing.gate.pass()
+        } else {
+            None
+        };
         if payload.left > 0 && pass.is_none() && !payload.void {
             payload.void = true;
             payload.seal = Seal::new(payload.batch.fields.seq, false).to_bytes();
         }
         if payload.void {
-            let len = usize::try_from(payload.left).unwrap_or(usize::MAX).min(ZEROS.len());
+            let len = usize::try_from(payload.left)
+                .unwrap_or(usize::MAX)
+                .min(ZEROS.len());
             push_bytes(&mut self.ranges, &ZEROS[..len]);
             if len as u64 == payload.left {
                 push_bytes(&mut self.ranges, &payload.seal[payload.seal_sent..]);
@@ -256,7 +275,10 @@ impl Outbound {
 
     /// Accounts for `sent` bytes, in the order in which `send_some` staged them.
     fn advance(&mut self, mut sent: usize) {
-        let started = self.writing.as_ref().is_some_and(|writing| writing.head_sent > 0);
+        let started = self
+            .writing
+            .as_ref()
+            .is_some_and(|writing| writing.head_sent > 0);
         if !started {
             let acks = sent.min(self.acks.len() - self.acks_sent);
             self.acks_sent += acks;
@@ -306,8 +328,14 @@ fn no_region(segment: &Segment) -> LaneError {
 fn source_cursor(batch: &BatchOut) -> Result<SideCursor, LaneError> {
     let component = usize::from(batch.fields.component);
     let range = batch.fields.offset..batch.fields.offset + batch.fields.len;
-    SideCursor::new(Arc::clone(&batch.pairing), component, End::Source, batch.part.len(), range)
-        .map_err(|error| LaneError::Protocol(error.to_string()))
+    SideCursor::new(
+        Arc::clone(&batch.pairing),
+        component,
+        End::Source,
+        batch.part.len(),
+        range,
+    )
+    .map_err(|error| LaneError::Protocol(error.to_string()))
 }
 
 pub(super) fn len_of(segment: &Segment) -> usize {

@@ -19,17 +19,25 @@ unsafe impl Send for IoRange {}
 
 impl IoRange {
     /// Nothing.
-    pub(crate) const EMPTY: Self =
-        Self(libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 });
+    pub(crate) const EMPTY: Self = Self(libc::iovec {
+        iov_base: std::ptr::null_mut(),
+        iov_len: 0,
+    });
 
     pub(crate) fn new(base: *mut u8, len: usize) -> Self {
-        Self(libc::iovec { iov_base: base.cast(), iov_len: len })
+        Self(libc::iovec {
+            iov_base: base.cast(),
+            iov_len: len,
+        })
     }
 
     /// A range in another process.
     pub(crate) fn remote(address: u64, len: usize) -> Self {
         let address = usize::try_from(address).unwrap_or(usize::MAX);
-        Self(libc::iovec { iov_base: std::ptr::without_provenance_mut(address), iov_len: len })
+        Self(libc::iovec {
+            iov_base: std::ptr::without_provenance_mut(address),
+            iov_len: len,
+        })
     }
 }
 
@@ -42,14 +50,21 @@ fn result(done: isize) -> io::Result<usize> {
 /// # Safety
 /// Every range must be readable until the call returns.
 pub(crate) unsafe fn send(socket: BorrowedFd<'_>, ranges: &[IoRange]) -> io::Result<usize> {
-    debug_assert!(ranges.len() <= IOV_MAX, "the kernel takes at most IOV_MAX ranges");
+    debug_assert!(
+        ranges.len() <= IOV_MAX,
+        "the kernel takes at most IOV_MAX ranges"
+    );
     // SAFETY: an all-zero msghdr is valid: no name, no ranges, no control data.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = ranges.as_ptr().cast_mut().cast();
     message.msg_iovlen = ranges.len() as _;
     // SAFETY: `ranges` is repr(transparent) over iovec and outlives the call; the caller vouches for the memory.
     let done = unsafe {
-        libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
+        libc::sendmsg(
+            socket.as_raw_fd(),
+            &raw const message,
+            libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
+        )
     };
     result(done)
 }
@@ -59,14 +74,16 @@ pub(crate) unsafe fn send(socket: BorrowedFd<'_>, ranges: &[IoRange]) -> io::Res
 /// # Safety
 /// Every range must be writable until the call returns, and no reference to it may exist.
 pub(crate) unsafe fn receive(socket: BorrowedFd<'_>, ranges: &[IoRange]) -> io::Result<usize> {
-    debug_assert!(ranges.len() <= IOV_MAX, "the kernel takes at most IOV_MAX ranges");
+    debug_assert!(
+        ranges.len() <= IOV_MAX,
+        "the kernel takes at most IOV_MAX ranges"
+    );
     // SAFETY: an all-zero msghdr is valid: no name, no ranges, no control data.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = ranges.as_ptr().cast_mut().cast();
     message.msg_iovlen = ranges.len() as _;
     // SAFETY: `ranges` is repr(transparent) over iovec and outlives the call; the caller vouches for the memory.
-    let done =
-        unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) };
+    let done = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) };
     result(done)
 }
 
@@ -75,7 +92,10 @@ pub(crate) unsafe fn receive(socket: BorrowedFd<'_>, ranges: &[IoRange]) -> io::
 /// # Safety
 /// Every local range must be writable until the call returns, and no reference to it may exist.
 pub(crate) unsafe fn pull(pid: i32, local: &[IoRange], remote: &[IoRange]) -> io::Result<usize> {
-    debug_assert!(local.len() <= IOV_MAX && remote.len() <= IOV_MAX, "at most IOV_MAX ranges");
+    debug_assert!(
+        local.len() <= IOV_MAX && remote.len() <= IOV_MAX,
+        "at most IOV_MAX ranges"
+    );
     // SAFETY: both lists are repr(transparent) over iovec and outlive the call; the kernel checks remote addresses, the
     // caller vouches for local ones.
     let done = unsafe {
@@ -98,5 +118,9 @@ pub(crate) fn peek<const N: usize>(pid: i32, address: u64) -> io::Result<[u8; N]
     let remote = [IoRange::remote(address, N)];
     // SAFETY: `bytes` is a local array that nothing else refers to during the call.
     let done = unsafe { pull(pid, &local, &remote) }?;
-    if done == N { Ok(bytes) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+    if done == N {
+        Ok(bytes)
+    } else {
+        Err(io::ErrorKind::UnexpectedEof.into())
+    }
 }

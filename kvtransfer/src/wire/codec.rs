@@ -15,7 +15,9 @@ pub enum WireError {
         got: u32,
     },
     /// The peer speaks another protocol version.
-    #[error("protocol version {got} is not supported, this side speaks {expected}: upgrade the older of the two")]
+    #[error(
+        "protocol version {got} is not supported, this side speaks {expected}: upgrade the older of the two"
+    )]
     Version {
         /// Spoken here.
         expected: u8,
@@ -117,8 +119,10 @@ impl<'a> Reader<'a> {
     }
 
     pub(crate) fn raw(&mut self, len: usize) -> Result<&'a [u8], WireError> {
-        let (head, rest) =
-            self.rest.split_at_checked(len).ok_or(WireError::Length { what: self.what })?;
+        let (head, rest) = self
+            .rest
+            .split_at_checked(len)
+            .ok_or(WireError::Length { what: self.what })?;
         self.rest = rest;
         Ok(head)
     }
@@ -159,7 +163,11 @@ impl<'a> Reader<'a> {
         let got = self.u32()?;
         let count = usize::try_from(got).unwrap_or(usize::MAX);
         if count > limit {
-            return Err(WireError::TooLong { what, got: got.into(), limit: limit as u64 });
+            return Err(WireError::TooLong {
+                what,
+                got: got.into(),
+                limit: limit as u64,
+            });
         }
         if count.saturating_mul(each) > self.rest.len() {
             return Err(WireError::Length { what: self.what });
@@ -183,10 +191,17 @@ impl<'a> Reader<'a> {
     ) -> Result<Vec<i32>, WireError> {
         let count = self.count(what, limit, 4)?;
         let raw = self.raw(count * 4)?;
-        Ok(raw.chunks_exact(4).map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+        Ok(raw
+            .chunks_exact(4)
+            .map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+            .collect())
     }
 
     pub(crate) fn finish(self) -> Result<(), WireError> {
-        if self.rest.is_empty() { Ok(()) } else { Err(WireError::Length { what: self.what }) }
+        if self.rest.is_empty() {
+            Ok(())
+        } else {
+            Err(WireError::Length { what: self.what })
+        }
     }
 }

@@ -64,16 +64,25 @@ impl FailureCode {
 
     /// A stable name for metrics and logs.
     pub fn name(self) -> &'static str {
-        Self::ALL.iter().find(|row| row.0 == self).map_or("unknown", |row| row.2)
+        Self::ALL
+            .iter()
+            .find(|row| row.0 == self)
+            .map_or("unknown", |row| row.2)
     }
 
     fn number(self) -> u16 {
-        Self::ALL.iter().find(|row| row.0 == self).map_or(0, |row| row.1)
+        Self::ALL
+            .iter()
+            .find(|row| row.0 == self)
+            .map_or(0, |row| row.1)
     }
 
     fn from_number(got: u16) -> Result<Self, WireError> {
         let row = Self::ALL.iter().find(|row| row.1 == got);
-        row.map(|row| row.0).ok_or(WireError::Value { what: "failure code", got: got.into() })
+        row.map(|row| row.0).ok_or(WireError::Value {
+            what: "failure code",
+            got: got.into(),
+        })
     }
 }
 
@@ -168,7 +177,13 @@ impl Control {
                 w.text(bounded(reason));
                 3
             }
-            Self::LaneOpen { instance, link, lane, token, can_pull } => {
+            Self::LaneOpen {
+                instance,
+                link,
+                lane,
+                token,
+                can_pull,
+            } => {
                 w.raw(&instance.0);
                 w.u64(*link);
                 w.u8(*lane);
@@ -185,7 +200,12 @@ impl Control {
                 write_grant(&mut w, grant);
                 6
             }
-            Self::RoomFailed { room, epoch, code, reason } => {
+            Self::RoomFailed {
+                room,
+                epoch,
+                code,
+                reason,
+            } => {
                 w.u64(*room);
                 w.u32(epoch.0);
                 w.u16(code.number());
@@ -215,7 +235,9 @@ impl Control {
         let message = match kind {
             1 => Self::Hello(Box::new(Hello::read(&mut r)?)),
             2 => Self::Welcome(Box::new(Hello::read(&mut r)?)),
-            3 => Self::Reject { reason: r.text("reason", REASON_BYTES_MAX)? },
+            3 => Self::Reject {
+                reason: r.text("reason", REASON_BYTES_MAX)?,
+            },
             4 => Self::LaneOpen {
                 instance: InstanceId(r.id()?),
                 link: r.u64()?,
@@ -223,7 +245,9 @@ impl Control {
                 token: r.bytes("token", TOKEN_BYTES_MAX)?,
                 can_pull: r.u8()? != 0,
             },
-            5 => Self::LaneReady { can_pull: r.u8()? != 0 },
+            5 => Self::LaneReady {
+                can_pull: r.u8()? != 0,
+            },
             6 => Self::Grant(read_grant(&mut r)?),
             7 => Self::RoomFailed {
                 room: r.u64()?,
@@ -233,7 +257,12 @@ impl Control {
             },
             8 => Self::Ping { nonce: r.u64()? },
             9 => Self::Pong { nonce: r.u64()? },
-            got => return Err(WireError::Value { what: "message kind", got: got.into() }),
+            got => {
+                return Err(WireError::Value {
+                    what: "message kind",
+                    got: got.into(),
+                });
+            }
         };
         r.finish()?;
         Ok(message)
@@ -254,7 +283,10 @@ fn read_lane(r: &mut Reader<'_>) -> Result<u8, WireError> {
     if lane < LANES_MAX {
         Ok(lane)
     } else {
-        Err(WireError::Value { what: "lane number", got: lane.into() })
+        Err(WireError::Value {
+            what: "lane number",
+            got: lane.into(),
+        })
     }
 }
 
@@ -284,7 +316,14 @@ fn read_grant(r: &mut Reader<'_>) -> Result<Grant, WireError> {
             Ok(items)
         })
         .collect::<Result<_, WireError>>()?;
-    Ok(Grant { room, epoch, receivers_expected, dummy, prefix_tokens, items })
+    Ok(Grant {
+        room,
+        epoch,
+        receivers_expected,
+        dummy,
+        prefix_tokens,
+        items,
+    })
 }
 
 /// Cuts a byte stream into messages. Holds at most one incomplete message.
@@ -297,7 +336,10 @@ pub struct ControlDecoder {
 impl ControlDecoder {
     /// For a peer that has not introduced itself: small bodies only.
     pub fn for_stranger() -> Self {
-        Self { buffer: Vec::new(), body_max: STRANGER_BODY_BYTES_MAX }
+        Self {
+            buffer: Vec::new(),
+            body_max: STRANGER_BODY_BYTES_MAX,
+        }
     }
 
     /// The peer has introduced itself: grants may come.
@@ -314,23 +356,37 @@ impl ControlDecoder {
     ///
     /// # Errors
     /// Anything that is not this protocol; the stream cannot be used any further.
-    #[expect(clippy::should_implement_trait, reason = "fallible and re-armed by push: not an iterator")]
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "fallible and re-armed by push: not an iterator"
+    )]
     pub fn next(&mut self) -> Result<Option<Control>, WireError> {
         let Some(head) = self.buffer.first_chunk::<HEAD_LEN>() else {
             return Ok(None);
         };
-        let word = |at: usize| u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+        let word =
+            |at: usize| u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
         if word(0) != CONTROL_MAGIC {
-            return Err(WireError::Magic { expected: CONTROL_MAGIC, got: word(0) });
+            return Err(WireError::Magic {
+                expected: CONTROL_MAGIC,
+                got: word(0),
+            });
         }
         if head[4] != VERSION {
-            return Err(WireError::Version { expected: VERSION, got: head[4] });
+            return Err(WireError::Version {
+                expected: VERSION,
+                got: head[4],
+            });
         }
         let got = word(8);
         let len = usize::try_from(got).unwrap_or(usize::MAX);
         if len > self.body_max {
             let limit = self.body_max as u64;
-            return Err(WireError::TooLong { what: "control message", got: got.into(), limit });
+            return Err(WireError::TooLong {
+                what: "control message",
+                got: got.into(),
+                limit,
+            });
         }
         let end = HEAD_LEN + len;
         let Some(body) = self.buffer.get(HEAD_LEN..end) else {
@@ -345,7 +401,7 @@ impl ControlDecoder {
     pub fn pending(&self) -> usize {
         self.buffer.len()
     }
-    
+
     /// Takes the bytes after the last message, for handing a stream over to another protocol.
     pub fn into_rest(self) -> Vec<u8> {
         self.buffer

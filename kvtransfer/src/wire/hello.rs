@@ -94,7 +94,10 @@ impl Hello {
         let link = r.u64()?;
         let lanes = r.u8()?;
         if lanes == 0 || lanes > LANES_MAX {
-            return Err(WireError::Value { what: "lane count", got: lanes.into() });
+            return Err(WireError::Value {
+                what: "lane count",
+                got: lanes.into(),
+            });
         }
         let token = r.bytes("token", TOKEN_BYTES_MAX)?;
         let host = HostIdentity {
@@ -105,10 +108,24 @@ impl Hello {
             probe_cookie: r.id()?,
         };
         let regions = (0..r.count("region count", REGIONS_MAX, 16)?)
-            .map(|_| Ok(RegionAddress { base: r.u64()?, len: r.u64()? }))
+            .map(|_| {
+                Ok(RegionAddress {
+                    base: r.u64()?,
+                    len: r.u64()?,
+                })
+            })
             .collect::<Result<_, WireError>>()?;
         let layout = read_layout(r)?;
-        Ok(Self { instance, generation, link, lanes, token, host, regions, layout })
+        Ok(Self {
+            instance,
+            generation,
+            link,
+            lanes,
+            token,
+            host,
+            regions,
+            layout,
+        })
     }
 }
 
@@ -118,7 +135,10 @@ fn write_shard(w: &mut Writer<'_>, shard: Shard) {
 }
 
 fn read_shard(r: &mut Reader<'_>) -> Result<Shard, WireError> {
-    Ok(Shard { rank: r.u32()?, size: r.u32()? })
+    Ok(Shard {
+        rank: r.u32()?,
+        size: r.u32()?,
+    })
 }
 
 fn write_layout(w: &mut Writer<'_>, layout: &Layout) {
@@ -126,7 +146,10 @@ fn write_layout(w: &mut Writer<'_>, layout: &Layout) {
     w.text(&layout.kv_dtype);
     w.text(&layout.kv_layout);
     let (total, rank) = match layout.attention {
-        Attention::Heads { total_kv_heads, rank_kv_heads } => (total_kv_heads, rank_kv_heads),
+        Attention::Heads {
+            total_kv_heads,
+            rank_kv_heads,
+        } => (total_kv_heads, rank_kv_heads),
         Attention::Latent => (0, 0),
     };
     w.u32(total);
@@ -166,14 +189,26 @@ fn read_layout(r: &mut Reader<'_>) -> Result<Layout, WireError> {
     let attention = if total_kv_heads == 0 {
         Attention::Latent
     } else {
-        Attention::Heads { total_kv_heads, rank_kv_heads }
+        Attention::Heads {
+            total_kv_heads,
+            rank_kv_heads,
+        }
     };
     let (tp, pp) = (read_shard(r)?, read_shard(r)?);
     let layers = r.u32()?..r.u32()?;
     let components = (0..r.count("component count", COMPONENTS_MAX, 9)?)
         .map(|_| read_component(r))
         .collect::<Result<_, _>>()?;
-    Ok(Layout { page_size, kv_dtype, kv_layout, attention, tp, pp, layers, components })
+    Ok(Layout {
+        page_size,
+        kv_dtype,
+        kv_layout,
+        attention,
+        tp,
+        pp,
+        layers,
+        components,
+    })
 }
 
 fn read_component(r: &mut Reader<'_>) -> Result<Component, WireError> {
@@ -181,7 +216,12 @@ fn read_component(r: &mut Reader<'_>) -> Result<Component, WireError> {
         0 => ComponentKind::Kv,
         1 => ComponentKind::Aux,
         2 => ComponentKind::State(r.text("state type", NAME_BYTES_MAX)?),
-        got => return Err(WireError::Value { what: "component kind", got: got.into() }),
+        got => {
+            return Err(WireError::Value {
+                what: "component kind",
+                got: got.into(),
+            });
+        }
     };
     let draft_entries = r.u32()?;
     let entries = (0..r.count("entry count", ENTRIES_MAX, 33)?)
@@ -191,8 +231,18 @@ fn read_component(r: &mut Reader<'_>) -> Result<Component, WireError> {
             let named = r.u8()? != 0;
             let layer = r.u32()?;
             let layer_id = named.then_some(layer);
-            Ok(Entry { region, offset, item_len, item_count, layer_id })
+            Ok(Entry {
+                region,
+                offset,
+                item_len,
+                item_count,
+                layer_id,
+            })
         })
         .collect::<Result<_, WireError>>()?;
-    Ok(Component { kind, entries, draft_entries })
+    Ok(Component {
+        kind,
+        entries,
+        draft_entries,
+    })
 }

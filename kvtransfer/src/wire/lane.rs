@@ -64,9 +64,13 @@ pub struct BatchHeader {
 }
 
 /// The wire format is this exact layout; a change is a new protocol version.
-const _: () = assert!(size_of::<BatchHeader>() == BatchHeader::LEN && align_of::<BatchHeader>() == 8);
+const _: () =
+    assert!(size_of::<BatchHeader>() == BatchHeader::LEN && align_of::<BatchHeader>() == 8);
 const _: () = assert!(size_of::<Ack>() == Ack::LEN && size_of::<Seal>() == Seal::LEN);
-const _: () = assert!(cfg!(target_endian = "little"), "lane frames are sent as they lie in memory");
+const _: () = assert!(
+    cfg!(target_endian = "little"),
+    "lane frames are sent as they lie in memory"
+);
 
 const FLAG_LAST: u8 = 1;
 
@@ -141,21 +145,36 @@ impl BatchHeader {
     pub fn parse(bytes: &[u8; Self::LEN]) -> Result<Self, WireError> {
         let header: Self = bytemuck::pod_read_unaligned(bytes);
         if header.magic != BATCH_MAGIC {
-            return Err(WireError::Magic { expected: BATCH_MAGIC, got: header.magic });
+            return Err(WireError::Magic {
+                expected: BATCH_MAGIC,
+                got: header.magic,
+            });
         }
         let version = super::control::VERSION;
         if header.version != version {
-            return Err(WireError::Version { expected: version, got: header.version });
+            return Err(WireError::Version {
+                expected: version,
+                got: header.version,
+            });
         }
         let expected = header.checksum();
         if header.check != expected {
-            return Err(WireError::Damaged { expected, got: header.check });
+            return Err(WireError::Damaged {
+                expected,
+                got: header.check,
+            });
         }
         if header.mode > 2 {
-            return Err(WireError::Value { what: "payload mode", got: header.mode.into() });
+            return Err(WireError::Value {
+                what: "payload mode",
+                got: header.mode.into(),
+            });
         }
         if header.flags > FLAG_LAST {
-            return Err(WireError::Value { what: "batch flags", got: header.flags.into() });
+            return Err(WireError::Value {
+                what: "batch flags",
+                got: header.flags.into(),
+            });
         }
         let bounds = [
             ("batch", header.len, BATCH_BYTES_MAX),
@@ -192,10 +211,12 @@ impl BatchHeader {
     /// Mixes every field but `check`. It catches lost framing, not malice.
     fn checksum(&self) -> u32 {
         let bytes: [u8; Self::LEN] = bytemuck::cast(*self);
-        let mix = bytes[..Self::LEN - 4].chunks_exact(4).fold(0x9E37_79B9_u32, |acc, word| {
-            let word = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
-            (acc.rotate_left(5) ^ word).wrapping_mul(0x85EB_CA6B)
-        });
+        let mix = bytes[..Self::LEN - 4]
+            .chunks_exact(4)
+            .fold(0x9E37_79B9_u32, |acc, word| {
+                let word = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
+                (acc.rotate_left(5) ^ word).wrapping_mul(0x85EB_CA6B)
+            });
         mix ^ (mix >> 15)
     }
 }
@@ -219,7 +240,10 @@ impl Seal {
 
     /// Seals batch `seq`.
     pub fn new(seq: u32, good: bool) -> Self {
-        Self { mark: if good { Self::GOOD } else { Self::VOID }, seq }
+        Self {
+            mark: if good { Self::GOOD } else { Self::VOID },
+            seq,
+        }
     }
 
     /// The bytes to send.
@@ -234,7 +258,10 @@ impl Seal {
     pub fn parse(bytes: &[u8; Self::LEN], seq: u32) -> Result<bool, WireError> {
         let seal: Self = bytemuck::pod_read_unaligned(bytes);
         if seal.seq != seq || (seal.mark != Self::GOOD && seal.mark != Self::VOID) {
-            return Err(WireError::Magic { expected: Self::GOOD, got: seal.mark });
+            return Err(WireError::Magic {
+                expected: Self::GOOD,
+                got: seal.mark,
+            });
         }
         Ok(seal.mark == Self::GOOD)
     }
@@ -291,17 +318,27 @@ impl Ack {
     pub fn parse(bytes: &[u8; Self::LEN]) -> Result<Self, WireError> {
         let ack: Self = bytemuck::pod_read_unaligned(bytes);
         if ack.magic != ACK_MAGIC {
-            return Err(WireError::Magic { expected: ACK_MAGIC, got: ack.magic });
+            return Err(WireError::Magic {
+                expected: ACK_MAGIC,
+                got: ack.magic,
+            });
         }
         if ack.status > 1 {
-            return Err(WireError::Value { what: "ack status", got: ack.status.into() });
+            return Err(WireError::Value {
+                what: "ack status",
+                got: ack.status.into(),
+            });
         }
         Ok(ack)
     }
 
     /// What became of the batch.
     pub fn status(&self) -> AckStatus {
-        if self.status == 0 { AckStatus::Placed } else { AckStatus::Discarded }
+        if self.status == 0 {
+            AckStatus::Placed
+        } else {
+            AckStatus::Discarded
+        }
     }
 
     /// The grant's epoch.
