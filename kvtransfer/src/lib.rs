@@ -2,5 +2,7 @@
 //!
 //! See `ARCHITECTURE.md` at the workspace root for the map.
 
+pub mod bootstrap;
 pub mod layout;
 pub mod plan;
+pub mod serve;
