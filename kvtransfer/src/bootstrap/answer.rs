@@ -1,8 +1,8 @@
-//! One HTTP request in, one HTTP reply out: the table of `reference` §2.1, including aiohttp's own error pages.
+//! One HTTP request in, one HTTP reply out: the registry's whole contract, including aiohttp's own error pages.
 //!
 //! Known differences from SGLang, all on requests its own clients never send: rows that could never become ready are
-//! refused with a 400 sentence instead of `OK`; non-ASCII digits and text where a number belongs answer 500; a full
-//! room table answers 503; aiohttp's HTML variant of the 500 page is not offered.
+//! refused with a 400 sentence instead of `OK`; non-ASCII digits, and rooms that are no list, answer 500; a full
+//! room table answers 503; pages for broken HTTP itself are hyper's; aiohttp's HTML variant of the 500 page is not offered.
 
 use std::borrow::Cow;
 use std::collections::HashSet;

@@ -231,13 +231,14 @@ async fn serve(config: BootstrapConfig, listener: TcpListener, mut stopped: watc
     }
     let others = tasks.len();
     let mut was_full = false;
+    let mut was_failing = false;
     loop {
         tokio::select! {
             // An error means the sender is gone, which also means stop.
             _ = stopped.wait_for(|&stop| stop) => break,
             Some(_) = tasks.join_next() => {}
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) if tasks.len() - others >= shared.config.connections_max => {
+                Ok((stream, _)) if tasks.len().saturating_sub(others) >= shared.config.connections_max => {
                     if !was_full {
                         warn!(limit = shared.config.connections_max, "too many connections: new ones are refused");
                     }
@@ -245,11 +246,14 @@ async fn serve(config: BootstrapConfig, listener: TcpListener, mut stopped: watc
                     refuse(stream, tls.is_some());
                 }
                 Ok((stream, peer)) => {
-                    was_full = false;
+                    (was_full, was_failing) = (false, false);
                     tasks.spawn(serve_connection(Arc::clone(&shared), stream, peer, tls.clone()));
                 }
                 Err(error) => {
-                    debug!(%error, "accept failed");
+                    if !was_failing {
+                        warn!(%error, "connections cannot be accepted; is `ulimit -n` above the connection limit?");
+                    }
+                    was_failing = true;
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             },
@@ -306,6 +310,8 @@ where
     let connection = http1::Builder::new()
         .max_buf_size(HEAD_BYTES_MAX)
         .header_read_timeout(None)
+        // As aiohttp spells them, for whoever reads the wire.
+        .title_case_headers(true)
         .serve_connection(io, service);
     tokio::select! {
         result = connection => if let Err(error) = result {

@@ -212,7 +212,7 @@ pub enum ClientError {
         /// Attempts made before the deadline.
         attempts: u32,
         /// The last one's error.
-        last: Box<ClientError>,
+        last: Box<Self>,
     },
     /// The blocking client could not make its runtime.
     #[error("cannot start a runtime: {0}")]
