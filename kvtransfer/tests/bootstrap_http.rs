@@ -1,4 +1,5 @@
 //! The bootstrap registry over real HTTP on loopback.
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};

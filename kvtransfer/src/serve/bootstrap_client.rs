@@ -4,7 +4,6 @@
 //! registry and to stock SGLang's alike.
 
 use std::collections::HashMap;
-use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,7 +24,12 @@ use tokio_rustls::rustls::pki_types::ServerName;
 
 use super::bootstrap::{GENERATION_HEADER, INSTANCE_HEADER, LEASE_HEADER};
 use crate::bootstrap::RankKey;
-use crate::bootstrap::ranks::PrefillShape;
+
+mod error;
+mod messages;
+
+pub use error::ClientError;
+pub use messages::{Answered, RankAddress, RankRow, ServerInfo};
 
 /// Attempts of [`BootstrapClient::register`], as in SGLang's `_register_topology_row`.
 pub const REGISTER_ATTEMPTS: u32 = 5;
@@ -58,181 +62,6 @@ impl BootstrapTarget {
             token: None,
             tls: None,
             request_timeout: Duration::from_secs(5),
-        }
-    }
-}
-
-/// The row a prefill rank registers; field names are SGLang's (`register_to_bootstrap`).
-#[derive(Clone, Debug, Serialize)]
-#[expect(
-    missing_docs,
-    reason = "the names are SGLang's, and `bootstrap::Row` explains them"
-)]
-pub struct RankRow {
-    pub attn_tp_size: u32,
-    pub attn_tp_rank: u32,
-    pub attn_cp_size: u32,
-    pub attn_cp_rank: u32,
-    pub attn_dp_size: u32,
-    pub attn_dp_rank: u32,
-    pub pp_size: u32,
-    pub pp_rank: u32,
-    pub system_dp_size: u32,
-    pub system_dp_rank: u32,
-    pub rank_ip: String,
-    pub rank_port: u16,
-    pub page_size: u32,
-    pub kv_cache_dtype: Option<String>,
-    pub kv_layout: Option<String>,
-    pub dsv41_spec_layout: Option<serde_json::Value>,
-    pub load_balance_method: String,
-    pub enable_dsa_cache_layer_split: bool,
-    pub enable_kv_cache_sharding: bool,
-    pub prefill_http_port: Option<u16>,
-    pub decode_allocation_policy: String,
-}
-
-/// What the registry says of a prefill instance.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[expect(
-    missing_docs,
-    reason = "the names are SGLang's, and `bootstrap::Row` explains them"
-)]
-pub struct ServerInfo {
-    pub attn_tp_size: u32,
-    pub attn_cp_size: u32,
-    pub dp_size: u32,
-    pub pp_size: u32,
-    pub page_size: Option<u64>,
-    pub kv_cache_dtype: Option<String>,
-    pub follow_bootstrap_room: bool,
-    #[serde(default)]
-    pub enable_dsa_cache_layer_split: bool,
-    pub dsv41_spec_layout: Option<serde_json::Value>,
-    pub kv_layout: Option<String>,
-    pub decode_allocation_policy: Option<String>,
-    #[serde(default)]
-    pub enable_kv_cache_sharding: bool,
-    pub prefill_http_port: Option<u16>,
-}
-
-impl ServerInfo {
-    /// The part the rank mapping needs.
-    #[must_use]
-    pub fn shape(&self) -> PrefillShape {
-        PrefillShape {
-            attn_tp_size: self.attn_tp_size,
-            attn_cp_size: self.attn_cp_size,
-            dp_size: self.dp_size,
-            pp_size: self.pp_size,
-            follow_bootstrap_room: self.follow_bootstrap_room,
-            enable_dsa_cache_layer_split: self.enable_dsa_cache_layer_split,
-            enable_kv_cache_sharding: self.enable_kv_cache_sharding,
-        }
-    }
-}
-
-/// Where one prefill rank listens.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-pub struct RankAddress {
-    /// Its address.
-    pub rank_ip: String,
-    /// Its port.
-    pub rank_port: u16,
-}
-
-/// A value, and which instance said so (our registry only).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Answered<T> {
-    /// The value.
-    pub value: T,
-    /// `X-KVTransfer-Generation`: a new number means that what was cached is void.
-    pub generation: Option<u64>,
-    /// `X-SGLang-Disaggregation-Instance-ID`.
-    pub instance: Option<String>,
-}
-
-/// Why the registry gave no usable answer.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ClientError {
-    /// The target or a header value cannot be used.
-    #[error("{what} cannot be used in a request")]
-    Unusable {
-        /// Which part.
-        what: &'static str,
-    },
-    /// No connection came about.
-    #[error("cannot connect to the bootstrap server at {authority}: {source}")]
-    Connect {
-        /// Where to.
-        authority: String,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// The connection broke.
-    #[error("the bootstrap server at {authority} hung up: {source}")]
-    Broken {
-        /// Where to.
-        authority: String,
-        /// What hyper said.
-        source: hyper::Error,
-    },
-    /// No answer in time.
-    #[error("the bootstrap server at {authority} did not answer within {after:?}")]
-    Timeout {
-        /// Where to.
-        authority: String,
-        /// The time given.
-        after: Duration,
-    },
-    /// Not all ranks are there yet; ask again.
-    #[error("{text}")]
-    NotReady {
-        /// The registry's words.
-        text: String,
-    },
-    /// Any other status than 200.
-    #[error("the bootstrap server answered {status}: {text}")]
-    Status {
-        /// The status.
-        status: u16,
-        /// Its first words.
-        text: String,
-    },
-    /// The answer is too long or not what was asked for.
-    #[error("the bootstrap server's answer to {request} makes no sense")]
-    Answer {
-        /// Which request.
-        request: &'static str,
-    },
-    /// No attempt to register succeeded.
-    #[error("registration failed after {attempts} attempts; the last: {last}")]
-    Register {
-        /// Attempts made before the deadline.
-        attempts: u32,
-        /// The last one's error.
-        last: Box<Self>,
-    },
-    /// The blocking client could not make its runtime.
-    #[error("cannot start a runtime: {0}")]
-    Runtime(io::Error),
-}
-
-impl ClientError {
-    /// Whether the same request may succeed later.
-    #[must_use]
-    pub fn is_retryable(&self) -> bool {
-        match self {
-            Self::Connect { .. }
-            | Self::Broken { .. }
-            | Self::Timeout { .. }
-            | Self::NotReady { .. } => true,
-            Self::Status { status, .. } => *status >= 500 || *status == 408,
-            Self::Unusable { .. }
-            | Self::Answer { .. }
-            | Self::Register { .. }
-            | Self::Runtime(_) => false,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::TcpListener;
-use std::time::Instant;
+use tokio::time::Instant;
 
 use kvtransfer::bootstrap::RankKey;
 use kvtransfer::serve::bootstrap_client::{

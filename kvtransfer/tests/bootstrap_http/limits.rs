@@ -1,6 +1,6 @@
 //! What strangers and crowds can do to the server: nothing that outlasts a bound.
 
-use std::time::Instant;
+use tokio::time::Instant;
 
 use proptest::strategy::{Strategy, ValueTree as _};
 use proptest::test_runner::{Config, TestRunner};

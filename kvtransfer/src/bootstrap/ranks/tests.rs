@@ -43,7 +43,7 @@ fn target(cp: u32, tp: u32, pp: u32, is_dummy: bool) -> Target {
 }
 
 #[test]
-fn sglangs_cases_map_as_in_sglang() {
+fn tp_sizes_map_as_in_sglang() {
     let same = map_ranks(&prefill(4, 1, 1), &decode(2, 4, false), 3).unwrap();
     assert_eq!(same.targets, [target(0, 2, 0, false)]);
     assert_eq!(
@@ -89,7 +89,10 @@ fn sglangs_cases_map_as_in_sglang() {
         ),
         (1, 1)
     );
+}
 
+#[test]
+fn stages_and_cp_ranks_multiply_the_answers() {
     let stages = map_ranks(&prefill(1, 1, 3), &decode(0, 1, false), 3).unwrap();
     assert_eq!(
         stages.targets,
@@ -113,7 +116,10 @@ fn sglangs_cases_map_as_in_sglang() {
         (all_cp.targets.len(), all_cp.required_prefill_response_num),
         (4, 4)
     );
+}
 
+#[test]
+fn sharded_latent_pages_come_from_every_rank() {
     let mut sharded = prefill(4, 1, 1);
     sharded.enable_kv_cache_sharding = true;
     let pages = map_ranks(&sharded, &decode(1, 4, true), 3).unwrap();
@@ -249,7 +255,7 @@ proptest! {
                     }
                 }
                 let real = mapping.targets.iter().filter(|target| !target.is_dummy).count();
-                prop_assert_eq!(real as u32, mapping.required_prefill_response_num);
+                prop_assert_eq!(u32::try_from(real), Ok(mapping.required_prefill_response_num));
                 let dst_infos = if ours > theirs { ours / theirs } else { 1 };
                 prop_assert_eq!(mapping.required_dst_info_num, dst_infos);
             }
