@@ -119,6 +119,35 @@ fn spec_layout_is_echoed_in_its_own_order_and_compared_as_a_value() {
     );
 }
 
+#[test]
+fn room_bounds_answer_with_a_sentence() {
+    let mut limits = RegistryLimits::default();
+    limits.rooms_max = 1;
+    let mut registry = Registry::new(limits);
+    let mut post = |path, body: &str, now| {
+        let reply = answer(
+            &mut registry,
+            &request(Method::Post, path, "", body.as_bytes()),
+            now,
+        );
+        (reply.status, reply.body.into_owned())
+    };
+    let room = |room| format!("{{\"bootstrap_room\": {room}, \"dp_rank\": 0}}");
+    assert_eq!(post("/register_dp_rank", &room(1), Duration::ZERO).0, 200);
+    let full = post("/register_dp_rank", &room(2), Duration::from_secs(119));
+    assert_eq!(full.0, 503);
+    assert!(full.1.contains("room table is full: 1 rooms"), "{}", full.1);
+    let later = Duration::from_secs(120);
+    assert_eq!(post("/register_dp_rank", &room(2), later).0, 200);
+    let query = |count| format!("{{\"bootstrap_rooms\": {:?}}}", vec![2; count]);
+    let most = post("/query_dp_ranks", &query(ROOMS_PER_QUERY_MAX), later);
+    assert_eq!(most, (200, "{\"2\": 0}".to_owned()));
+    assert_eq!(
+        post("/query_dp_ranks", &query(ROOMS_PER_QUERY_MAX + 1), later).0,
+        400
+    );
+}
+
 proptest! {
     #[test]
     fn mutated_requests_get_a_reply_and_never_a_panic(
