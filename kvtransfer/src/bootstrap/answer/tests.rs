@@ -121,8 +121,10 @@ fn spec_layout_is_echoed_in_its_own_order_and_compared_as_a_value() {
 
 #[test]
 fn room_bounds_answer_with_a_sentence() {
-    let mut limits = RegistryLimits::default();
-    limits.rooms_max = 1;
+    let limits = RegistryLimits {
+        rooms_max: 1,
+        ..RegistryLimits::default()
+    };
     let mut registry = Registry::new(limits);
     let mut post = |path, body: &str, now| {
         let reply = answer(
