@@ -2,6 +2,7 @@
 //!
 //! See `ARCHITECTURE.md` at the workspace root for the map.
 
+pub mod bootstrap;
 pub mod clock;
 pub mod config;
 pub mod engine;

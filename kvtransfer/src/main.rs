@@ -1,2 +1,6 @@
-//! x
-fn main() {}
+//! The `kvtransfer` command: runs the services of a deployment that belong to no engine.
+mod cli;
+
+fn main() -> anyhow::Result<()> {
+    cli::run()
+}
