@@ -4,23 +4,24 @@
 //! request served by two processes gives the very bytes that one process gives, so the arithmetic of a token must not
 //! depend on who computes it, how the prompt was cut into chunks, or how many ranks share the heads:
 //!
-//! * every matrix product is of one token with one fixed matrix, whatever the chunk; row-wise operations (norms,
-//!   rotary, activation) may run over a whole chunk because they never mix rows;
-//! * queries, keys and values are projected one KV head at a time, so the product has the same shape at any TP size;
+//! * every matrix product sums in one fixed order ([`product`]), so a token's result does not depend on the tokens it
+//!   is computed with; all other operations over a chunk (norms, rotary, activation) never mix rows;
 //! * a token at position `p` attends to exactly the rows `0..=p`, one head at a time;
 //! * heads are joined in global order before the one output projection: no partial sums are added across ranks.
 //!
 //! A rank therefore owns the *memory* of its KV heads, which is what a transfer moves; the arithmetic is shared.
 #![forbid(unsafe_code)]
 
+mod product;
 mod weights;
 
-use candle_core::{D, Device, Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use candle_nn::ops::{rms_norm, silu, softmax_last_dim};
 use candle_nn::rotary_emb::rope;
 
 use crate::cache::PagedKv;
 use crate::text::VOCAB;
+use product::{product, product_transposed};
 use weights::{LayerWeights, Weights};
 
 /// The sizes of a model. Two workers exchange KV only if all of them agree.
@@ -125,6 +126,17 @@ pub struct Model {
     sin: Tensor,
 }
 
+/// Makes the calling thread compute alone. The tensor library spreads even a 32-element norm over a thread pool, which
+/// costs more in wake-ups than the whole token; a pool whose only member is the caller runs the same code in place.
+/// Call it once on each thread that calls [`Model::forward`]; without it results are the same, only slower.
+pub fn compute_alone() {
+    // A thread that is a member of a pool already is refused, and has what it needs.
+    let _already = rayon::ThreadPoolBuilder::new()
+        .num_threads(1)
+        .use_current_thread()
+        .build();
+}
+
 /// The epsilon of every RMSNorm.
 const NORM_EPS: f32 = 1e-6;
 
@@ -204,14 +216,13 @@ impl Model {
             .collect::<Result<_>>()?;
         let mut outputs = Vec::with_capacity(count);
         for t in 0..count {
-            let joined = self.look_back(&q.narrow(0, t, 1)?, &heads, start + t + 1)?;
-            outputs.push(joined.matmul(&layer.output)?);
+            outputs.push(self.look_back(&q.narrow(0, t, 1)?, &heads, start + t + 1)?);
         }
-        Tensor::cat(&outputs, 0)
+        product(&Tensor::cat(&outputs, 0)?, &layer.output)
     }
 
-    /// Projects the chunk one token and one KV head at a time, applies the q/k norm and the rotation, stores keys and
-    /// values, and returns the queries as `[token, q_head, head_dim]`.
+    /// Projects the chunk, applies the q/k norm and the rotation, stores keys and values, and returns the queries as
+    /// `[token, q_head, head_dim]`.
     fn project(
         &self,
         layer: &LayerWeights,
@@ -220,35 +231,23 @@ impl Model {
         index: usize,
         kv: &PagedKv<'_>,
     ) -> Result<Tensor> {
-        let (count, group, dim) = (x.dim(0)?, self.shape.group(), self.shape.head_dim);
-        let (mut q, mut k, mut v) = (vec![], vec![], vec![]);
-        for t in 0..count {
-            let token = x.narrow(0, t, 1)?;
-            for weights in &layer.qkv {
-                let heads = token.matmul(weights)?.reshape((group + 2, dim))?;
-                q.push(heads.narrow(0, 0, group)?);
-                k.push(heads.narrow(0, group, 1)?);
-                v.push(heads.narrow(0, group + 1, 1)?);
-            }
-        }
-        let q = self.rotate(&Tensor::cat(&q, 0)?, &layer.q_norm, count, start)?;
-        let k = self.rotate(&Tensor::cat(&k, 0)?, &layer.k_norm, count, start)?;
+        let count = x.dim(0)?;
+        let q = self.rotate(&product(x, &layer.query)?, &layer.q_norm, start)?;
+        let k = self.rotate(&product(x, &layer.key)?, &layer.k_norm, start)?;
         let k: Vec<f32> = k.flatten_all()?.to_vec1()?;
-        let v: Vec<f32> = Tensor::cat(&v, 0)?.flatten_all()?.to_vec1()?;
+        let v: Vec<f32> = product(x, &layer.value)?.flatten_all()?.to_vec1()?;
+        debug_assert_eq!(v.len(), count * self.shape.kv_heads * self.shape.head_dim);
         kv.write(index, start, &k, &v);
         Ok(q)
     }
 
-    /// Normalises each head and turns it by its token's position: `[token * head, dim]` to `[token, head, dim]`.
-    fn rotate(&self, heads: &Tensor, norm: &Tensor, count: usize, start: usize) -> Result<Tensor> {
-        let (rows, dim) = heads.dims2()?;
-        let normed = rms_norm(heads, norm, NORM_EPS)?;
-        let by_head = normed
-            .reshape((1, count, rows / count, dim))?
-            .transpose(1, 2)?
-            .contiguous()?;
-        let cos = self.cos.narrow(0, start, count)?.contiguous()?;
-        let sin = self.sin.narrow(0, start, count)?.contiguous()?;
+    /// Normalises each head and turns it by its token's position: `[token, head * dim]` to `[token, head, dim]`.
+    fn rotate(&self, heads: &Tensor, norm: &Tensor, start: usize) -> Result<Tensor> {
+        let ((count, width), dim) = (heads.dims2()?, self.shape.head_dim);
+        let normed = rms_norm(&heads.reshape((count, width / dim, dim))?, norm, NORM_EPS)?;
+        let by_head = normed.unsqueeze(0)?.transpose(1, 2)?.contiguous()?;
+        let cos = self.cos.narrow(0, start, count)?;
+        let sin = self.sin.narrow(0, start, count)?;
         rope(&by_head, &cos, &sin)?
             .transpose(1, 2)?
             .squeeze(0)?
@@ -262,7 +261,7 @@ impl Model {
         let mut scores = Vec::with_capacity(heads.len());
         for (h, (keys, _)) in heads.iter().enumerate() {
             let rows = q.narrow(0, h * group, group)?;
-            scores.push(rows.matmul(&keys.narrow(0, 0, visible)?.t()?)?);
+            scores.push(product_transposed(&rows, &keys.narrow(0, 0, visible)?)?);
         }
         #[expect(
             clippy::cast_precision_loss,
@@ -273,23 +272,15 @@ impl Model {
         let mut joined = Vec::with_capacity(heads.len());
         for (h, (_, values)) in heads.iter().enumerate() {
             let rows = probabilities.narrow(0, h * group, group)?;
-            joined.push(rows.matmul(&values.narrow(0, 0, visible)?)?);
+            joined.push(product(&rows, &values.narrow(0, 0, visible)?)?);
         }
         Tensor::cat(&joined, 0)?.reshape((1, heads.len() * group * dim))
     }
 
-    /// SwiGLU, one token at a time.
+    /// SwiGLU.
     fn mlp(&self, layer: &LayerWeights, x: &Tensor) -> Result<Tensor> {
-        let mut outputs = Vec::with_capacity(x.dim(0)?);
-        for t in 0..x.dim(0)? {
-            let both = x.narrow(0, t, 1)?.matmul(&layer.gate_up)?;
-            let gate = both.narrow(D::Minus1, 0, self.shape.ffn)?.contiguous()?;
-            let up = both
-                .narrow(D::Minus1, self.shape.ffn, self.shape.ffn)?
-                .contiguous()?;
-            outputs.push((silu(&gate)? * up)?.matmul(&layer.down)?);
-        }
-        Tensor::cat(&outputs, 0)
+        let gate = silu(&product(x, &layer.gate)?)?;
+        product(&(gate * product(x, &layer.up)?)?, &layer.down)
     }
 }
 

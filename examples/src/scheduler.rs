@@ -22,7 +22,7 @@ use std::time::Duration;
 use crate::cache::aux::AuxSlot;
 use crate::cache::pages::PageCache;
 use crate::cache::{PagedKv, RankMemory};
-use crate::model::Model;
+use crate::model::{Model, compute_alone};
 use crate::pd::{Plane, Role};
 use job::{Abort, Finish, Job};
 use load::Load;
@@ -167,6 +167,7 @@ impl Engine {
 
     fn run(mut self) {
         let _closing = CloseOnDrop(self.mailbox.clone());
+        compute_alone();
         loop {
             let inbox = self.mailbox.take(self.patience());
             for job in inbox.jobs {

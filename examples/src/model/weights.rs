@@ -37,27 +37,33 @@ pub(super) struct LayerWeights {
     pub(super) q_norm: Tensor,
     /// `[head_dim]`.
     pub(super) k_norm: Tensor,
-    /// One `[hidden, (group + 2) * head_dim]` per KV head: its queries, its key, its value.
-    pub(super) qkv: Vec<Tensor>,
+    /// `[hidden, q_heads * head_dim]`.
+    pub(super) query: Tensor,
+    /// `[hidden, kv_heads * head_dim]`.
+    pub(super) key: Tensor,
+    /// `[hidden, kv_heads * head_dim]`.
+    pub(super) value: Tensor,
     /// `[q_heads * head_dim, hidden]`.
     pub(super) output: Tensor,
-    /// `[hidden, 2 * ffn]`: gate, then up.
-    pub(super) gate_up: Tensor,
+    /// `[hidden, ffn]`.
+    pub(super) gate: Tensor,
+    /// `[hidden, ffn]`.
+    pub(super) up: Tensor,
     /// `[ffn, hidden]`.
     pub(super) down: Tensor,
 }
 
 /// The standard deviation of an embedding element: small, so that the blocks and not the last token decide.
-const EMBEDDING_DEVIATION: f32 = 0.25;
+const EMBEDDING_DEVIATION: f32 = 0.1;
 
 /// The weight of every q and k norm: the scores get a deviation of its square, which makes heads look at few tokens.
-const HEAD_NORM: f32 = 1.6;
+const HEAD_NORM: f32 = 2.2;
 
 /// Gain of the attention's output projection; above 1 because averaging over tokens makes its input small.
-const ATTENTION_GAIN: f32 = 2.0;
+const ATTENTION_GAIN: f32 = 4.0;
 
 /// The deviation of a logit before the bias.
-const LOGIT_DEVIATION: f32 = 3.0;
+const LOGIT_DEVIATION: f32 = 4.0;
 
 impl Weights {
     /// Draws all tensors for `shape` from `seed`.
@@ -97,11 +103,12 @@ impl Source {
             ffn_norm: constant(1.0, hidden)?,
             q_norm: constant(HEAD_NORM, dim)?,
             k_norm: constant(HEAD_NORM, dim)?,
-            qkv: (0..shape.kv_heads)
-                .map(|_| self.projection(hidden, (shape.group() + 2) * dim, 1.0))
-                .collect::<Result<_>>()?,
+            query: self.projection(hidden, shape.q_heads * dim, 1.0)?,
+            key: self.projection(hidden, shape.kv_heads * dim, 1.0)?,
+            value: self.projection(hidden, shape.kv_heads * dim, 1.0)?,
             output: self.projection(shape.q_heads * dim, hidden, ATTENTION_GAIN)?,
-            gate_up: self.projection(hidden, 2 * shape.ffn, 1.0)?,
+            gate: self.projection(hidden, shape.ffn, 1.0)?,
+            up: self.projection(hidden, shape.ffn, 1.0)?,
             down: self.projection(shape.ffn, hidden, 1.0)?,
         })
     }
@@ -136,12 +143,12 @@ fn signed_unit(bits: u32) -> f32 {
 fn head_bias() -> Vec<f32> {
     (0..VOCAB as u32)
         .map(|token| match token {
-            0x20 => 4.0,
-            0x61..=0x7a => 3.0,
+            0x20 => 8.0,
+            0x61..=0x7a => 4.0,
             0x21..=0x7e => 0.0,
             0x0a => -1.0,
-            EOS => -5.0,
-            0x80..=0xff => -5.0,
+            EOS => -4.0,
+            0x80..=0xff => -6.0,
             _ => -20.0,
         })
         .collect()

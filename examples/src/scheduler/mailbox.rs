@@ -72,6 +72,7 @@ pub struct Mailbox {
     live_max: usize,
     state: Mutex<State>,
     changed: Condvar,
+    retired: Condvar,
 }
 
 #[derive(Debug, Default)]
@@ -96,6 +97,7 @@ impl Mailbox {
             live_max,
             state: Mutex::default(),
             changed: Condvar::new(),
+            retired: Condvar::new(),
         })
     }
 
@@ -207,6 +209,19 @@ impl Mailbox {
         if let Some(room) = room {
             state.rooms.remove(&room);
         }
+        drop(state);
+        self.retired.notify_all();
+    }
+
+    /// Waits until no request is live, at most `patience`. Returns whether that is so.
+    #[must_use]
+    pub fn wait_until_idle(&self, patience: Duration) -> bool {
+        let busy = |state: &mut State| !state.ids.is_empty();
+        let waited = self
+            .retired
+            .wait_timeout_while(self.state(), patience, busy);
+        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        state.ids.is_empty()
     }
 
     /// The scheduler is gone; jobs that it never saw are dropped, which their readers notice.
@@ -216,6 +231,8 @@ impl Mailbox {
         state.jobs.clear();
         state.ids.clear();
         state.rooms.clear();
+        drop(state);
+        self.retired.notify_all();
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
