@@ -199,6 +199,9 @@ pub struct PagedKv<'a> {
 impl PagedKv<'_> {
     /// Stores the keys and values of consecutive tokens from position `start`. Both are `[token, kv_head, head_dim]`
     /// over all heads of the model; each rank keeps its own.
+    ///
+    /// # Panics
+    /// When a position lies beyond the pages: the scheduler leases pages for a sequence's whole life.
     pub fn write(&self, layer: usize, start: usize, keys: &[f32], values: &[f32]) {
         let width: usize = self
             .ranks

@@ -147,3 +147,6 @@ fn routes(app: Arc<App>) -> Router {
         .route("/abort_request", post(admin::abort))
         .with_state(app)
 }
+
+#[cfg(test)]
+mod tests;
