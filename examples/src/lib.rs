@@ -8,7 +8,7 @@
 //! * [`cache`]: the paged KV memory of all ranks, the page allocator and the prefix cache.
 //! * [`pd`]: the seam to whatever moves KV between workers, and a loopback in one process.
 //! * [`scheduler`]: the one thread that owns model and cache, and the mailbox in front of it.
-//! * [`server`]: HTTP.
+//! * [`server`]: HTTP; [`settings`]: the command line.
 
 pub mod cache;
 pub mod clock;

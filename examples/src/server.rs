@@ -11,6 +11,7 @@ mod ticket;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::routing::{get, post};
@@ -85,6 +86,9 @@ impl App {
     }
 }
 
+/// How long a stopping server waits for clients to read their last bytes.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
+
 /// A bound server that has not begun to serve.
 #[derive(Debug)]
 pub struct Server {
@@ -121,12 +125,24 @@ impl Server {
     pub async fn run(self, stop: impl Future<Output = ()> + Send + 'static) -> std::io::Result<()> {
         let Self { listener, app } = self;
         let mailbox = app.mailbox().clone();
+        let (told, mut overdue) = tokio::sync::oneshot::channel::<()>();
         let stopping = async move {
             stop.await;
             mailbox.stop();
+            // Nobody listens only if serving has ended by itself.
+            let _ended = told.send(());
         };
         let served = axum::serve(listener, routes(app.clone())).with_graceful_shutdown(stopping);
-        let result = served.await;
+        let patience = async {
+            if (&mut overdue).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+            tokio::time::sleep(DRAIN_PATIENCE).await;
+        };
+        let result = tokio::select! {
+            result = served.into_future() => result,
+            () = patience => Ok(()),
+        };
         // The last reference: joins the scheduler's thread, which was told to end.
         drop(app);
         result

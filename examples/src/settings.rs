@@ -117,14 +117,14 @@ impl Settings {
         }
     }
 
-    /// Checks what the flags must satisfy together.
+    /// Checks what the flags must satisfy together. Call it before anything else is derived from them.
     ///
     /// # Errors
     /// A sentence that names the flag.
     pub fn check(&self) -> anyhow::Result<()> {
         self.model().check()?;
         ensure!(
-            self.tp > 0 && self.kv_heads % self.tp == 0,
+            self.tp > 0 && self.kv_heads.is_multiple_of(self.tp),
             "--tp must divide --kv-heads"
         );
         ensure!(self.page_size > 0, "--page-size must be at least 1");
@@ -289,5 +289,53 @@ async fn stop_signal() {
             // Without a working ctrl-c either, only a kill ends the worker.
             let _unwatched = interrupted.await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(flags: &[&str]) -> Settings {
+        Settings::parse_from([&["kvworker"], flags].concat())
+    }
+
+    #[test]
+    fn the_defaults_fit_together_and_contradictions_are_named() {
+        parse(&[]).check().expect("defaults");
+        for (flags, words) in [
+            (&["--tp", "3"][..], "--tp"),
+            (&["--tp", "0"], "--tp"),
+            (&["--page-size", "0"], "--page-size"),
+            (&["--chunked-prefill-size", "0"], "--chunked-prefill-size"),
+            (&["--max-total-tokens", "15"], "--max-total-tokens"),
+            (&["--max-running-requests", "0"], "--max-running-requests"),
+            (&["--q-heads", "6"], "query heads"),
+            (&["--head-dim", "31"], "head_dim"),
+            (&["--layers", "0"], "at least 1"),
+        ] {
+            let error = parse(flags)
+                .check()
+                .expect_err("a contradiction")
+                .to_string();
+            assert!(error.contains(words), "{flags:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn ranks_share_the_heads() {
+        let settings = parse(&[
+            "--tp",
+            "2",
+            "--page-size",
+            "10",
+            "--max-total-tokens",
+            "101",
+        ]);
+        let rank = settings.rank();
+        assert_eq!(
+            (rank.kv_heads, rank.pages, rank.page_bytes()),
+            (2, 10, 10 * 2 * 32 * 4)
+        );
     }
 }

@@ -51,7 +51,7 @@ impl KvStore for HeapStore {
 #[must_use]
 pub fn heap_ranks(whole: RankShape, tp: usize) -> Vec<RankMemory> {
     assert!(
-        tp > 0 && whole.kv_heads % tp == 0,
+        tp > 0 && whole.kv_heads.is_multiple_of(tp),
         "{tp} ranks cannot share {} heads",
         whole.kv_heads
     );

@@ -19,13 +19,13 @@ fn rank_shape(shape: &ModelShape, page_size: usize, pages: usize) -> RankShape {
 /// Pages in an order that is neither ascending nor dense, as a busy allocator hands them out.
 fn scattered(pages: usize) -> Vec<PageIndex> {
     (0..pages)
-        .map(|i| PageIndex(((i * 7 + 3) % pages) as u32))
+        .map(|i| PageIndex(u32::try_from((i * 7 + 3) % pages).expect("few pages")))
         .collect()
 }
 
 fn greedy(logits: &[f32]) -> u32 {
     let best = (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b]).then(b.cmp(a)));
-    best.expect("a vocabulary") as u32
+    u32::try_from(best.expect("a vocabulary")).expect("a token")
 }
 
 struct Run {
@@ -52,7 +52,7 @@ fn run(
     // Seven and the page count must be coprime for `scattered` to be a permutation.
     compute_alone();
     let mut count = (prompt.len() + new).div_ceil(page_size);
-    count += usize::from(count % 7 == 0);
+    count += usize::from(count.is_multiple_of(7));
     let ranks = heap_ranks(rank_shape(model.shape(), page_size, count), tp);
     let pages = scattered(count);
     let kv = PagedKv {

@@ -141,7 +141,8 @@ fn signed_unit(bits: u32) -> f32 {
 /// Leans towards readable text: without it nine in ten bytes of a random model are not valid UTF-8. Some invalid
 /// bytes and an occasional end of sequence remain possible, as with a real model.
 fn head_bias() -> Vec<f32> {
-    (0..VOCAB as u32)
+    (0..)
+        .take(VOCAB)
         .map(|token| match token {
             0x20 => 8.0,
             0x61..=0x7a => 4.0,

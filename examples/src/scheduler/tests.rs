@@ -208,16 +208,17 @@ fn eventually(condition: impl Fn() -> bool, failure: &str) {
 
 /// A prompt of exactly `len` tokens.
 fn prompt(len: usize, salt: u32) -> Vec<u32> {
-    (0..len as u32)
+    (0_u32..)
+        .take(len)
         .map(|i| (i * 31 + salt * 7 + i * i % 11) % 96 + 32)
         .collect()
 }
 
 #[test]
 fn a_pair_generates_what_one_worker_generates() {
-    let prompts: Vec<Vec<u32>> = [1, 15, 16, 17, 32, 90]
+    let prompts: Vec<Vec<u32>> = [1_u32, 15, 16, 17, 32, 90]
         .iter()
-        .map(|len| prompt(*len, *len as u32))
+        .map(|len| prompt(*len as usize, *len))
         .collect();
     let expected: Vec<Answer> = prompts
         .iter()
@@ -356,7 +357,9 @@ fn many_requests_share_a_small_cache_and_all_finish() {
         ..CONFIG
     };
     let pair = pair(config, config);
-    let prompts: Vec<Vec<u32>> = (0..10).map(|i| prompt(20 + 3 * i, i as u32)).collect();
+    let prompts: Vec<Vec<u32>> = (0_u32..10)
+        .map(|i| prompt(20 + 3 * i as usize, i))
+        .collect();
     let receivers: Vec<_> = prompts
         .iter()
         .enumerate()

@@ -179,7 +179,7 @@ fn answer(
 ) -> Answer {
     let meta_info = MetaInfo {
         id: rid.to_owned(),
-        finish_reason: outcome.ok().map(|o| finish_reason(o)),
+        finish_reason: outcome.ok().map(finish_reason),
         prompt_tokens: outcome.map_or_else(|len| len, |o| o.prompt_tokens),
         completion_tokens: progress.output_ids.len(),
         cached_tokens: outcome.map_or(0, |o| o.cached_tokens),
