@@ -4,7 +4,7 @@
 //! request served by two processes gives the very bytes that one process gives, so the arithmetic of a token must not
 //! depend on who computes it, how the prompt was cut into chunks, or how many ranks share the heads:
 //!
-//! * every matrix product sums in one fixed order ([`product`]), so a token's result does not depend on the tokens it
+//! * every matrix product sums in one fixed order (`product.rs`), so a token's result does not depend on the tokens it
 //!   is computed with; all other operations over a chunk (norms, rotary, activation) never mix rows;
 //! * a token at position `p` attends to exactly the rows `0..=p`, one head at a time;
 //! * heads are joined in global order before the one output projection: no partial sums are added across ranks.

@@ -1,6 +1,7 @@
 //! The command line, and the worker that it describes.
 
 use std::ffi::OsString;
+use std::io::IsTerminal as _;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
@@ -87,6 +88,9 @@ pub struct Settings {
     pub tie_word_embeddings: bool,
 }
 
+/// Longest context: rotary tables and the event queue of a request grow with it.
+pub const CONTEXT_MAX: u32 = 131_072;
+
 impl Settings {
     /// The model that the flags describe.
     #[must_use]
@@ -126,6 +130,10 @@ impl Settings {
         ensure!(
             self.tp > 0 && self.kv_heads.is_multiple_of(self.tp),
             "--tp must divide --kv-heads"
+        );
+        ensure!(
+            self.context_length <= CONTEXT_MAX,
+            "--context-length must be at most {CONTEXT_MAX}"
         );
         ensure!(self.page_size > 0, "--page-size must be at least 1");
         ensure!(
@@ -235,7 +243,11 @@ pub(crate) fn run(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     // A host program may have installed its own already.
-    let _installed = tracing_subscriber::fmt().with_env_filter(filter).try_init();
+    let _installed = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .try_init();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -313,6 +325,7 @@ mod tests {
             (&["--q-heads", "6"], "query heads"),
             (&["--head-dim", "31"], "head_dim"),
             (&["--layers", "0"], "at least 1"),
+            (&["--context-length", "131073"], "--context-length"),
         ] {
             let error = parse(flags)
                 .check()
