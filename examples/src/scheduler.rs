@@ -369,10 +369,12 @@ impl Engine {
         if let Finish::Aborted(why) = &finish {
             tracing::info!(rid = request.job.rid, %why, stage = ?request.stage, "request aborted");
         }
-        request.answer(finish);
         self.cancel_room(request);
         request.stage = Stage::Draining;
         self.drain(request);
+        // The answer comes last: whoever reads it may count on what it implies.
+        self.mailbox.free_id(&request.job.rid);
+        request.answer(finish);
     }
 
     /// Gives back the memory of an answered request, unless its room may still touch it.
@@ -385,13 +387,14 @@ impl Engine {
         }
         self.free_aux.extend(request.aux.take());
         request.stage = Stage::Over;
+        self.mailbox.retire(request.room());
     }
 
     fn page_size(&self) -> usize {
         self.ranks[0].shape.page_size
     }
 
-    /// Runs `act` on every chosen request, in order of arrival; those that are over afterwards retire.
+    /// Runs `act` on every chosen request, in order of arrival; those that are over afterwards are dropped.
     fn for_each(
         &mut self,
         chosen: impl Fn(&Request) -> bool,
@@ -413,11 +416,9 @@ impl Engine {
             .collect()
     }
 
-    /// Puts a request back, or ends its life.
+    /// Puts a request back unless its life has ended.
     fn keep(&mut self, arrival: u64, request: Request) {
-        if request.stage == Stage::Over {
-            self.mailbox.retire(&request.job.rid, request.room());
-        } else {
+        if request.stage != Stage::Over {
             self.requests.insert(arrival, request);
         }
     }

@@ -1,7 +1,8 @@
 //! The door of the scheduler: a bounded register of live requests, aborts, and the bell.
 //!
 //! A request is *live* from its submission until the scheduler has let go of all it held, which for a cancelled
-//! transfer is later than its answer. Ids and rooms are unique among live requests, and their number is bounded.
+//! transfer is later than its answer. The number of live requests is bounded, and their rooms are unique. Ids are
+//! unique among unanswered requests: who has seen an answer may use its id again at once.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeSet;
@@ -80,6 +81,7 @@ struct State {
     jobs: Vec<Job>,
     aborts: Vec<Target>,
     stop: bool,
+    live: usize,
     ids: BTreeSet<String>,
     rooms: BTreeSet<Room>,
     rung: bool,
@@ -110,7 +112,7 @@ impl Mailbox {
         if state.closed || state.stop {
             return Err(SubmitError::Stopped);
         }
-        if state.ids.len() + jobs.len() > self.live_max {
+        if state.live + jobs.len() > self.live_max {
             return Err(SubmitError::Full {
                 live_max: self.live_max,
             });
@@ -127,6 +129,7 @@ impl Mailbox {
                 return Err(SubmitError::DuplicateRoom(room));
             }
         }
+        state.live += jobs.len();
         state.ids.append(&mut ids);
         state.rooms.append(&mut rooms);
         state.jobs.extend(jobs);
@@ -182,7 +185,7 @@ impl Mailbox {
     /// Live requests.
     #[must_use]
     pub fn live(&self) -> usize {
-        self.state().ids.len()
+        self.state().live
     }
 
     /// Waits until rung, at most `patience`, and takes everything.
@@ -202,10 +205,15 @@ impl Mailbox {
         }
     }
 
-    /// Ends a request's life: its id and room may be used again.
-    pub(super) fn retire(&self, rid: &str, room: Option<Room>) {
+    /// The request is about to be answered: its id may be used again.
+    pub(super) fn free_id(&self, rid: &str) {
+        self.state().ids.remove(rid);
+    }
+
+    /// Ends a request's life: its room may be used again.
+    pub(super) fn retire(&self, room: Option<Room>) {
         let mut state = self.state();
-        state.ids.remove(rid);
+        state.live -= 1;
         if let Some(room) = room {
             state.rooms.remove(&room);
         }
@@ -216,12 +224,12 @@ impl Mailbox {
     /// Waits until no request is live, at most `patience`. Returns whether that is so.
     #[must_use]
     pub fn wait_until_idle(&self, patience: Duration) -> bool {
-        let busy = |state: &mut State| !state.ids.is_empty();
+        let busy = |state: &mut State| state.live > 0;
         let waited = self
             .retired
             .wait_timeout_while(self.state(), patience, busy);
         let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        state.ids.is_empty()
+        state.live == 0
     }
 
     /// The scheduler is gone; jobs that it never saw are dropped, which their readers notice.
@@ -229,6 +237,7 @@ impl Mailbox {
         let mut state = self.state();
         state.closed = true;
         state.jobs.clear();
+        state.live = 0;
         state.ids.clear();
         state.rooms.clear();
         drop(state);
@@ -303,7 +312,11 @@ mod tests {
             mailbox.submit(vec![job("d", None)]),
             Err(SubmitError::Full { live_max: 3 })
         );
-        mailbox.retire("a", Some(room));
+        // An answered request frees its id, but is live until it holds nothing.
+        mailbox.free_id("a");
+        let full = Err(SubmitError::Full { live_max: 3 });
+        assert_eq!(mailbox.submit(vec![job("a", None)]), full);
+        mailbox.retire(Some(room));
         assert_eq!(mailbox.submit(vec![job("d", Some(1))]), Ok(()));
     }
 
