@@ -1,0 +1,83 @@
+use super::PairEndpoint::{Chat, Completions, Generate};
+use super::*;
+
+#[test]
+fn batches_are_told_from_single_prompts() {
+    for (endpoint, body, batch) in [
+        (Generate, r#"{"text":"a"}"#, None),
+        (Generate, r#"{"text":["a","b"]}"#, Some(2)),
+        (Generate, r#"{"text":["a"]}"#, Some(1)),
+        (Generate, r#"{"input_ids":[1,2,3]}"#, None),
+        (Generate, r#"{"input_ids":[[1,2],[3],[]]}"#, Some(3)),
+        (Generate, r#"{"text":null,"input_ids":[[1],[2]]}"#, Some(2)),
+        (Generate, r#"{"input_embeds":[[0.1,0.2],[0.3,0.4]]}"#, None),
+        (Generate, r#"{"input_embeds":[[[0.1],[0.2]],[[0.3]]]}"#, Some(2)),
+        (Generate, r#"{"text":"a","text":["b","c"]}"#, Some(2)),
+        (Completions, r#"{"prompt":"a"}"#, None),
+        (Completions, r#"{"prompt":["a","b"]}"#, Some(2)),
+        (Completions, r#"{"prompt":[1,2,3]}"#, None),
+        (Completions, r#"{"prompt":[[1],[2]]}"#, Some(2)),
+        (Chat, r#"{"messages":[{"a":1},{"b":2}],"prompt":["x"]}"#, None),
+        (Chat, "{}", None),
+    ] {
+        assert_eq!(read(endpoint, body.as_bytes()).unwrap().batch, batch, "{body}");
+    }
+}
+
+#[test]
+fn several_choices_are_refused() {
+    for (endpoint, body) in [
+        (Chat, r#"{"n":2}"#),
+        (Chat, r#"{"n":2.0}"#),
+        (Chat, r#"{"n":"3"}"#),
+        (Chat, r#"{"n":1,"n":2}"#),
+        (Completions, r#"{"prompt":"a","n":4}"#),
+        (Generate, r#"{"text":"a","sampling_params":{"n":2}}"#),
+        (Generate, r#"{"text":["a","b"],"sampling_params":[{"n":1},{"\u006e":2}]}"#),
+    ] {
+        assert_eq!(read(endpoint, body.as_bytes()).unwrap_err(), ShapeError::SeveralChoices, "{body}");
+    }
+    for (endpoint, body) in [
+        (Chat, r#"{"n":1}"#),
+        (Chat, r#"{"n":null}"#),
+        (Chat, r#"{"n":true}"#),
+        // Not where this endpoint keeps it; the engine ignores it.
+        (Generate, r#"{"text":"a","n":2}"#),
+        (Generate, r#"{"text":"a","sampling_params":{"n":1,"x":{"n":5}}}"#),
+        (Generate, r#"{"text":"a","sampling_params":null}"#),
+    ] {
+        assert!(read(endpoint, body.as_bytes()).is_ok(), "{body}");
+    }
+}
+
+#[test]
+fn ids_are_those_the_workers_will_know() {
+    for (body, rids) in [
+        (r#"{"text":"a"}"#, &[][..]),
+        (r#"{"text":"a","rid":null}"#, &[]),
+        (r#"{"text":"a","rid":"x\"y"}"#, &[r#""x\"y""#]),
+        (r#"{"text":["a","b"],"rid":"x"}"#, &[r#""x_0""#, r#""x_1""#]),
+        (r#"{"text":["a","b"],"rid":["x","y"]}"#, &[r#""x""#, r#""y""#]),
+    ] {
+        assert_eq!(read(Generate, body.as_bytes()).unwrap().client_rids, rids, "{body}");
+    }
+}
+
+#[test]
+fn batches_are_bounded() {
+    let body = |items| format!("{{\"text\":[{}]}}", vec!["\"\""; items].join(","));
+    assert_eq!(read(Generate, body(BATCH_MAX).as_bytes()).unwrap().batch, Some(BATCH_MAX));
+    let error = read(Generate, body(BATCH_MAX + 1).as_bytes()).unwrap_err();
+    assert_eq!(error, ShapeError::BatchTooLarge { items: BATCH_MAX + 1 });
+    assert_eq!(read(Generate, body(0).as_bytes()).unwrap_err(), ShapeError::EmptyBatch);
+}
+
+#[test]
+fn what_only_the_router_may_set_is_dropped() {
+    let body = r#"{"routed_dp_rank":3,"text":"a","bootstrap_pair_key":1,"data_parallel_rank":2,"rid":null,
+        "disagg_prefill_dp_rank":1,"zzz":{"kv":1}}"#;
+    let shape = read(Generate, body.as_bytes()).unwrap();
+    let edited = shape.scan.inject(body.as_bytes(), b"\"rid\":\"r\"");
+    let edited = String::from_utf8(edited).unwrap();
+    assert_eq!(edited, r#"{"rid":"r","text":"a","zzz":{"kv":1}}"#);
+}
