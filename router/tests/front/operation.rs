@@ -1,0 +1,251 @@
+//! What operators rely on: readiness, limits, refusals, draining.
+
+use std::time::Duration;
+
+use hyper::Method;
+use kvrouter::Config;
+
+use crate::fakes::{
+    FakeWorker, Running, Script, chunk, config, event_stream, next_piece, soon, whole,
+};
+
+async fn until_ready_is(router: &Running, wanted: u16) -> String {
+    soon(async {
+        loop {
+            let (status, body) = router.read("/ready").await;
+            if status == wanted {
+                return body;
+            }
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn readiness_follows_the_workers() {
+    let (prefill, mut decode) = (FakeWorker::start().await, FakeWorker::start().await);
+    prefill.set_probe_answers(503, 200);
+    decode.set_probe_answers(404, 200);
+    let router = Running::start(Config {
+        api_key: Some("secret".to_owned()),
+        ..config(&[&prefill.url], &[&decode.url])
+    })
+    .await;
+    // Decode has no /ready, so its /health counts, and each probe carries the key.
+    let (path, headers) = decode.probe().await;
+    assert_eq!(
+        (path.as_str(), &headers["authorization"]),
+        ("/ready", &"Bearer secret".parse().unwrap())
+    );
+    assert_eq!(decode.probe().await.0, "/health");
+    let body = until_ready_is(&router, 503).await;
+    assert!(body.contains("\"ready_prefill_workers\":0"), "{body}");
+    assert_eq!(router.read("/health").await, (200, "ok\n".to_owned()));
+    prefill.set_probe_answers(200, 200);
+    until_ready_is(&router, 200).await;
+    decode.set_probe_answers(404, 500);
+    let body = until_ready_is(&router, 503).await;
+    assert!(body.contains("\"ready_decode_workers\":0"), "{body}");
+    decode.set_probe_answers(200, 500);
+    until_ready_is(&router, 200).await;
+    // A client's own key wins, a client without one gets the router's.
+    for (headers, key) in [
+        (&[("authorization", "Bearer own")][..], "Bearer own"),
+        (&[], "Bearer secret"),
+    ] {
+        whole(
+            router
+                .send(Method::POST, "/generate", headers, r#"{"text":"a"}"#)
+                .await,
+        )
+        .await;
+        assert_eq!(decode.request().await.headers["authorization"], key);
+    }
+}
+
+#[tokio::test]
+async fn what_is_not_served_is_said() {
+    let (mut prefill, decode) = (FakeWorker::start().await, FakeWorker::start().await);
+    let router = Running::start(Config {
+        body_bytes_max: 100,
+        ..config(&[&prefill.url], &[&decode.url])
+    })
+    .await;
+    let long = format!("{{\"text\":\"{}\"}}", "x".repeat(100));
+    for (method, path, headers, body, status, part) in [
+        (
+            Method::POST,
+            "/v1/embeddings",
+            &[][..],
+            "{}",
+            501,
+            "/v1/embeddings",
+        ),
+        (Method::GET, "/nowhere", &[], "", 501, "/nowhere"),
+        (Method::GET, "/generate", &[], "", 405, "POST"),
+        (Method::POST, "/health", &[], "", 405, "GET"),
+        (Method::POST, "/generate", &[], &long, 413, "100 bytes"),
+        (
+            Method::POST,
+            "/generate",
+            &[],
+            "{\"text\":",
+            400,
+            "ends too early",
+        ),
+        (Method::POST, "/generate", &[], "[]", 400, "object"),
+        (Method::POST, "/generate", &[], "", 400, "object"),
+        (
+            Method::POST,
+            "/generate",
+            &[],
+            "{\"text\":[]}",
+            400,
+            "empty",
+        ),
+        (
+            Method::POST,
+            "/v1/completions",
+            &[],
+            "{\"prompt\":\"a\",\"n\":2}",
+            400,
+            "n > 1",
+        ),
+        (
+            Method::POST,
+            "/generate",
+            &[("content-encoding", "gzip")],
+            "{}",
+            415,
+            "Content-Encoding",
+        ),
+    ] {
+        let (found, text) = whole(router.send(method, path, headers, body.to_owned()).await).await;
+        assert_eq!(found, status, "{path} {body}: {text}");
+        let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert!(
+            json["error"]["message"].as_str().unwrap().contains(part),
+            "{text}"
+        );
+        assert_eq!(json["error"]["code"], status);
+    }
+    // None of these reached a worker: the first request it sees is this one.
+    whole(router.post("/generate", r#"{"text":"first"}"#).await).await;
+    assert_eq!(prefill.request().await.json()["text"], "first");
+    assert_eq!(
+        router
+            .metric("kvrouter_requests_total{route=\"/generate\",status=\"400\"}")
+            .await,
+        4
+    );
+    assert_eq!(
+        router
+            .metric("kvrouter_requests_total{route=\"other\",status=\"501\"}")
+            .await,
+        2
+    );
+}
+
+#[tokio::test]
+async fn the_request_bound_is_kept() {
+    let (prefill, mut decode) = (FakeWorker::start().await, FakeWorker::start().await);
+    let router = Running::start(Config {
+        requests_max: 1,
+        ..config(&[&prefill.url], &[&decode.url])
+    })
+    .await;
+    let (chunks, script) = event_stream();
+    decode.then(script);
+    chunks.send(chunk("data: 1\n\n")).await.unwrap();
+    let mut body = router
+        .post("/generate", r#"{"text":"a"}"#)
+        .await
+        .into_body();
+    next_piece(&mut body).await.unwrap().unwrap();
+    decode.request().await;
+    assert_eq!(router.metric("kvrouter_live_requests").await, 1);
+    assert_eq!(router.metric("kvrouter_live_rooms").await, 1);
+    let response = router.post("/generate", r#"{"text":"b"}"#).await;
+    assert_eq!(
+        (
+            response.status().as_u16(),
+            &response.headers()["retry-after"]
+        ),
+        (503, &"1".parse().unwrap())
+    );
+    drop(chunks);
+    assert_eq!(next_piece(&mut body).await.unwrap(), None);
+    assert_eq!(
+        whole(router.post("/generate", r#"{"text":"c"}"#).await)
+            .await
+            .0,
+        200
+    );
+    assert_eq!(decode.request().await.json()["text"], "c");
+    assert_eq!(router.metric("kvrouter_live_rooms").await, 0);
+}
+
+#[tokio::test]
+async fn draining_finishes_what_is_live() {
+    let (prefill, decode) = (FakeWorker::start().await, FakeWorker::start().await);
+    let mut router = Running::between(&prefill, &decode).await;
+    let (chunks, script) = event_stream();
+    decode.then(script);
+    chunks.send(chunk("data: 1\n\n")).await.unwrap();
+    let mut body = router
+        .post("/generate", r#"{"text":"a"}"#)
+        .await
+        .into_body();
+    next_piece(&mut body).await.unwrap().unwrap();
+    router.stop();
+    // The listener closes, the stream goes on.
+    let address = router.url.strip_prefix("http://").unwrap().to_owned();
+    soon(async { while tokio::net::TcpStream::connect(&address).await.is_ok() {} }).await;
+    chunks.send(chunk("data: 2\n\n")).await.unwrap();
+    assert_eq!(next_piece(&mut body).await.unwrap().unwrap(), "data: 2\n\n");
+    drop(chunks);
+    assert_eq!(next_piece(&mut body).await.unwrap(), None);
+    router.ended().await;
+}
+
+#[tokio::test]
+async fn a_drain_that_takes_too_long_cancels_on_the_workers() {
+    let (prefill, mut decode) = (FakeWorker::start().await, FakeWorker::start().await);
+    prefill.then(Script::Hang);
+    let (chunks, script) = event_stream();
+    decode.then(script);
+    let mut router = Running::start(Config {
+        drain_timeout: Duration::from_millis(30),
+        ..config(&[&prefill.url], &[&decode.url])
+    })
+    .await;
+    chunks.send(chunk("data: 1\n\n")).await.unwrap();
+    let mut body = router
+        .post("/generate", r#"{"text":"a"}"#)
+        .await
+        .into_body();
+    next_piece(&mut body).await.unwrap().unwrap();
+    let rid = decode.request().await.json()["rid"].clone();
+    router.stop();
+    router.ended().await;
+    assert_eq!(decode.abort().await["rid"], rid);
+    decode.dropped().await;
+    assert!(next_piece(&mut body).await.is_err());
+}
+
+#[tokio::test]
+async fn a_taken_address_is_an_error_with_a_reason() {
+    let (prefill, decode) = (FakeWorker::start().await, FakeWorker::start().await);
+    let first = Running::between(&prefill, &decode).await;
+    let port = first.url.rsplit(':').next().unwrap().parse().unwrap();
+    let taken = Config {
+        port,
+        ..config(&[&prefill.url], &[&decode.url])
+    };
+    let error = Running::try_start(taken).await.err().unwrap();
+    assert_eq!(
+        error.to_string(),
+        format!("cannot listen on 127.0.0.1:{port}")
+    );
+}
