@@ -147,6 +147,12 @@ impl Metrics {
             live as u64,
         );
         text.gauge("kvrouter_live_rooms", "Rooms in use.", rooms as u64);
+        self.render_plain(&mut text);
+        self.render_added(&mut text);
+        text.out
+    }
+
+    fn render_plain(&self, text: &mut Text) {
         for (name, help, counter) in [
             (
                 "kvrouter_broken_streams_total",
@@ -172,8 +178,6 @@ impl Metrics {
             text.family(name, "counter", help);
             text.sample("", read(counter));
         }
-        self.render_added(&mut text);
-        text.out
     }
 
     #[expect(

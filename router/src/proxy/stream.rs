@@ -60,7 +60,7 @@ impl Body for ReplyBody {
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Whole(body) => body.is_end_stream(),
-            Self::Pair(body) => matches!(body.state, State::Ended),
+            Self::Pair(body) => body.flow.is_none(),
             Self::Worker(body) => body.is_end_stream(),
         }
     }
@@ -77,7 +77,8 @@ impl Body for ReplyBody {
 /// Decode's answer on its way to the client.
 #[derive(Debug)]
 pub struct PairBody {
-    state: State,
+    /// `None` once the answer has ended.
+    flow: Option<Flow>,
     deadline: Deadline,
     /// Errors can be told in-band: the body is an event stream of open length, uncompressed.
     is_event_stream: bool,
@@ -87,13 +88,10 @@ pub struct PairBody {
 }
 
 #[derive(Debug)]
-enum State {
-    Flowing {
-        live: LivePair,
-        first: Option<Frame<Bytes>>,
-        rest: Incoming,
-    },
-    Ended,
+struct Flow {
+    live: LivePair,
+    first: Option<Frame<Bytes>>,
+    rest: Incoming,
 }
 
 impl PairBody {
@@ -112,19 +110,19 @@ impl PairBody {
                     .to_ascii_lowercase()
                     .starts_with(b"text/event-stream")
             });
-        let state = if first.empty {
+        let flow = if first.empty {
             live.complete();
-            State::Ended
+            None
         } else {
-            State::Flowing {
+            Some(Flow {
                 live,
                 first: first.frame,
                 rest: first.rest,
-            }
+            })
         };
         // Before any byte no event is open.
         Self {
-            state,
+            flow,
             deadline,
             is_event_stream,
             tail: *b"\n\n",
@@ -136,7 +134,7 @@ impl PairBody {
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, StreamError>>> {
-        let State::Flowing { live, first, rest } = &mut self.state else {
+        let Some(Flow { live, first, rest }) = &mut self.flow else {
             return Poll::Ready(None);
         };
         if let Some(frame) = first.take() {
@@ -159,7 +157,7 @@ impl PairBody {
             }
             Poll::Ready(None) => {
                 live.complete();
-                self.state = State::Ended;
+                self.flow = None;
                 Poll::Ready(None)
             }
             Poll::Pending => {
@@ -176,11 +174,11 @@ impl PairBody {
 
     /// Ends the stream with an error event, or, where the format has no place for one, by breaking it off.
     fn fail(&mut self, error: &RouteError) -> Result<Frame<Bytes>, StreamError> {
-        if let State::Flowing { live, .. } = &self.state {
+        if let Some(Flow { live, .. }) = &self.flow {
             bump(&live.metrics().broken_streams);
         }
         // Dropping the pair cancels what is left of it.
-        self.state = State::Ended;
+        self.flow = None;
         if !self.is_event_stream {
             return Err(StreamError::Pair(error.to_string()));
         }

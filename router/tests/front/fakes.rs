@@ -8,6 +8,7 @@ use std::time::Duration;
 use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
+use axum::serve::ListenerExt;
 use bytes::Bytes;
 use futures_util::stream;
 use http_body_util::{BodyExt, Full};
@@ -122,6 +123,8 @@ impl FakeWorker {
         let app = axum::Router::new()
             .fallback(answer)
             .with_state(Arc::clone(&inner));
+        // Without it the fake's own small writes would wait for the router's delayed acknowledgements.
+        let listener = listener.tap_io(|stream| stream.set_nodelay(true).unwrap());
         tokio::spawn(async move { axum::serve(listener, app).await });
         Self {
             url,
@@ -272,6 +275,17 @@ impl Running {
             stop: Some(stop),
             served,
         })
+    }
+
+    /// A client of a router that runs elsewhere.
+    pub fn elsewhere(url: &str) -> Self {
+        let client = Client::builder(TokioExecutor::new()).build(HttpConnector::new());
+        Self {
+            url: url.to_owned(),
+            client,
+            stop: None,
+            served: tokio::spawn(async {}),
+        }
     }
 
     pub async fn between(prefill: &FakeWorker, decode: &FakeWorker) -> Self {

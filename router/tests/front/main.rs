@@ -10,3 +10,4 @@ mod contract;
 mod failures;
 mod fakes;
 mod operation;
+mod process;

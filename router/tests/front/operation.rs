@@ -64,87 +64,66 @@ async fn readiness_follows_the_workers() {
     }
 }
 
+/// Sends a request that must be refused with `status` and an explanation that contains `part`.
+async fn assert_refused(
+    router: &Running,
+    (method, path): (Method, &str),
+    headers: &[(&str, &str)],
+    body: &str,
+    (status, part): (u16, &str),
+) {
+    let response = router.send(method, path, headers, body.to_owned()).await;
+    let (found, text) = whole(response).await;
+    assert_eq!(found, status, "{path} {body}: {text}");
+    let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert!(
+        json["error"]["message"].as_str().unwrap().contains(part),
+        "{text}"
+    );
+    assert_eq!(json["error"]["code"], status);
+}
+
 #[tokio::test]
 async fn what_is_not_served_is_said() {
     let (mut prefill, decode) = (FakeWorker::start().await, FakeWorker::start().await);
-    let router = Running::start(Config {
+    let limits = Config {
         body_bytes_max: 100,
         ..config(&[&prefill.url], &[&decode.url])
-    })
-    .await;
+    };
+    let router = Running::start(limits).await;
+    for (method, path, status, part) in [
+        (Method::POST, "/v1/embeddings", 501, "/v1/embeddings"),
+        (Method::GET, "/nowhere", 501, "/nowhere"),
+        (Method::GET, "/generate", 405, "POST"),
+        (Method::POST, "/health", 405, "GET"),
+    ] {
+        assert_refused(&router, (method, path), &[], "", (status, part)).await;
+    }
     let long = format!("{{\"text\":\"{}\"}}", "x".repeat(100));
-    for (method, path, headers, body, status, part) in [
+    for (body, status, part) in [
+        (long.as_str(), 413, "100 bytes"),
+        ("{\"text\":", 400, "ends too early"),
+        ("[]", 400, "object"),
+        ("", 400, "object"),
+        ("{\"text\":[]}", 400, "empty"),
         (
-            Method::POST,
-            "/v1/embeddings",
-            &[][..],
-            "{}",
-            501,
-            "/v1/embeddings",
-        ),
-        (Method::GET, "/nowhere", &[], "", 501, "/nowhere"),
-        (Method::GET, "/generate", &[], "", 405, "POST"),
-        (Method::POST, "/health", &[], "", 405, "GET"),
-        (Method::POST, "/generate", &[], &long, 413, "100 bytes"),
-        (
-            Method::POST,
-            "/generate",
-            &[],
-            "{\"text\":",
-            400,
-            "ends too early",
-        ),
-        (Method::POST, "/generate", &[], "[]", 400, "object"),
-        (Method::POST, "/generate", &[], "", 400, "object"),
-        (
-            Method::POST,
-            "/generate",
-            &[],
-            "{\"text\":[]}",
-            400,
-            "empty",
-        ),
-        (
-            Method::POST,
-            "/v1/completions",
-            &[],
-            "{\"prompt\":\"a\",\"n\":2}",
+            "{\"text\":\"a\",\"sampling_params\":{\"n\":2}}",
             400,
             "n > 1",
         ),
-        (
-            Method::POST,
-            "/generate",
-            &[("content-encoding", "gzip")],
-            "{}",
-            415,
-            "Content-Encoding",
-        ),
     ] {
-        let (found, text) = whole(router.send(method, path, headers, body.to_owned()).await).await;
-        assert_eq!(found, status, "{path} {body}: {text}");
-        let json: serde_json::Value = serde_json::from_str(&text).unwrap();
-        assert!(
-            json["error"]["message"].as_str().unwrap().contains(part),
-            "{text}"
-        );
-        assert_eq!(json["error"]["code"], status);
+        let generate = (Method::POST, "/generate");
+        assert_refused(&router, generate, &[], body, (status, part)).await;
     }
+    let (generate, gzip) = ((Method::POST, "/generate"), [("content-encoding", "gzip")]);
+    assert_refused(&router, generate, &gzip, "{}", (415, "Content-Encoding")).await;
     // None of these reached a worker: the first request it sees is this one.
     whole(router.post("/generate", r#"{"text":"first"}"#).await).await;
     assert_eq!(prefill.request().await.json()["text"], "first");
-    assert_eq!(
-        router
-            .metric("kvrouter_requests_total{route=\"/generate\",status=\"400\"}")
-            .await,
-        4
-    );
-    assert_eq!(
-        router
-            .metric("kvrouter_requests_total{route=\"other\",status=\"501\"}")
-            .await,
-        2
-    );
+    let bad = "kvrouter_requests_total{route=\"/generate\",status=\"400\"}";
+    assert_eq!(router.metric(bad).await, 5);
+    let foreign = "kvrouter_requests_total{route=\"other\",status=\"501\"}";
+    assert_eq!(router.metric(foreign).await, 2);
 }
 
 #[tokio::test]
