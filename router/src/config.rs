@@ -14,6 +14,9 @@ use crate::schedule::pair::Policy;
 /// Default of [`Config::body_bytes_max`]: what SGLang's own router allows, enough for a batch of images in base64.
 pub const BODY_BYTES_MAX_DEFAULT: usize = 512 << 20;
 
+/// Default of [`Config::buffered_bytes_max`].
+pub const BUFFERED_BYTES_MAX_DEFAULT: usize = 4 << 30;
+
 /// Default of [`Config::requests_max`].
 pub const REQUESTS_MAX_DEFAULT: usize = 10_000;
 
@@ -105,6 +108,9 @@ pub struct Config {
     pub stall_timeout: Option<Duration>,
     /// Largest request body in bytes, default 512 MiB. A body is held in memory (once, twice while it is edited).
     pub body_bytes_max: usize,
+    /// Memory for the bodies of all requests that have no answer yet, in bytes, default 4 GiB; above it clients get 503 with
+    /// Retry-After.
+    pub buffered_bytes_max: usize,
     /// Generation requests at one time, default 10 000; above it clients get 503 with Retry-After.
     pub requests_max: usize,
     /// Bearer token for workers: used for probes and aborts, and for requests that bring no Authorization of their own.
@@ -128,6 +134,7 @@ impl Config {
             first_byte_timeout: None,
             stall_timeout: None,
             body_bytes_max: BODY_BYTES_MAX_DEFAULT,
+            buffered_bytes_max: BUFFERED_BYTES_MAX_DEFAULT,
             requests_max: REQUESTS_MAX_DEFAULT,
             api_key: None,
             probe_interval: PROBE_INTERVAL_DEFAULT,
@@ -251,6 +258,9 @@ struct Arguments {
     /// Largest request body; larger ones get 413.
     #[arg(long, value_name = "BYTES", default_value_t = BODY_BYTES_MAX_DEFAULT)]
     max_body_bytes: usize,
+    /// Memory for the bodies of all requests that wait for an answer; more get 503 with Retry-After.
+    #[arg(long, value_name = "BYTES", default_value_t = BUFFERED_BYTES_MAX_DEFAULT)]
+    max_buffered_bytes: usize,
     /// Generation requests at one time; more get 503 with Retry-After.
     #[arg(long, value_name = "COUNT", default_value_t = REQUESTS_MAX_DEFAULT,
           value_parser = parse_request_count)]
@@ -304,6 +314,7 @@ impl CommandLine {
             first_byte_timeout: arguments.first_byte_timeout,
             stall_timeout: arguments.stall_timeout,
             body_bytes_max: arguments.max_body_bytes,
+            buffered_bytes_max: arguments.max_buffered_bytes,
             requests_max: arguments.max_concurrent_requests,
             api_key: arguments.api_key,
             probe_interval: arguments.probe_interval,

@@ -43,6 +43,8 @@ pub struct Front {
     pub metrics: Arc<Metrics>,
     /// One permit per generation request.
     pub admission: Arc<Semaphore>,
+    /// One permit per KiB of request bodies in memory.
+    pub body_memory: Arc<Semaphore>,
     /// Thrown when the router stops.
     pub drain: DrainSwitch,
 }

@@ -53,6 +53,12 @@ pub enum RouteError {
         /// The limit.
         limit: usize,
     },
+    /// Too many bytes of request bodies are waiting.
+    #[error("the router holds its limit of {limit} bytes of waiting request bodies; try again")]
+    BuffersFull {
+        /// The limit in bytes.
+        limit: usize,
+    },
     /// A leg failed.
     #[error("{0}")]
     Leg(LegFailure),
@@ -90,7 +96,9 @@ impl RouteError {
             Self::BodyTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error"),
             Self::BodySilent => (StatusCode::REQUEST_TIMEOUT, "invalid_request_error"),
             Self::Encoding => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error"),
-            Self::Busy { .. } => (StatusCode::SERVICE_UNAVAILABLE, "overloaded_error"),
+            Self::Busy { .. } | Self::BuffersFull { .. } => {
+                (StatusCode::SERVICE_UNAVAILABLE, "overloaded_error")
+            }
             Self::Leg(failure) => match &failure.cause {
                 LegCause::Status(response) => (worker_status(response.status()), "worker_error"),
                 LegCause::Connect(_) | LegCause::Reset(_) => {
@@ -133,7 +141,9 @@ pub async fn respond(error: RouteError) -> Response<ReplyBody> {
         }) => {
             return pass_on(*response, status, json).await;
         }
-        RouteError::Busy { .. } => Some((RETRY_AFTER, RETRY_AFTER_SECONDS)),
+        RouteError::Busy { .. } | RouteError::BuffersFull { .. } => {
+            Some((RETRY_AFTER, RETRY_AFTER_SECONDS))
+        }
         RouteError::Method { allowed } => Some((ALLOW, allowed)),
         _ => None,
     };

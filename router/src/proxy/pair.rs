@@ -40,6 +40,8 @@ pub struct PairRequest {
     pub headers: HeaderMap,
     /// The client's bytes.
     pub body: Bytes,
+    /// The room they take in [`Front::body_memory`].
+    pub memory: OwnedSemaphorePermit,
     /// What is known of them.
     pub shape: Shape,
     /// When the request was complete.
@@ -66,7 +68,10 @@ pub async fn serve(
             Err(RouteError::Leg(LegFailure {
                 worker,
                 cause: LegCause::Connect(_),
-            })) if attempt < ATTEMPTS_MAX && request.shape.client_rids.is_empty() => {
+            })) if attempt < ATTEMPTS_MAX
+                && request.shape.client_rids.is_empty()
+                && front.pool.of_role(worker.role()).len() > 1 =>
+            {
                 // A request with an id of the client's is not tried again: the abort of its first try could hit the second.
                 bump(&front.metrics.retries);
                 avoid = Some(worker);

@@ -10,6 +10,7 @@ use hyper::Request;
 use hyper::body::{Body, Incoming};
 use hyper::header::CONTENT_ENCODING;
 use hyper::http::uri::PathAndQuery;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
 use super::Front;
@@ -20,6 +21,9 @@ use crate::respond::RouteError;
 
 /// A client that sends nothing of its body for this long is given up: its connection and buffer are worth more.
 pub const BODY_SILENCE_MAX: Duration = Duration::from_secs(60);
+
+/// The unit in which body memory is counted.
+pub const KIB: usize = 1024;
 
 /// Memory set aside on the word of a Content-Length alone; the rest must arrive first.
 const BODY_TRUSTED_BYTES: usize = 1 << 20;
@@ -39,7 +43,7 @@ pub async fn read(
     {
         return Err(RouteError::Encoding);
     }
-    let body = read_body(body, front.config.body_bytes_max).await?;
+    let (body, memory) = read_body(front, body).await?;
     let read_at = Instant::now();
     let shape = shape::read(endpoint, &body)?;
     strip_for_worker(&mut parts.headers);
@@ -55,12 +59,18 @@ pub async fn read(
         path,
         headers: parts.headers,
         body,
+        memory,
         shape,
         read_at,
     })
 }
 
-async fn read_body(mut body: Incoming, limit: usize) -> Result<Bytes, RouteError> {
+async fn read_body(
+    front: &Front,
+    mut body: Incoming,
+) -> Result<(Bytes, OwnedSemaphorePermit), RouteError> {
+    let limit = front.config.body_bytes_max;
+    let mut memory = reserve(front, 0)?;
     let too_large = RouteError::BodyTooLarge { limit };
     let announced = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
     if announced > limit {
@@ -81,6 +91,8 @@ async fn read_body(mut body: Incoming, limit: usize) -> Result<Bytes, RouteError
         if whole.len() + joined.len() + data.len() > limit {
             return Err(too_large);
         }
+        let needed = (whole.len() + joined.len() + data.len()).div_ceil(KIB);
+        memory.merge(reserve(front, needed - memory.num_permits())?);
         if whole.is_empty() && joined.is_empty() {
             // Most bodies arrive in one piece and need no copy.
             whole = data;
@@ -96,9 +108,24 @@ async fn read_body(mut body: Incoming, limit: usize) -> Result<Bytes, RouteError
         }
         joined.extend_from_slice(&data);
     }
-    Ok(if joined.is_empty() {
-        whole
-    } else {
-        joined.freeze()
-    })
+    Ok((
+        if joined.is_empty() {
+            whole
+        } else {
+            joined.freeze()
+        },
+        memory,
+    ))
+}
+
+fn reserve(front: &Front, kib: usize) -> Result<OwnedSemaphorePermit, RouteError> {
+    let full = RouteError::BuffersFull {
+        limit: front.config.buffered_bytes_max,
+    };
+    let Ok(kib) = u32::try_from(kib) else {
+        return Err(full);
+    };
+    Arc::clone(&front.body_memory)
+        .try_acquire_many_owned(kib)
+        .map_err(|_| full)
 }

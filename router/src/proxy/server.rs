@@ -101,6 +101,9 @@ impl Router {
             aborts,
             metrics,
             admission: Arc::new(Semaphore::new(config.requests_max)),
+            body_memory: Arc::new(Semaphore::new(
+                config.buffered_bytes_max.div_ceil(request::KIB),
+            )),
             drain: DrainSwitch::default(),
             config,
         });

@@ -9,6 +9,9 @@ use super::json_edit::{self, Disposition, JsonError, Kind, Scan, Value};
 /// How many prompts one request may carry: each costs a room, some sixty bytes of JSON and, on failure, an abort call.
 pub const BATCH_MAX: usize = 16_384;
 
+/// How long one id of the client's may be, in raw JSON bytes: it is repeated in abort calls, once per item of a batch.
+pub const RID_BYTES_MAX: usize = 512;
+
 /// Which request class a path has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PairEndpoint {
@@ -47,6 +50,9 @@ pub enum ShapeError {
     /// A batch without items.
     #[error("the list of prompts is empty")]
     EmptyBatch,
+    /// A client's id above [`RID_BYTES_MAX`].
+    #[error("a `rid` may have {RID_BYTES_MAX} bytes at most")]
+    RidTooLong,
     /// A batch above [`BATCH_MAX`].
     #[error("the list has {items} prompts; at most {BATCH_MAX} are served in one request")]
     BatchTooLarge {
@@ -185,19 +191,22 @@ fn exceeds_one(raw: &[u8]) -> bool {
 
 /// The ids under which a worker knows the request. SGLang gives the items of a batch with one string id the ids
 /// `<id>_0`, `<id>_1`, … (`GenerateReqInput._normalize_rid`).
-fn client_rids(raw: &[u8], kind: Kind, batch: Option<usize>) -> Result<Vec<String>, JsonError> {
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    Ok(match (kind, batch) {
+fn client_rids(raw: &[u8], kind: Kind, batch: Option<usize>) -> Result<Vec<String>, ShapeError> {
+    let text = |bytes: &[u8]| match bytes.len() {
+        0..=RID_BYTES_MAX => Ok(String::from_utf8_lossy(bytes).into_owned()),
+        _ => Err(ShapeError::RidTooLong),
+    };
+    match (kind, batch) {
         (Kind::Array, _) => json_edit::elements(raw, BATCH_MAX)?
             .into_iter()
             .map(|item| text(&raw[item]))
             .collect(),
         (Kind::String, Some(items)) => {
-            let stem = text(&raw[..raw.len() - 1]);
-            (0..items).map(|item| format!("{stem}_{item}\"")).collect()
+            let stem = text(&raw[..raw.len() - 1])?;
+            Ok((0..items).map(|item| format!("{stem}_{item}\"")).collect())
         }
-        _ => vec![text(raw)],
-    })
+        _ => Ok(vec![text(raw)?]),
+    }
 }
 
 #[cfg(test)]

@@ -105,7 +105,7 @@ impl Drop for DropReport {
 
 impl FakeWorker {
     pub async fn start() -> Self {
-        let (requests_in, requests) = mpsc::channel(4096);
+        let (requests_in, requests) = mpsc::channel(512);
         let (aborts_in, aborts) = mpsc::channel(4096);
         let (drops_in, drops) = mpsc::channel(4096);
         let (probes_in, probes) = mpsc::channel(4096);
@@ -198,15 +198,12 @@ async fn answer(State(worker): State<Arc<Inner>>, request: Request) -> Response 
         drops: worker.drops.clone(),
         finished: AtomicBool::new(false),
     };
-    worker
-        .requests
-        .try_send(Received {
-            target,
-            headers: parts.headers,
-            body,
-        })
-        .ok()
-        .unwrap();
+    // A test that sends more than the queue holds is not interested in the rest.
+    let _ = worker.requests.try_send(Received {
+        target,
+        headers: parts.headers,
+        body,
+    });
     match script.unwrap_or(Script::Reply(200, "{}")) {
         Script::Reply(status, json) => {
             report.finished.store(true, Ordering::Relaxed);

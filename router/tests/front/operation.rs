@@ -166,6 +166,42 @@ async fn the_request_bound_is_kept() {
 }
 
 #[tokio::test]
+async fn the_memory_for_bodies_is_bounded() {
+    let (mut prefill, decode) = (FakeWorker::start().await, FakeWorker::start().await);
+    let limits = Config {
+        buffered_bytes_max: 4096,
+        ..config(&[&prefill.url], &[&decode.url])
+    };
+    let router = Running::start(limits).await;
+    let body = |bytes| format!("{{\"text\":\"{}\"}}", "x".repeat(bytes));
+    decode.then(Script::Hang);
+    let mut waiting = Box::pin(router.post("/generate", body(3000)));
+    tokio::select! {
+        _ = &mut waiting => panic!("nobody answered"),
+        _ = prefill.request() => {}
+    }
+    // Three of four KiB are taken until the first request has an answer.
+    let response = router.post("/generate", body(2000)).await;
+    assert_eq!(
+        (
+            response.status().as_u16(),
+            response.headers().contains_key("retry-after")
+        ),
+        (503, true)
+    );
+    assert_eq!(
+        whole(router.post("/generate", body(500)).await).await.0,
+        200
+    );
+    drop(waiting);
+    soon(async { while router.metric("kvrouter_live_requests").await > 0 {} }).await;
+    assert_eq!(
+        whole(router.post("/generate", body(2000)).await).await.0,
+        200
+    );
+}
+
+#[tokio::test]
 async fn draining_finishes_what_is_live() {
     let (prefill, decode) = (FakeWorker::start().await, FakeWorker::start().await);
     let mut router = Running::between(&prefill, &decode).await;

@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 use serde_json::{Map, Value as Json};
 
+use super::cursor::plain_prefix;
 use super::*;
 
 fn keep_all(_: &[u8], _: &Value) -> Disposition {

@@ -93,6 +93,15 @@ fn ids_are_those_the_workers_will_know() {
 }
 
 #[test]
+fn ids_are_bounded() {
+    // Two of the bytes are the quotes.
+    let body = |bytes: usize| format!("{{\"text\":\"a\",\"rid\":\"{}\"}}", "x".repeat(bytes - 2));
+    assert!(read(Generate, body(RID_BYTES_MAX).as_bytes()).is_ok());
+    let error = read(Generate, body(RID_BYTES_MAX + 1).as_bytes()).unwrap_err();
+    assert_eq!(error, ShapeError::RidTooLong);
+}
+
+#[test]
 fn batches_are_bounded() {
     let body = |items| format!("{{\"text\":[{}]}}", vec!["\"\""; items].join(","));
     assert_eq!(
