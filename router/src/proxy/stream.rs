@@ -138,7 +138,7 @@ impl PairBody {
             return Poll::Ready(None);
         };
         if let Some(frame) = first.take() {
-            self.remember_tail(&frame);
+            self.pass(&frame);
             return Poll::Ready(Some(Ok(frame)));
         }
         if let Some(failure) = live.poll_failure(cx) {
@@ -147,7 +147,7 @@ impl PairBody {
         match Pin::new(rest).poll_frame(cx) {
             Poll::Ready(Some(Ok(frame))) => {
                 self.deadline.byte_arrived();
-                self.remember_tail(&frame);
+                self.pass(&frame);
                 Poll::Ready(Some(Ok(frame)))
             }
             Poll::Ready(Some(Err(error))) => {
@@ -187,13 +187,24 @@ impl PairBody {
         Ok(Frame::data(respond::error_event(error, is_open)))
     }
 
-    fn remember_tail(&mut self, frame: &Frame<Bytes>) {
+    /// Notes what goes to the client. An answer of known length ends with its last byte: nobody asks for more after it.
+    fn pass(&mut self, frame: &Frame<Bytes>) {
         if let Some(data) = frame.data_ref() {
             match data[..] {
                 [.., a, b] => self.tail = [a, b],
                 [b] => self.tail = [self.tail[1], b],
                 [] => {}
             }
+        }
+        if let Some(Flow {
+            live,
+            first: None,
+            rest,
+        }) = &mut self.flow
+            && rest.is_end_stream()
+        {
+            live.complete();
+            self.flow = None;
         }
     }
 }

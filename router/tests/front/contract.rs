@@ -139,6 +139,43 @@ async fn decode_bytes_do_not_wait_for_prefill() {
 }
 
 #[tokio::test]
+async fn complete_answers_cancel_nothing_and_keep_connections() {
+    let (mut prefill, mut decode) = (FakeWorker::start().await, FakeWorker::start().await);
+    let mut router = Running::between(&prefill, &decode).await;
+    for _ in 0..50 {
+        // An answer of known length, then a chunked one.
+        assert_eq!(
+            whole(router.post("/generate", r#"{"text":"a"}"#).await)
+                .await
+                .0,
+            200
+        );
+        let (chunks, script) = event_stream();
+        decode.then(script);
+        chunks.send(chunk("data: [DONE]\n\n")).await.unwrap();
+        drop(chunks);
+        assert_eq!(
+            whole(router.post("/generate", r#"{"text":"a"}"#).await)
+                .await
+                .0,
+            200
+        );
+    }
+    assert_eq!(router.metric("kvrouter_client_disconnects_total").await, 0);
+    // The drain carries out every abort that is queued; there must be none.
+    router.stop();
+    router.ended().await;
+    assert!(prefill.was_left_alone() && decode.was_left_alone());
+    for worker in [&prefill, &decode] {
+        assert!(
+            worker.connections() < 10,
+            "{} connections for 100 requests",
+            worker.connections()
+        );
+    }
+}
+
+#[tokio::test]
 async fn the_head_of_an_accepted_stream_is_sent_at_once() {
     let (prefill, decode) = (FakeWorker::start().await, FakeWorker::start().await);
     let router = Running::between(&prefill, &decode).await;

@@ -1,7 +1,7 @@
 //! Workers that do what a test tells them, and a client that looks closely.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -75,6 +75,7 @@ struct Inner {
     aborts: mpsc::Sender<Json>,
     drops: mpsc::Sender<()>,
     probes: mpsc::Sender<(String, HeaderMap)>,
+    connections: AtomicUsize,
     ready_status: AtomicU16,
     health_status: AtomicU16,
 }
@@ -115,6 +116,7 @@ impl FakeWorker {
             aborts: aborts_in,
             drops: drops_in,
             probes: probes_in,
+            connections: AtomicUsize::new(0),
             ready_status: AtomicU16::new(200),
             health_status: AtomicU16::new(200),
         });
@@ -124,7 +126,11 @@ impl FakeWorker {
             .fallback(answer)
             .with_state(Arc::clone(&inner));
         // Without it the fake's own small writes would wait for the router's delayed acknowledgements.
-        let listener = listener.tap_io(|stream| stream.set_nodelay(true).unwrap());
+        let counted = Arc::clone(&inner);
+        let listener = listener.tap_io(move |stream| {
+            counted.connections.fetch_add(1, Ordering::Relaxed);
+            stream.set_nodelay(true).unwrap();
+        });
         tokio::spawn(async move { axum::serve(listener, app).await });
         Self {
             url,
@@ -161,6 +167,11 @@ impl FakeWorker {
 
     pub async fn probe(&mut self) -> (String, HeaderMap) {
         soon(self.probes.recv()).await.unwrap()
+    }
+
+    /// Connections accepted so far.
+    pub fn connections(&self) -> usize {
+        self.inner.connections.load(Ordering::Relaxed)
     }
 
     pub fn was_left_alone(&mut self) -> bool {
