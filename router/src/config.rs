@@ -163,6 +163,9 @@ impl Config {
                 });
             }
         }
+        if !(1..=tokio::sync::Semaphore::MAX_PERMITS).contains(&self.requests_max) {
+            return Err(ConfigError::RequestsMax);
+        }
         let key_fits = |key: &String| key.bytes().all(|byte| byte.is_ascii_graphic());
         if !self.api_key.as_ref().is_none_or(key_fits) {
             return Err(ConfigError::ApiKey);
@@ -192,6 +195,9 @@ pub enum ConfigError {
         /// The address.
         url: String,
     },
+    /// No request could be served, or more than can be counted.
+    #[error("--max-concurrent-requests must be at least 1")]
+    RequestsMax,
     /// The key cannot stand in a header.
     #[error("the --api-key may hold visible ASCII characters only")]
     ApiKey,
@@ -262,8 +268,7 @@ struct Arguments {
     #[arg(long, value_name = "BYTES", default_value_t = BUFFERED_BYTES_MAX_DEFAULT)]
     max_buffered_bytes: usize,
     /// Generation requests at one time; more get 503 with Retry-After.
-    #[arg(long, value_name = "COUNT", default_value_t = REQUESTS_MAX_DEFAULT,
-          value_parser = parse_request_count)]
+    #[arg(long, value_name = "COUNT", default_value_t = REQUESTS_MAX_DEFAULT)]
     max_concurrent_requests: usize,
     /// Bearer token of the workers (their --api-key). Clients that send their own Authorization keep it.
     #[arg(long, env = "KVROUTER_API_KEY", hide_env_values = true)]
@@ -393,13 +398,6 @@ fn parse_time(text: &str) -> Result<Duration, ConfigError> {
     match Duration::try_from_secs_f64(seconds) {
         Ok(time) if !time.is_zero() => Ok(time),
         _ => Err(bad()),
-    }
-}
-
-fn parse_request_count(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(count) if (1..=tokio::sync::Semaphore::MAX_PERMITS).contains(&count) => Ok(count),
-        _ => Err("give a whole number of at least 1".to_owned()),
     }
 }
 

@@ -176,6 +176,21 @@ async fn complete_answers_cancel_nothing_and_keep_connections() {
 }
 
 #[tokio::test]
+async fn large_bodies_arrive_whole() {
+    let (mut prefill, mut decode) = (FakeWorker::start().await, FakeWorker::start().await);
+    let router = Running::between(&prefill, &decode).await;
+    let text: String = (0..300_000).map(|number| format!("{number:010}")).collect();
+    let body = format!("{{\"text\":\"{text}\"}}");
+    assert_eq!(whole(router.post("/generate", body).await).await.0, 200);
+    for leg in [prefill.request().await, decode.request().await] {
+        assert!(
+            leg.json()["text"] == text.as_str(),
+            "three megabytes were changed on the way"
+        );
+    }
+}
+
+#[tokio::test]
 async fn the_head_of_an_accepted_stream_is_sent_at_once() {
     let (prefill, decode) = (FakeWorker::start().await, FakeWorker::start().await);
     let router = Running::between(&prefill, &decode).await;

@@ -264,3 +264,30 @@ async fn a_taken_address_is_an_error_with_a_reason() {
         format!("cannot listen on 127.0.0.1:{port}")
     );
 }
+
+#[tokio::test]
+async fn a_body_of_unannounced_length_is_bounded_too() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let (prefill, decode) = (FakeWorker::start().await, FakeWorker::start().await);
+    let limits = Config {
+        body_bytes_max: 100,
+        ..config(&[&prefill.url], &[&decode.url])
+    };
+    let router = Running::start(limits).await;
+    for (bytes, status) in [(100, "HTTP/1.1 200"), (101, "HTTP/1.1 413")] {
+        let address = router.url.strip_prefix("http://").unwrap();
+        let mut socket = tokio::net::TcpStream::connect(address).await.unwrap();
+        // Two chunks, so that neither exceeds the limit alone.
+        let (head, tail) = ("{\"text\":\"", format!("{}\"}}", "x".repeat(bytes - 11)));
+        let request = format!(
+            "POST /generate HTTP/1.1\r\nhost: r\r\ntransfer-encoding: chunked\r\n\r\n\
+             {:x}\r\n{head}\r\n{:x}\r\n{tail}\r\n0\r\n\r\n",
+            head.len(),
+            tail.len()
+        );
+        socket.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = [0; 12];
+        soon(socket.read_exact(&mut answer)).await.unwrap();
+        assert_eq!(std::str::from_utf8(&answer).unwrap(), status);
+    }
+}
