@@ -91,10 +91,7 @@ fn reject(talk: &mut Talk<'_>, reason: String) -> io::Result<()> {
 
 fn welcome(hub: &Arc<Hub>, stranger: Stranger, mut talk: Talk<'_>, hello: Hello) -> io::Result<()> {
     let started = clock::now();
-    let (lanes, number) = (
-        hello.lanes.min(hub.config.lanes.max(hello.lanes)),
-        hello.link,
-    );
+    let (lanes, number) = (hello.lanes, hello.link);
     let room_for = hub.link_count() < hub.config.peers_max;
     let agreed = agree(hub, hello, stranger.address.clone()).and_then(|agreement| {
         if !room_for {

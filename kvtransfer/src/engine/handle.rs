@@ -92,27 +92,25 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Publishes the end. The gate is closed already.
+    /// Publishes the end. The gate is closed already. Returns the callback, to be called when every end of the same
+    /// moment is published: it may drop or wait for another transfer that ended with this one.
     pub(super) fn finish(
         &self,
         result: Result<Summary, TransferError>,
         completions: Option<&CompletionQueue>,
-    ) {
+    ) -> Option<impl FnOnce() + use<>> {
         let mut state = self.lock();
         state.result = Some(result.clone());
         let (callback, waker) = (state.callback.take(), state.waker.take());
         drop(state);
         self.changed.notify_all();
-        // Called without the lock: a callback may use the transfer.
         if let Some(waker) = waker {
             waker.wake();
         }
         if let (Some(completions), Some(id)) = (completions, self.id.get()) {
             completions.push(*id);
         }
-        if let Some(callback) = callback {
-            callback(&result);
-        }
+        callback.map(|callback| move || callback(&result))
     }
 }
 
