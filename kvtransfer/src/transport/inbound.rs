@@ -72,6 +72,14 @@ pub(super) struct Inbound {
     scratch: Box<[u8]>,
 }
 
+/// What one system call brought.
+#[derive(Clone, Copy, Debug)]
+struct Received {
+    bytes: usize,
+    /// Less than there was space for.
+    is_short: bool,
+}
+
 /// Whether more may be done without waiting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
@@ -113,9 +121,16 @@ impl Inbound {
                 return Ok(());
             }
             match self.receive(context, socket, out) {
-                Ok(0) => return Err(LaneError::Closed),
-                // A short read means that the socket is empty: the next readiness will come.
-                Ok(_) => {}
+                Ok(Received { bytes: 0, .. }) => return Err(LaneError::Closed),
+                Ok(received) => {
+                    while self.step(context, out)? == Step::Again {}
+                    // A read that got less than it asked for has emptied the socket. Within a payload more is on its way
+                    // and another read is cheaper than a wait; between frames it would only find nothing.
+                    let between_frames = matches!(self.expect, Expect::Frame);
+                    if received.is_short && between_frames && self.start == self.end {
+                        return Ok(());
+                    }
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error.into()),
@@ -295,7 +310,7 @@ impl Inbound {
         context: &LaneContext,
         socket: BorrowedFd<'_>,
         out: &Outbound,
-    ) -> io::Result<usize> {
+    ) -> io::Result<Received> {
         if self.start == self.end {
             self.start = 0;
             self.end = 0;
@@ -324,8 +339,12 @@ impl Inbound {
                 let ranges = [IoRange::new(space.as_mut_ptr(), space.len())];
                 // SAFETY: the range is the unused part of our own buffer, not otherwise referred to during the call.
                 let got = unsafe { sys::receive(socket, &ranges) }?;
+                let is_short = got < end - self.end;
                 self.end += got;
-                Ok(got)
+                Ok(Received {
+                    bytes: got,
+                    is_short,
+                })
             }
         }
     }
@@ -335,7 +354,7 @@ impl Inbound {
         context: &LaneContext,
         socket: BorrowedFd<'_>,
         mut filling: Box<Filling>,
-    ) -> io::Result<usize> {
+    ) -> io::Result<Received> {
         debug_assert!(
             self.start == self.end,
             "the buffer was emptied into the pages first"
@@ -377,11 +396,15 @@ impl Inbound {
         );
         self.end = got - usize::try_from(placed).unwrap_or(got);
         self.expect = Expect::Payload(filling);
-        Ok(got)
+        let is_short = (got as u64) < staged + AHEAD as u64;
+        Ok(Received {
+            bytes: got,
+            is_short,
+        })
     }
 
     /// Reads payload that nobody wants.
-    fn receive_and_drop(&mut self, socket: BorrowedFd<'_>, left: u64) -> io::Result<usize> {
+    fn receive_and_drop(&mut self, socket: BorrowedFd<'_>, left: u64) -> io::Result<Received> {
         if self.scratch.is_empty() {
             self.scratch = vec![0; DISCARD].into_boxed_slice();
         }
@@ -392,7 +415,10 @@ impl Inbound {
         if let Expect::Skip(_, left) = &mut self.expect {
             *left -= got as u64;
         }
-        Ok(got)
+        Ok(Received {
+            bytes: got,
+            is_short: got < len,
+        })
     }
 
     /// Reads a batch out of the sender's process.
