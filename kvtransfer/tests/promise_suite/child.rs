@@ -131,6 +131,10 @@ impl Other {
         self.hear("path")
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub(crate) fn freeze(&self) {
         self.signal(Signal::STOP);
         // The signal is delivered when the state says so.

@@ -18,7 +18,7 @@ use super::{
 };
 
 /// Pages of the transfer that is interrupted; the rest serve the one that follows.
-const VICTIM: i32 = 128;
+const VICTIM: i32 = 1024;
 /// What the owner of the pages writes when they are its own again.
 const POISON: u8 = 0xA5;
 /// Deadline of an interrupted transfer: long enough for its first batches on a loaded machine.
@@ -28,6 +28,8 @@ const LATE_MAX: Duration = Duration::from_millis(500);
 /// The goal is 20 ms, see `LATE_MAX`.
 const KILL_MAX: Duration = Duration::from_secs(1);
 const ROUNDS: u64 = 4;
+/// Some batches, but a small part of the transfer.
+const MOVING_BYTES: u64 = 512 << 10;
 
 fn victim() -> Vec<i32> {
     (0..VICTIM).collect()
@@ -74,7 +76,7 @@ fn moved(engine: &Engine, number: u64) -> u64 {
 /// Waits until some of a room's bytes have moved, but far from all.
 fn until_moving(engine: &Engine, number: u64) {
     let start = clock::now();
-    while moved(engine, number) < 4 * PAGE {
+    while moved(engine, number) < MOVING_BYTES {
         assert!(clock::now().since(start) < WATCHDOG, "nothing moves");
         std::thread::yield_now();
     }
@@ -118,7 +120,7 @@ fn frozen_sender(path: Path) {
     let mut victims = 0;
     for round in 1..=ROUNDS {
         // Odd rounds trickle; even ones push nearly everything at once, so that the freeze hits it in full flight.
-        let (chunk, pause) = if round % 2 == 1 { (4, 5) } else { (120, 300) };
+        let (chunk, pause) = if round % 2 == 1 { (32, 5) } else { (960, 300) };
         let number = round * 10;
         let opened = clock::now();
         let transfer = engine
@@ -150,7 +152,7 @@ fn frozen_sender(path: Path) {
 fn follow_up(engine: &Engine, sender: &mut Other, peer: PeerId, number: u64) {
     let request = rig::receive(number, peer, &rest(), Some(1), WATCHDOG);
     let transfer = engine.receive(&request).expect("a free room");
-    sender.tell(&format!("send {number} 20000 {VICTIM}..{PAGES} 8 0"));
+    sender.tell(&format!("send {number} 20000 {VICTIM}..{PAGES} 64 0"));
     let result = transfer.wait(WATCHDOG).expect("in time");
     result.expect("the peer is well again");
     assert_eq!(rig::wrong(engine, 7, &rest(), &rest()), 0);
@@ -159,7 +161,7 @@ fn follow_up(engine: &Engine, sender: &mut Other, peer: PeerId, number: u64) {
 
 /// Pushes pages in small chunks with the last one, so that the transfer could succeed if anybody were there.
 fn push_all(transfer: &Transfer, from: i32, to: i32) {
-    let chunks = (from..to).step_by(8).map(|at| at..(at + 8).min(to));
+    let chunks = (from..to).step_by(64).map(|at| at..(at + 64).min(to));
     for part in chunks {
         let last = part.end == to;
         let mut items = vec![part.collect::<Arc<[i32]>>()];
@@ -182,7 +184,7 @@ fn open_send(engine: &Engine, number: u64, timeout: Duration) -> (Time, Transfer
 }
 
 fn push_some(transfer: &Transfer) {
-    let items = vec![(0..16).collect::<Arc<[i32]>>()];
+    let items = vec![(0..128).collect::<Arc<[i32]>>()];
     transfer
         .push(&Chunk { items, last: false })
         .expect("room for it");
@@ -205,9 +207,9 @@ fn frozen_receiver(path: Path) {
         if round % 2 == 1 {
             until_moving(&engine, number);
             receiver.freeze();
-            push_all(&transfer, 16, VICTIM);
+            push_all(&transfer, 128, VICTIM);
         } else {
-            push_all(&transfer, 16, VICTIM - 8);
+            push_all(&transfer, 128, VICTIM - 64);
             until_moving(&engine, number);
             receiver.freeze();
         }
@@ -256,7 +258,7 @@ fn killed(path: Path) {
             let peer = engine.peers()[0].peer;
             let request = rig::receive(5, peer, &victim(), Some(0), WATCHDOG);
             let transfer = engine.receive(&request).expect("a free room");
-            other.tell(&format!("send 5 20000 0..{VICTIM} 4 5"));
+            other.tell(&format!("send 5 20000 0..{VICTIM} 32 5"));
             transfer
         };
         until_moving(&engine, 5);

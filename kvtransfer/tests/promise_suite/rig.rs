@@ -11,10 +11,10 @@ use kvtransfer::{
     transfer::{ReceiveRequest, Source},
 };
 
-/// Bytes of one page of one buffer; two buffers (K and V), so a page index moves twice as much.
-pub(crate) const PAGE: u64 = 64 << 10;
+/// Bytes of one page of one buffer. With two buffers (K and V) a page index moves 16 KiB.
+pub(crate) const PAGE: u64 = 8 << 10;
 /// Pages of each buffer.
-pub(crate) const PAGES: u64 = 160;
+pub(crate) const PAGES: u64 = 1280;
 /// Buffers.
 pub(crate) const BUFFERS: u64 = 2;
 /// Bytes of an aux row: the room's number lies in the last eight.
