@@ -587,6 +587,11 @@ fn check_source_items(pairing: &Pairing, component: usize, items: &[i32]) -> Res
 
 fn memory_error(error: &io::Error) -> Placement {
     let errno = error.raw_os_error().unwrap_or(0);
+    if errno == libc::ESRCH {
+        // A killed peer is often noticed here before its sockets close; it is not our memory that is at fault.
+        let reason = "its process is gone".to_owned();
+        return Placement::Failed(TransferError::PeerLost { reason });
+    }
     Placement::Failed(TransferError::Memory {
         op: "process_vm_readv",
         errno,
