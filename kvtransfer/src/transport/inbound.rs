@@ -33,7 +33,7 @@ const AHEAD: usize = Seal::LEN + BatchHeader::LEN;
 /// Read size where acknowledgements are awaited, so that one call takes many.
 const ACKS_AHEAD: usize = 32 * Ack::LEN;
 /// Most bytes of one pull: bounds how long closing the gate can take.
-const PULL_BYTES_MAX: u64 = 4 << 20;
+const PULL_BYTES_MAX: u64 = 8 << 20;
 /// Bytes thrown away per call.
 const DISCARD: usize = 64 << 10;
 const SEGMENTS: usize = IOV_MAX - 1;
@@ -68,8 +68,27 @@ pub(super) struct Inbound {
     segment_at: usize,
     segment_end: usize,
     ranges: Vec<IoRange>,
+    remote: Vec<IoRange>,
     descriptors: Box<[Descriptor]>,
     scratch: Box<[u8]>,
+}
+
+/// What follows a pull's header.
+struct PullSource {
+    /// What the sender's validity cell must hold after the pull.
+    token: [u8; 8],
+    items: Vec<i32>,
+}
+
+impl PullSource {
+    fn parse(list: &[u8]) -> Self {
+        let (token, items) = list.split_first_chunk().unwrap_or((&[0; 8], &[]));
+        let item = |b: &[u8]| i32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+        Self {
+            token: *token,
+            items: items.chunks_exact(4).map(item).collect(),
+        }
+    }
 }
 
 /// What one system call brought.
@@ -103,6 +122,7 @@ impl Inbound {
             segment_at: 0,
             segment_end: 0,
             ranges: Vec::with_capacity(IOV_MAX),
+            remote: Vec::new(),
             descriptors: Box::default(),
             scratch: Box::default(),
         }
@@ -147,8 +167,8 @@ impl Inbound {
                     self.expect = Expect::Items(header, batch, gate);
                     return Ok(Step::NeedBytes);
                 };
-                let list = list.to_vec();
-                let placement = self.pull(context, &header, &batch, &gate, &list);
+                let source = PullSource::parse(list);
+                let placement = self.pull(context, &header, &batch, &gate, &source);
                 let status = context.hub.placed(context.peer, &header, &batch, placement);
                 out.queue_ack(Ack::new(&header, status));
                 Ok(Step::Again)
@@ -331,6 +351,8 @@ impl Inbound {
                         8 + 4 * header.window_len as usize + BatchHeader::LEN
                     }
                     Expect::Frame if out.unacked > 0 => ACKS_AHEAD,
+                    // Not a byte of the payload that follows: it would be copied twice.
+                    Expect::Frame => BatchHeader::LEN,
                     _ => AHEAD,
                 };
                 self.expect = expect;
@@ -428,20 +450,16 @@ impl Inbound {
         header: &BatchHeader,
         batch: &BatchIn,
         gate: &Gate,
-        list: &[u8],
+        source: &PullSource,
     ) -> Placement {
         let Some(pid) = context.peer_pid else {
             let reason = "it asks for a pull on a path that has none".to_owned();
             return Placement::Failed(TransferError::PeerMisbehaved { reason });
         };
-        let (token, items) = list.split_at(8);
-        let items: Vec<i32> = items
-            .chunks_exact(4)
-            .map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-            .collect();
+        let items = &source.items;
         let misbehaved =
             |reason: String| Placement::Failed(TransferError::PeerMisbehaved { reason });
-        if let Err(error) = check_source_items(&batch.pairing, batch.component, &items) {
+        if let Err(error) = check_source_items(&batch.pairing, batch.component, items) {
             return misbehaved(error);
         }
         let cursor = PairCursor::new(
@@ -463,13 +481,13 @@ impl Inbound {
         }
         let target_items = &batch.items[batch.part.clone()];
         while cursor.remaining() > 0 {
-            let filled = cursor.fill(&items, target_items, &mut self.descriptors);
+            let filled = cursor.fill(items, target_items, &mut self.descriptors);
             if let Err(placement) = self.pull_some(context, pid, gate, filled) {
                 return placement;
             }
         }
         match sys::peek::<8>(pid, header.place) {
-            Ok(cell) if cell == token => Placement::Placed,
+            Ok(cell) if cell == source.token => Placement::Placed,
             Ok(_) => Placement::Void,
             Err(error) => memory_error(&error),
         }
@@ -484,9 +502,9 @@ impl Inbound {
         filled: usize,
     ) -> Result<(), Placement> {
         let mut at = 0;
-        let mut remote = [IoRange::EMPTY; IOV_MAX];
         while at < filled {
             self.ranges.clear();
+            self.remote.clear();
             let mut bytes = 0_u64;
             while at < filled && (bytes == 0 || bytes + self.descriptors[at].len <= PULL_BYTES_MAX)
             {
@@ -503,7 +521,8 @@ impl Inbound {
                     return Err(memory_error(&io::ErrorKind::InvalidInput.into()));
                 };
                 let base = base.map_or(0, |region| region.base);
-                remote[self.ranges.len()] = IoRange::remote(base.wrapping_add(source.offset), len);
+                let address = base.wrapping_add(source.offset);
+                self.remote.push(IoRange::remote(address, len));
                 self.ranges.push(range);
                 bytes += descriptor.len;
                 at += 1;
@@ -513,7 +532,7 @@ impl Inbound {
             };
             // SAFETY: local ranges are region memory that the hub keeps alive; the gate is held, so the pages still
             // belong to the transfer. Remote ranges are the kernel's to check.
-            let pulled = unsafe { sys::pull(pid, &self.ranges, &remote[..self.ranges.len()]) };
+            let pulled = unsafe { sys::pull(pid, &self.ranges, &self.remote) };
             match pulled {
                 Ok(done) if done as u64 == bytes => {}
                 Ok(_) => return Err(memory_error(&io::Error::from_raw_os_error(libc::EFAULT))),
