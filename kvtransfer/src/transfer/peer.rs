@@ -126,6 +126,13 @@ pub(super) struct Lane {
     pub(super) latency: LatencyWindow,
 }
 
+#[cfg(feature = "testing")]
+impl Lane {
+    pub(super) fn in_flight_count(&self) -> usize {
+        self.in_flight.len()
+    }
+}
+
 /// What an acknowledgement settled.
 pub(super) struct Settled {
     pub(super) transfer: TransferId,
