@@ -54,6 +54,10 @@ impl Ring {
         batch % slots * self.slot_bytes
     }
 
+    pub(super) fn slot_bytes(&self) -> u64 {
+        self.slot_bytes
+    }
+
     pub(super) fn region(&self) -> &Region {
         &self.region
     }
