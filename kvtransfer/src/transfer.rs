@@ -26,6 +26,8 @@ mod peer;
 mod picture;
 mod receive;
 mod send;
+#[cfg(all(test, feature = "testing"))]
+mod tests;
 mod timers;
 
 #[cfg(feature = "testing")]

@@ -309,7 +309,11 @@ impl Node {
             )));
         }
         let mut legs = Vec::new();
-        for source in &request.sources {
+        for (index, source) in request.sources.iter().enumerate() {
+            if request.sources[..index].iter().any(|s| s.peer == source.peer) {
+                let twice = format!("{} is named twice as a source", source.peer);
+                return Err(SubmitError::Items(twice));
+            }
             let peer = self
                 .peers
                 .get(&source.peer)
