@@ -8,7 +8,7 @@ use std::panic::catch_unwind;
 use kvtransfer::testing::sim::scenario::{Report, Weather, run};
 
 /// Seeds per weather; together about ten seconds of one core.
-const RUNS: u64 = 1_000;
+const RUNS: u64 = 3_000;
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().unwrap())

@@ -5,11 +5,8 @@ use std::{collections::HashMap, ops::Range, sync::Arc};
 use super::{rank::Handle, world::{PlacedBytes, World}};
 use crate::{
     layout::{ComponentKind, Layout, RegionId},
-    plan::{
-        descriptor::{Descriptor, Limits, PairCursor},
-        pairing::Pairing,
-    },
-    testing::model::{item_ranges, pattern},
+    plan::{descriptor::Descriptor, pairing::Pairing},
+    testing::model::{each_run, item_ranges, pattern},
 };
 
 /// What the application fills released and unreleased target pages with.
@@ -47,25 +44,8 @@ impl Owed {
         }
     }
 
-    /// Calls `f` for every run of bytes: component, where from, where to.
-    fn each(&self, mut f: impl FnMut(usize, &Descriptor)) {
-        for (component, (sources, targets)) in self.items.iter().enumerate() {
-            let paired = &self.pairing.components[component];
-            let len = paired.item_bytes() * sources.len() as u64;
-            let cursor = PairCursor::new(
-                Arc::clone(&self.pairing),
-                component,
-                sources.len(),
-                0..len,
-                &Limits::default(),
-            );
-            let mut cursor = cursor.expect("invariant: the scenario's items fit the pairing");
-            let mut runs = [Descriptor::EMPTY; 32];
-            while cursor.remaining() > 0 {
-                let filled = cursor.fill(sources, &targets[..sources.len()], &mut runs);
-                runs[..filled].iter().for_each(|run| f(component, run));
-            }
-        }
+    fn each(&self, f: impl FnMut(usize, &Descriptor)) {
+        each_run(&self.pairing, &self.items, f);
     }
 
     /// Whether every owed byte is in the receiver's memory.

@@ -457,7 +457,9 @@ impl World {
 
     /// A batch that was not placed.
     fn refuse_batch(&mut self, at: LaneAt, header: &BatchHeader) {
-        self.answer(at, header, AckStatus::Discarded);
+        let rank = self.conns[at.conn].sides[at.side].rank;
+        let status = self.ranks[rank].node.discarded(header);
+        self.answer(at, header, status);
     }
 
     fn answer(&mut self, at: LaneAt, header: &BatchHeader, status: AckStatus) {

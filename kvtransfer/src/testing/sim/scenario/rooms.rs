@@ -115,7 +115,7 @@ impl Stage {
                     Err(error) => assert!(has_ended || self.is_full(&error), "{error}"),
                 }
             }
-            Err(error) => self.refused(&error),
+            Err(error) => self.refused(rank, room, &error),
         }
     }
 
@@ -137,10 +137,12 @@ impl Stage {
         self.weather == Weather::Storm && matches!(error, SubmitError::Full { .. })
     }
 
-    fn refused(&mut self, error: &SubmitError) {
+    /// An opening was refused, so nobody will touch the room's items here.
+    fn refused(&mut self, rank: usize, room: usize, error: &SubmitError) {
         let is_expected = self.is_full(error)
             || (self.weather == Weather::Storm && *error == SubmitError::UnknownPeer);
         assert!(is_expected, "opening failed without cause: {error}");
+        self.release(rank, room, false);
     }
 
     pub(super) fn open_receive(&mut self, room: usize, rank: usize) {
@@ -156,8 +158,7 @@ impl Stage {
                 continue;
             };
             let Some(peer) = self.world.peer(rank, sender) else {
-                assert_eq!(self.weather, Weather::Storm, "rank {sender} is not connected");
-                return;
+                return self.refused(rank, room, &SubmitError::UnknownPeer);
             };
             let dummy = *dummy;
             sources.push(Source { peer, dummy });
@@ -197,7 +198,7 @@ impl Stage {
                 });
                 assert!(is_refused, "one room was opened twice: {twice:?}");
             }
-            Err(error) => self.refused(&error),
+            Err(error) => self.refused(rank, room, &error),
         }
     }
 

@@ -347,7 +347,7 @@ impl Stage {
         }
     }
 
-    fn release(&mut self, rank: usize, room: usize, is_poisoned: bool) {
+    pub(super) fn release(&mut self, rank: usize, room: usize, is_poisoned: bool) {
         let life = self.world.life(rank);
         let lists = self.rooms[room].items[&rank].clone();
         for (component, list) in lists.into_iter().enumerate() {
