@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use crate::{
     layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard},
-    plan::pairing::{Pairing, pair},
+    plan::{
+        descriptor::{Descriptor, Limits, PairCursor},
+        pairing::{Pairing, pair},
+    },
 };
 
 /// A model's cache, before it is cut over ranks.
@@ -143,6 +146,34 @@ pub fn pattern(salt: u64, region: RegionId, offset: u64) -> u8 {
     let mixed = (salt ^ (u64::from(region.0) << 48) ^ offset).wrapping_mul(0x9E37_79B9_7F4A_7C15);
     // The high bytes depend on all bits below them.
     (mixed >> 56).to_le_bytes()[0] ^ (mixed >> 40).to_le_bytes()[0]
+}
+
+/// Calls `f` for every run of bytes that a sender moves: component, and where from and to. `items` holds the source and
+/// target lists per component; a target list may be longer than the sender needs.
+///
+/// # Panics
+/// If the lists do not fit the pairing.
+pub fn each_run(
+    pairing: &Arc<Pairing>,
+    items: &[(Vec<i32>, Vec<i32>)],
+    mut f: impl FnMut(usize, &Descriptor),
+) {
+    for (component, (sources, targets)) in items.iter().enumerate() {
+        let len = pairing.components[component].item_bytes() * sources.len() as u64;
+        let cursor = PairCursor::new(
+            Arc::clone(pairing),
+            component,
+            sources.len(),
+            0..len,
+            &Limits::default(),
+        );
+        let mut cursor = cursor.expect("invariant: the test's items fit the pairing");
+        let mut runs = [Descriptor::EMPTY; 32];
+        while cursor.remaining() > 0 {
+            let filled = cursor.fill(sources, &targets[..sources.len()], &mut runs);
+            runs[..filled].iter().for_each(|run| f(component, run));
+        }
+    }
 }
 
 /// Every byte range that an item of a component occupies in a rank's memory.
