@@ -2,6 +2,7 @@
 //!
 //! `KVT_SIM_SEED=n` runs one seed in every weather, `KVT_SIM_RUNS=n` so many seeds per weather.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(clippy::print_stdout, reason = "a run says what it has seen")]
 
 use std::panic::catch_unwind;
 

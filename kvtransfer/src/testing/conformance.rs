@@ -311,7 +311,8 @@ impl<F: Fabric> Bench<F> {
                 writes.push((run.target, bytes));
             });
             for (place, bytes) in writes {
-                self.fabric.write(target, place.region, place.offset, &bytes);
+                self.fabric
+                    .write(target, place.region, place.offset, &bytes);
             }
         }
         let wanted = self.image(target);
@@ -337,7 +338,10 @@ impl<F: Fabric> Bench<F> {
         }
         for source in 0..self.sources {
             let request = to_send(deal.room, SOON);
-            let send = self.fabric.send(source, &request).expect("the sender opens");
+            let send = self
+                .fabric
+                .send(source, &request)
+                .expect("the sender opens");
             let ready = self.fabric.wait_ready(&send).expect("all receivers grant");
             assert_eq!(ready, PREFIX);
             for chunk in deal.pushes() {

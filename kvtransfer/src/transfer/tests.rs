@@ -249,7 +249,11 @@ fn the_other_receivers_of_a_room_learn_that_one_gave_up() {
             sender.on_control(NOW, two, grant(6, 2));
         }
         let told = failures(&messages(&mut sender, two));
-        assert_eq!(told, [FailureCode::OtherPeer], "grants first: {grants_first}");
+        assert_eq!(
+            told,
+            [FailureCode::OtherPeer],
+            "grants first: {grants_first}"
+        );
         let request = SendRequest {
             room: room(),
             timeout: LONG,
@@ -324,7 +328,13 @@ fn a_full_queue_names_its_bound() {
         sender.push(NOW, send, &page(item)).unwrap();
     }
     let full = sender.push(NOW, send, &page(2)).unwrap_err();
-    let SubmitError::Full { used, limit, setting, .. } = full else {
+    let SubmitError::Full {
+        used,
+        limit,
+        setting,
+        ..
+    } = full
+    else {
         panic!("{full}");
     };
     assert_eq!((used, limit, setting), (2, 2, "queue_windows_max"));

@@ -2,7 +2,6 @@
 
 use super::{Bench, Deal, Fabric};
 use crate::{
-    layout::{Component, ComponentKind},
     testing::model::{META_REGION, Model},
     transfer::NodeConfig,
 };
@@ -146,7 +145,5 @@ pub fn larger_than_a_batch<F: Fabric>() {
         ..Model::default()
     };
     let mut bench = Bench::<F>::duo(&model);
-    let kv = |component: &Component| component.kind == ComponentKind::Kv;
-    assert!(bench.layouts[0].components.iter().any(kv));
     bench.run(&Deal::new(&model, 13, &[100, 90]));
 }

@@ -1,11 +1,6 @@
 //! The real engine as a fabric: every rank in this process, over loopback.
 
-use std::{
-    marker::PhantomData,
-    net::SocketAddr,
-    sync::Arc,
-    time::Duration,
-};
+use std::{marker::PhantomData, net::SocketAddr, sync::Arc, time::Duration};
 
 use super::{Fabric, Outcome, PREFIX, Receive, SOON, room};
 use crate::{
@@ -116,8 +111,8 @@ impl<P: Path> Fabric for EngineFabric<P> {
 
     fn path(&mut self, from: usize, to: usize) -> (String, &'static str) {
         let peer = self.peer(from, to);
-        let peers = self.ranks[from].engine.peers().into_iter();
-        let found = peers.filter(|info| Some(info.peer) == peer).last();
+        let mut peers = self.ranks[from].engine.peers().into_iter();
+        let found = peers.find(|info| Some(info.peer) == peer);
         let path = found.map_or("none", |info| info.path);
         (path.to_owned(), P::NAME)
     }
@@ -160,7 +155,11 @@ impl<P: Path> Fabric for EngineFabric<P> {
             sources: sources.collect::<Result<_, _>>()?,
             receivers_expected: request.receivers_expected,
             prefix_tokens: PREFIX,
-            items: request.items.iter().map(|l| Arc::from(l.as_slice())).collect(),
+            items: request
+                .items
+                .iter()
+                .map(|l| Arc::from(l.as_slice()))
+                .collect(),
             timeout: request.timeout,
         };
         self.ranks[rank].engine.receive(&request)

@@ -52,30 +52,31 @@ pub fn wrong_layouts<F: Fabric>() {
     with_dtype.0.kv_dtype = "float8_e4m3fn".into();
     let mut named = whole(&model);
     let mut otherwise = whole(&model);
-    for (layout, ids) in [(&mut named.0, [0, 1, 0, 1]), (&mut otherwise.0, [0, 1, 0, 0])] {
+    for (layout, ids) in [
+        (&mut named.0, [0, 1, 0, 1]),
+        (&mut otherwise.0, [0, 1, 0, 0]),
+    ] {
         for (entry, id) in layout.components[0].entries.iter_mut().zip(ids) {
             entry.layer_id = Some(id);
         }
     }
     let plain = || whole(&model);
     let cases = [
-        (plain(), whole(&with_pages), ["4 tokens", "8"]),
-        (plain(), whole(&with_heads), ["4 in total", "2"]),
-        (plain(), whole(&with_items), ["256 bytes", "192"]),
+        (plain(), whole(&with_pages), ["4", "8"]),
+        (plain(), whole(&with_heads), ["4", "2"]),
+        (plain(), whole(&with_items), ["256", "192"]),
         (plain(), with_dtype, ["bfloat16", "float8_e4m3fn"]),
-        (named, otherwise, ["2 buffers", "3"]),
+        (named, otherwise, ["2", "1"]),
     ];
     for (source, target, words) in cases {
         let sentence = refusal::<F>(source, target);
-        let named = words.iter().all(|word| sentence.contains(word));
-        let turned = ["source", "target"].iter().all(|word| sentence.contains(word));
-        assert!(turned, "{sentence}");
-        // Which side is the source depends on who tries; both values are named in any case.
-        let values = words.iter().all(|word| {
-            let digits = word.split(' ').next().unwrap_or(word);
-            sentence.contains(digits)
-        });
-        assert!(named || values, "{words:?} are not in {sentence:?}");
+        // The address in front has digits of its own.
+        let reason = sentence.split(" refused: ").last().unwrap_or(&sentence);
+        let is_word = |letter: char| letter.is_alphanumeric() || letter == '_';
+        let named: Vec<&str> = reason.split(|letter| !is_word(letter)).collect();
+        for word in words.iter().chain(&["source", "target"]) {
+            assert!(named.contains(word), "{word:?} is not in {reason:?}");
+        }
     }
 }
 
@@ -106,8 +107,14 @@ pub fn restart<F: Fabric>() {
     let receive = bench.receive(&Deal::new(&model, 52, &[4]));
     bench.fabric.restart(0);
     let end = bench.fabric.wait(&receive, SOON).expect("in time");
-    assert!(matches!(end, Err(TransferError::PeerLost { .. })), "{end:?}");
-    bench.fabric.connect(1, 0).expect("the new process is welcome");
+    assert!(
+        matches!(end, Err(TransferError::PeerLost { .. })),
+        "{end:?}"
+    );
+    bench
+        .fabric
+        .connect(1, 0)
+        .expect("the new process is welcome");
     bench.run(&Deal::new(&model, 53, &[4]));
 }
 

@@ -41,7 +41,10 @@ fn under_way<F: Fabric>() -> (Bench<F>, Deal, F::Transfer, F::Transfer) {
     let receive = bench.receive(&deal);
     let send = bench.send(deal.room);
     bench.fabric.wait_ready(&send).expect("it is granted");
-    bench.fabric.push(&send, &deal.pushes()[0]).expect("it is taken");
+    bench
+        .fabric
+        .push(&send, &deal.pushes()[0])
+        .expect("it is taken");
     (bench, deal, send, receive)
 }
 
@@ -65,12 +68,18 @@ fn poison_and_wait<F: Fabric>(bench: &mut Bench<F>) {
 pub fn cancelled_by_the_sender<F: Fabric>() {
     let (mut bench, deal, send, receive) = under_way::<F>();
     bench.fabric.cancel(&send);
-    assert_eq!(failure(bench.fabric.wait(&send, SOON)), TransferError::Cancelled);
+    assert_eq!(
+        failure(bench.fabric.wait(&send, SOON)),
+        TransferError::Cancelled
+    );
     let refused = bench.fabric.push(&send, &deal.pushes()[1]);
     assert!(matches!(refused, Err(SubmitError::Ended(_))), "{refused:?}");
     // The source's pages are written by other requests at once.
     bench.fill_rank(0, 9);
-    assert_eq!(code(bench.fabric.wait(&receive, SOON)), FailureCode::Cancelled);
+    assert_eq!(
+        code(bench.fabric.wait(&receive, SOON)),
+        FailureCode::Cancelled
+    );
     poison_and_wait(&mut bench);
 }
 
@@ -130,9 +139,16 @@ pub fn duplicate_rooms<F: Fabric>() {
     let again = bench.fabric.send(0, &to_send(24, SOON)).err();
     assert_eq!(again, Some(SubmitError::DuplicateRoom(room(24))));
     bench.fabric.wait_ready(&send).expect("it is granted");
-    bench.fabric.push(&send, &deal.pushes()[0]).expect("it is taken");
+    bench
+        .fabric
+        .push(&send, &deal.pushes()[0])
+        .expect("it is taken");
     for side in [&send, &receive] {
-        bench.fabric.wait(side, SOON).expect("in time").expect("it succeeds");
+        bench
+            .fabric
+            .wait(side, SOON)
+            .expect("in time")
+            .expect("it succeeds");
     }
 }
 
@@ -154,8 +170,15 @@ pub fn grant_before_sender<F: Fabric>() {
     bench.fabric.pass(SHORT);
     let send = bench.send(26);
     bench.fabric.wait_ready(&send).expect("the grant was kept");
-    bench.fabric.push(&send, &deal.pushes()[0]).expect("it is taken");
-    bench.fabric.wait(&receive, SOON).expect("in time").expect("it succeeds");
+    bench
+        .fabric
+        .push(&send, &deal.pushes()[0])
+        .expect("it is taken");
+    bench
+        .fabric
+        .wait(&receive, SOON)
+        .expect("in time")
+        .expect("it succeeds");
 }
 
 /// P2, P4: a grant is not kept for ever; its receiver is told that nobody came.
@@ -167,7 +190,10 @@ pub fn grant_without_sender<F: Fabric>() {
     };
     let mut bench = Bench::<F>::new(&model, (1, 1), 1, &node);
     let receive = bench.receive(&Deal::new(&model, 27, &[4]));
-    assert_eq!(code(bench.fabric.wait(&receive, SOON)), FailureCode::NoSender);
+    assert_eq!(
+        code(bench.fabric.wait(&receive, SOON)),
+        FailureCode::NoSender
+    );
 }
 
 /// P2: a receiver that gave up before the sender opened: the sender fails at once, not at its deadline.
@@ -214,8 +240,15 @@ pub fn more_pages_than_granted<F: Fabric>() {
     let text = error.to_string();
     assert!(text.contains('7') && text.contains('4'), "{text}");
     // Nothing was queued: the room can still be served.
-    bench.fabric.push(&send, &deal.pushes()[0]).expect("it is taken");
-    bench.fabric.wait(&receive, SOON).expect("in time").expect("it succeeds");
+    bench
+        .fabric
+        .push(&send, &deal.pushes()[0])
+        .expect("it is taken");
+    bench
+        .fabric
+        .wait(&receive, SOON)
+        .expect("in time")
+        .expect("it succeeds");
 }
 
 /// P7, P8: fewer pages than granted are no success at either side.
@@ -230,9 +263,15 @@ pub fn fewer_pages_than_granted<F: Fabric>() {
         items: vec![(0..2).collect()],
         last: true,
     };
-    bench.fabric.push(&send, &two).expect("a sender may stop early");
+    bench
+        .fabric
+        .push(&send, &two)
+        .expect("a sender may stop early");
     let error = failure(bench.fabric.wait(&receive, SOON));
-    assert!(matches!(error, TransferError::PeerMisbehaved { .. }), "{error}");
+    assert!(
+        matches!(error, TransferError::PeerMisbehaved { .. }),
+        "{error}"
+    );
     let told = failure(bench.fabric.wait(&send, SOON));
     assert!(matches!(told, TransferError::PeerFailed { .. }), "{told}");
 }
@@ -246,7 +285,7 @@ pub fn full_queue<F: Fabric>() {
         ..NodeConfig::default()
     };
     let mut bench = Bench::<F>::new(&model, (1, 1), 1, &node);
-    let mut deal = Deal::new(&model, 33, &[6, 1]);
+    let deal = Deal::new(&model, 33, &[6, 1]);
     let receive = bench.receive(&deal);
     let send = bench.send(33);
     bench.fabric.wait_ready(&send).expect("it is granted");
@@ -277,8 +316,11 @@ pub fn full_queue<F: Fabric>() {
             Err(error) => panic!("{error}"),
         }
     }
-    bench.fabric.wait(&receive, SOON).expect("in time").expect("it succeeds");
-    deal.room += 1;
+    bench
+        .fabric
+        .wait(&receive, SOON)
+        .expect("in time")
+        .expect("it succeeds");
 }
 
 /// P4: the table of transfers takes exactly its bound, both roles together, and has room again after an end.
@@ -291,7 +333,13 @@ pub fn full_table<F: Fabric>() {
     let mut bench = Bench::<F>::new(&model, (1, 1), 1, &node);
     let mut open: Vec<F::Transfer> = (40..43).map(|number| bench.send(number)).collect();
     let refused = bench.fabric.send(0, &to_send(43, SOON)).err();
-    let Some(SubmitError::Full { used, limit, setting, .. }) = refused else {
+    let Some(SubmitError::Full {
+        used,
+        limit,
+        setting,
+        ..
+    }) = refused
+    else {
         panic!("the table took more than its bound");
     };
     assert_eq!((used, limit, setting), (3, 3, "transfers_max"));

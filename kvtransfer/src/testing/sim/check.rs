@@ -2,7 +2,10 @@
 
 use std::{collections::HashMap, ops::Range, sync::Arc};
 
-use super::{rank::Handle, world::{PlacedBytes, World}};
+use super::{
+    rank::Handle,
+    world::{PlacedBytes, World},
+};
 use crate::{
     layout::{ComponentKind, Layout, RegionId},
     plan::{descriptor::Descriptor, pairing::Pairing},
@@ -53,8 +56,13 @@ impl Owed {
         let mut is_right = true;
         self.each(|_, run| {
             let got = world.read(receiver, run.target.region, run.target.offset, run.len);
-            let wanted = (0..).map(|i| pattern(self.salt, run.source.region, run.source.offset + i));
-            is_right &= got.iter().copied().zip(wanted).all(|(got, wanted)| got == wanted);
+            let wanted =
+                (0..).map(|i| pattern(self.salt, run.source.region, run.source.offset + i));
+            is_right &= got
+                .iter()
+                .copied()
+                .zip(wanted)
+                .all(|(got, wanted)| got == wanted);
         });
         is_right
     }
@@ -158,7 +166,10 @@ impl Checker {
                 let mut ranges = receiving.granted.iter();
                 ranges.any(|(known, range)| *known == region && range.contains(&at))
             });
-        assert!(is_granted, "{handle:?}: {offset}..{end} of {region:?} was never granted");
+        assert!(
+            is_granted,
+            "{handle:?}: {offset}..{end} of {region:?} was never granted"
+        );
         for mark in slice(&mut receiving.awaited, region, offset, len) {
             if *mark > 0 {
                 receiving.owed[usize::from(*mark) - 1].missing -= 1;
@@ -200,8 +211,15 @@ impl Checker {
         for (region, range) in ranges {
             let bytes = world.read(rank, *region, range.start, range.end - range.start);
             let wanted = range.clone().map(|at| pattern(POISON, *region, at));
-            let is_right = bytes.iter().copied().zip(wanted).all(|(got, want)| got == want);
-            assert!(is_right, "P1: rank {rank}: {range:?} of {region:?} changed after its end");
+            let is_right = bytes
+                .iter()
+                .copied()
+                .zip(wanted)
+                .all(|(got, want)| got == want);
+            assert!(
+                is_right,
+                "P1: rank {rank}: {range:?} of {region:?} changed after its end"
+            );
         }
     }
 
@@ -223,7 +241,12 @@ impl Checker {
 
     /// A rank's process is about to die: what it had is noted.
     pub(super) fn died(&mut self, world: &mut World, rank: usize) {
-        let dying: Vec<Handle> = self.live.keys().copied().filter(|h| h.rank == rank).collect();
+        let dying: Vec<Handle> = self
+            .live
+            .keys()
+            .copied()
+            .filter(|h| h.rank == rank)
+            .collect();
         for handle in dying {
             self.ended(world, handle, false);
         }
@@ -236,7 +259,10 @@ impl Checker {
 
 fn poison(world: &mut World, rank: usize, ranges: &[(RegionId, Range<u64>)]) {
     for (region, range) in ranges {
-        let bytes: Vec<u8> = range.clone().map(|at| pattern(POISON, *region, at)).collect();
+        let bytes: Vec<u8> = range
+            .clone()
+            .map(|at| pattern(POISON, *region, at))
+            .collect();
         world.write(rank, *region, range.start, &bytes);
     }
 }

@@ -131,7 +131,9 @@ impl World {
         let (rank, peer) = (end.rank, end.peer);
         let delay = Duration::from_micros(self.dice.within(0, 3_000));
         self.at(self.now + delay, Event::LaneLost(at.other()));
-        self.ranks[rank].node.lane_down(peer, lane_id(at.lane), reason);
+        self.ranks[rank]
+            .node
+            .lane_down(peer, lane_id(at.lane), reason);
         self.settle(rank);
     }
 

@@ -89,7 +89,9 @@ impl Inbound {
 impl World {
     /// A copy goes on. It is one call of the lane's thread, so it ends even if the connection has.
     pub(super) fn copy_on(&mut self, at: LaneAt) {
-        self.conns[at.conn].sides[at.side].lanes[at.lane].inbound.is_copying = false;
+        self.conns[at.conn].sides[at.side].lanes[at.lane]
+            .inbound
+            .is_copying = false;
         self.lane_work(at);
     }
 

@@ -113,7 +113,10 @@ impl World {
             Some(gate) => self.outbound(at).taken = Some((batch, gate)),
             None => {
                 let room = batch.fields.room;
-                self.protocol(index, format!("room {room} is over but had a batch to send"));
+                self.protocol(
+                    index,
+                    format!("room {room} is over but had a batch to send"),
+                );
             }
         }
     }

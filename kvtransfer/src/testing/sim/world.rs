@@ -15,9 +15,7 @@ use crate::{
     layout::RegionId,
     plan::stream::check_items,
     time::Time,
-    transfer::{
-        Chunk, NodeAudit, NodeConfig, Output, ReceiveRequest, SendRequest, Summary,
-    },
+    transfer::{Chunk, NodeAudit, NodeConfig, Output, ReceiveRequest, SendRequest, Summary},
     wire::control::Control,
 };
 
@@ -381,10 +379,7 @@ impl World {
         let at = LaneAt { conn, side, lane };
         let writer = &mut self.conns[conn].sides[1 - side].lanes[lane];
         writer.out.in_flight -= bytes.len();
-        let (writer_up, lane) = (
-            writer.is_up,
-            &mut self.conns[conn].sides[side].lanes[lane],
-        );
+        let (writer_up, lane) = (writer.is_up, &mut self.conns[conn].sides[side].lanes[lane]);
         if lane.is_up && (writer_up || !self.conns[conn].loses) {
             let lane = &mut self.conns[conn].sides[side].lanes[at.lane];
             lane.inbound.buffer.extend_from_slice(bytes);
@@ -396,7 +391,10 @@ impl World {
     }
 
     fn control_arrive(&mut self, conn: usize, side: usize, bytes: &[u8]) {
-        let (other_up, loses) = (self.conns[conn].sides[1 - side].is_up, self.conns[conn].loses);
+        let (other_up, loses) = (
+            self.conns[conn].sides[1 - side].is_up,
+            self.conns[conn].loses,
+        );
         self.conns[conn].sides[1 - side].control_out.in_flight -= bytes.len();
         if !self.conns[conn].sides[side].is_up || (!other_up && loses) {
             return;

@@ -136,9 +136,7 @@ pub(super) fn link(dice: &mut Dice, weather: Weather) -> LinkSpec {
 }
 
 pub(super) fn room(dice: &mut Dice, weather: Weather, index: usize, model: &Model) -> RoomPlan {
-    let mut chunks: Vec<usize> = (0..dice.within(1, 4))
-        .map(|_| dice.index(4))
-        .collect();
+    let mut chunks: Vec<usize> = (0..dice.within(1, 4)).map(|_| dice.index(4)).collect();
     if dice.chance(10) {
         chunks = vec![0];
     }

@@ -182,7 +182,10 @@ impl Stage {
             sources,
             receivers_expected,
             prefix_tokens: plan.prefix_tokens,
-            items: lists.iter().map(|list| Arc::from(list.as_slice())).collect(),
+            items: lists
+                .iter()
+                .map(|list| Arc::from(list.as_slice()))
+                .collect(),
             timeout,
         };
         match self.world.receive(rank, &request) {
@@ -213,7 +216,10 @@ impl Stage {
         let salt = salt(self.rooms[room].number, handle.rank);
         self.fill(handle.rank, salt, &lists, 0);
         let chunk = Chunk {
-            items: lists.iter().map(|list| Arc::from(list.as_slice())).collect(),
+            items: lists
+                .iter()
+                .map(|list| Arc::from(list.as_slice()))
+                .collect(),
             last,
         };
         match self.world.push(handle, &chunk) {

@@ -17,10 +17,7 @@ use crate::{
     plan::pairing::Pairing,
     testing::{
         model::{item_ranges, pattern, route},
-        sim::{
-            Dice, Handle, LinkSpec, Notice, RankSpec, World,
-            check::Checker,
-        },
+        sim::{Dice, Handle, LinkSpec, Notice, RankSpec, World, check::Checker},
     },
     time::Time,
     transfer::Summary,
@@ -225,8 +222,15 @@ impl Stage {
                 audit.in_flight,
             ];
             assert_eq!(held, [0; 5], "rank {rank} leaks: {audit:?}");
-            assert_eq!((audit.queued_bytes, audit.in_flight_bytes), (0, 0), "{audit:?}");
-            assert_eq!(audit.timers, audit.peers, "rank {rank} leaks timers: {audit:?}");
+            assert_eq!(
+                (audit.queued_bytes, audit.in_flight_bytes),
+                (0, 0),
+                "{audit:?}"
+            );
+            assert_eq!(
+                audit.timers, audit.peers,
+                "rank {rank} leaks timers: {audit:?}"
+            );
             assert_eq!(self.world.gates(rank), 0, "rank {rank} leaks gates");
         }
         let left: Vec<_> = self.poisoned.drain().collect();
@@ -263,7 +267,10 @@ impl Stage {
         for (handle, live) in &self.live {
             let due = live.deadline.max(self.thawed[handle.rank]) + SLACK;
             let is_late = now > due && self.world.is_running(handle.rank);
-            assert!(!is_late, "P2: {handle:?} {live:?} did not end by its deadline");
+            assert!(
+                !is_late,
+                "P2: {handle:?} {live:?} did not end by its deadline"
+            );
         }
         if self.world.steps().is_multiple_of(8) {
             (0..self.layouts.len()).for_each(|rank| self.check_bounds(rank));
@@ -274,7 +281,10 @@ impl Stage {
         let (audit, bounds) = (self.world.audit(rank), self.world.bounds(rank));
         // Batches of a dead lane are queued again on top of the bound: at most three lanes of six batches.
         const AGAIN: usize = 18;
-        assert!(audit.queued_windows_most <= bounds.queue_windows_max + AGAIN, "P4: {audit:?}");
+        assert!(
+            audit.queued_windows_most <= bounds.queue_windows_max + AGAIN,
+            "P4: {audit:?}"
+        );
         assert!(audit.transfers <= bounds.transfers_max, "P4: {audit:?}");
         assert!(audit.orphans <= bounds.orphans_max, "P4: {audit:?}");
         assert_eq!(audit.queued_bytes, audit.queued_bytes_summed, "{audit:?}");
@@ -317,7 +327,8 @@ impl Stage {
                 let receivers: Vec<Handle> =
                     self.rooms[live.room].receivers.values().copied().collect();
                 for receiver in receivers {
-                    self.checker.sender_succeeded(&self.world, handle.rank, receiver);
+                    self.checker
+                        .sender_succeeded(&self.world, handle.rank, receiver);
                 }
             }
             self.recycle(handle.rank, live.room);
@@ -340,7 +351,8 @@ impl Stage {
         for (component, list) in layout.components[first..].iter().zip(lists) {
             for item in list {
                 for (region, at, len) in item_ranges(component, *item) {
-                    let bytes: Vec<u8> = (at..at + len).map(|at| pattern(salt, region, at)).collect();
+                    let bytes: Vec<u8> =
+                        (at..at + len).map(|at| pattern(salt, region, at)).collect();
                     self.world.write(rank, region, at, &bytes);
                 }
             }
@@ -423,7 +435,11 @@ impl Stage {
         {
             return;
         }
-        let (dialler, other) = if self.dice.chance(50) { (from, to) } else { (to, from) };
+        let (dialler, other) = if self.dice.chance(50) {
+            (from, to)
+        } else {
+            (to, from)
+        };
         let connected = self.world.connect(dialler, other, &spec);
         connected.expect("the layouts fit");
     }
