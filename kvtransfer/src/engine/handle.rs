@@ -27,9 +27,6 @@ use crate::{
     transport::lane::Lane,
 };
 
-/// How long a waiting thread drives a lane before it looks whether the transfer ended another way.
-const DRIVE_SLICE: Duration = Duration::from_millis(5);
-
 /// SGLang's `KVPoll` (`srt/disaggregation/base/conn.py:123-128`), with its numbers: several ranks' states are combined by
 /// minimum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -261,12 +258,10 @@ impl Transfer {
             if left.is_zero() {
                 return None;
             }
-            // The socket of an ended lane is always ready: waiting on it would be spinning.
             let lane = state.lane.clone().filter(|lane| !lane.is_over());
-            if let Some(lane) = lane {
-                drop(state);
-                lane.drive(left.min(DRIVE_SLICE));
-            } else {
+            drop(state);
+            if !lane.is_some_and(|lane| lane.drive()) {
+                let state = self.shared.lock();
                 drop(
                     self.shared
                         .sleep(state, left, |state| state.result.is_none()),

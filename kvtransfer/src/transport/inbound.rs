@@ -26,8 +26,10 @@ use crate::{
     wire::lane::{ACK_MAGIC, Ack, BatchHeader, PayloadMode, Seal, WINDOW_ITEMS_MAX},
 };
 
-/// Bytes read ahead: the largest thing parsed from the buffer is a pull's item list.
-const BUFFER: usize = 8 + 4 * WINDOW_ITEMS_MAX as usize + BatchHeader::LEN;
+/// Bytes that the reader takes in one call between frames: a small batch comes whole, headers included.
+pub(super) const READ_AHEAD: usize = 32 << 10;
+/// Bytes of the buffer: what is read at once behind what may be left, at most a pull's header and item list.
+pub(super) const BUFFER: usize = READ_AHEAD + 8 + 4 * WINDOW_ITEMS_MAX as usize + BatchHeader::LEN;
 /// Bytes read after a payload: its seal and the next header, but none of the next payload, which would be copied twice.
 const AHEAD: usize = Seal::LEN + BatchHeader::LEN;
 /// Read size where acknowledgements are awaited, so that one call takes many.
@@ -155,6 +157,49 @@ impl Inbound {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error.into()),
             }
+        }
+    }
+
+    /// Whether the next bytes are a frame's first.
+    pub(super) fn is_between_frames(&self) -> bool {
+        matches!(self.expect, Expect::Frame) && self.start == self.end
+    }
+
+    /// Takes bytes that were read elsewhere.
+    pub(super) fn append(&mut self, bytes: &[u8]) {
+        self.compact();
+        self.buffer[self.end..self.end + bytes.len()].copy_from_slice(bytes);
+        self.end += bytes.len();
+    }
+
+    /// Deals with `got` bytes that the reader read into a buffer like ours, and with whatever else the socket holds if
+    /// there may be more.
+    pub(super) fn take_in(
+        &mut self,
+        context: &LaneContext,
+        socket: BorrowedFd<'_>,
+        out: &mut Outbound,
+        buffer: &mut Box<[u8]>,
+        got: usize,
+    ) -> Result<(), LaneError> {
+        if self.start == self.end && got > 0 {
+            std::mem::swap(&mut self.buffer, buffer);
+            (self.start, self.end) = (0, got);
+        } else {
+            self.append(&buffer[..got]);
+        }
+        while self.step(context, out)? == Step::Again {}
+        if self.is_between_frames() && got < READ_AHEAD {
+            return Ok(());
+        }
+        self.pump(context, socket, out)
+    }
+
+    fn compact(&mut self) {
+        if self.start > 0 {
+            self.buffer.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
         }
     }
 
@@ -331,14 +376,7 @@ impl Inbound {
         socket: BorrowedFd<'_>,
         out: &Outbound,
     ) -> io::Result<Received> {
-        if self.start == self.end {
-            self.start = 0;
-            self.end = 0;
-        } else if self.start > 0 {
-            self.buffer.copy_within(self.start..self.end, 0);
-            self.end -= self.start;
-            self.start = 0;
-        }
+        self.compact();
         match std::mem::replace(&mut self.expect, Expect::Frame) {
             Expect::Payload(filling) => self.receive_payload(context, socket, filling),
             Expect::Skip(header, left) => {

@@ -1,22 +1,22 @@
-//! One data connection: its socket, its thread, and how a waiting caller can do the thread's work.
+//! One data connection: its socket and the threads that serve it.
 //!
-//! A lane is driven by its own thread, which sleeps in `poll` until the socket or the [`Lane::kick`] event is ready.
-//! For small transfers two thread switches can be saved: the pushing thread writes the batch itself if the lane is free
-//! ([`Lane::try_pump`]), and the waiting thread reads the acknowledgement itself ([`Lane::drive`]); meanwhile the lane's
-//! thread leaves the socket alone, so that both are not woken by the same byte.
+//! The *reader* sleeps in `recv` for the next frame, with a buffer of its own and without the lane's lock; what it read
+//! is then dealt with under the lock, large payloads straight from the socket into the pages. The *writer* sleeps until
+//! [`Lane::kick`] and then sends until the socket is full. For small transfers two thread switches are saved: the pushing
+//! thread writes the batch itself if the lane is free ([`Lane::try_pump`]), and the waiting thread reads the answer
+//! itself ([`Lane::drive`]); meanwhile the reader leaves the socket alone.
+
+mod driver;
+mod reader;
+mod writer;
 
 use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{
-        Arc, Mutex, PoisonError, TryLockError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
-    time::Duration,
-};
-
-use rustix::{
-    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
-    io::{read, write},
+    thread::Thread,
 };
 
 use super::{
@@ -32,11 +32,8 @@ use crate::{
     wire::hello::RegionAddress,
 };
 
-/// How long a lane's thread leaves the socket to callers after one has driven it.
-const DRIVEN_FOR: Duration = Duration::from_millis(1);
-
-/// Waits without spinning after a spin that did not pay: a slow peer costs one spin in so many waits.
-const SPIN_REST: u32 = 15;
+/// Stack of a lane's threads: they use a few KiB.
+const STACK: usize = 256 << 10;
 
 /// Shared memory between two processes, cut into slots of one batch each.
 #[derive(Debug)]
@@ -86,15 +83,30 @@ struct LaneIo {
     blocked: bool,
 }
 
+/// What the reading half waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Want {
+    /// The next frame.
+    Frame,
+    /// More of a payload or list.
+    Payload,
+    /// That the peer takes our answers.
+    Answered,
+    /// Nothing: the lane has ended.
+    Nothing,
+}
+
 /// One data connection.
 pub(crate) struct Lane {
     pub(crate) id: LaneId,
     socket: OwnedFd,
-    kick: OwnedFd,
-    kicked: AtomicBool,
     io: Mutex<Option<LaneIo>>,
-    /// Callers that drive the lane now.
-    drivers: AtomicU32,
+    reader: OnceLock<Thread>,
+    writer: OnceLock<Thread>,
+    /// The reader leaves the socket to a driver.
+    parked: AtomicBool,
+    /// A caller reads the socket now.
+    driver: AtomicBool,
     driven_at: AtomicU64,
     /// Waits that go straight to sleep, because spinning did not pay.
     spin_rest: AtomicU32,
@@ -102,57 +114,72 @@ pub(crate) struct Lane {
 }
 
 impl Lane {
-    /// Starts the lane's thread. `rest`: bytes that were read with the handshake.
+    /// Starts the lane's threads. `rest`: bytes that were read with the handshake.
     ///
     /// # Errors
-    /// No event descriptor or no thread can be had.
+    /// No thread can be had.
     pub(crate) fn start(
         socket: OwnedFd,
         context: LaneContext,
         rest: &[u8],
     ) -> std::io::Result<Arc<Self>> {
-        rustix::io::ioctl_fionbio(&socket, true)?;
+        use rustix::net::sockopt::{Timeout, set_socket_timeout};
+        // Every call on pages says itself that it must not block; the reader's wait for a frame must.
+        rustix::io::ioctl_fionbio(&socket, false)?;
+        set_socket_timeout(&socket, Timeout::Recv, None)?;
+        set_socket_timeout(&socket, Timeout::Send, None)?;
         let hub = Arc::clone(&context.hub);
         let name = format!("kvt-lane-{}-{}", context.peer.0, context.lane.0);
+        let io = LaneIo {
+            context,
+            inbound: Inbound::new(rest),
+            outbound: Outbound::new(),
+            blocked: false,
+        };
         let lane = Arc::new(Self {
-            id: context.lane,
+            id: io.context.lane,
             socket,
-            kick: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-            kicked: AtomicBool::new(false),
-            io: Mutex::new(Some(LaneIo {
-                context,
-                inbound: Inbound::new(rest),
-                outbound: Outbound::new(),
-                blocked: false,
-            })),
-            drivers: AtomicU32::new(0),
+            io: Mutex::new(Some(io)),
+            reader: OnceLock::new(),
+            writer: OnceLock::new(),
+            parked: AtomicBool::new(false),
+            driver: AtomicBool::new(false),
             driven_at: AtomicU64::new(0),
             spin_rest: AtomicU32::new(0),
             failed: AtomicBool::new(false),
         });
-        let worker = Arc::clone(&lane);
-        const STACK: usize = 256 << 10;
-        let alive = hub.lane_alive();
-        std::thread::Builder::new()
-            .name(name)
-            .stack_size(STACK)
-            .spawn(move || {
-                worker.run();
+        let spawn = |suffix: &str, run: fn(&Self)| {
+            let (worker, alive) = (Arc::clone(&lane), hub.lane_alive());
+            let builder = std::thread::Builder::new().name(format!("{name}{suffix}"));
+            builder.stack_size(STACK).spawn(move || {
+                run(&worker);
                 drop(worker);
                 drop(alive);
-            })?;
+            })
+        };
+        let started = spawn("w", Self::write_on).and_then(|writer| {
+            let _ = lane.writer.set(writer.thread().clone());
+            let reader = spawn("", Self::read_on)?;
+            let _ = lane.reader.set(reader.thread().clone());
+            Ok(())
+        });
+        if let Err(error) = started {
+            // A writer without a reader must not stay behind.
+            lane.failed.store(true, Ordering::SeqCst);
+            lane.kick();
+            return Err(error);
+        }
         Ok(lane)
     }
 
-    /// Wakes the lane's thread.
+    /// Wakes the writer: there is work, or room in the socket to wait for.
     pub(crate) fn kick(&self) {
-        if !self.kicked.swap(true, Ordering::SeqCst) {
-            // The counter cannot overflow: it is read before the flag is cleared.
-            let _ = write(&self.kick, &1_u64.to_ne_bytes());
+        if let Some(writer) = self.writer.get() {
+            writer.unpark();
         }
     }
 
-    /// Ends the connection; the thread notices and reports the lane down.
+    /// Ends the connection; the reader notices and reports the lane down.
     pub(crate) fn shut_down(&self) {
         let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
         self.kick();
@@ -163,75 +190,73 @@ impl Lane {
         self.failed.load(Ordering::SeqCst)
     }
 
-    /// Does the lane's work in the calling thread if nobody else does. Returns whether it did.
+    /// Sends in the calling thread if nobody else is at it. Returns whether it did.
     pub(crate) fn try_pump(&self) -> bool {
         let mut io = match self.io.try_lock() {
             Ok(io) => io,
             Err(TryLockError::Poisoned(io)) => io.into_inner(),
             Err(TryLockError::WouldBlock) => return false,
         };
-        let Some(open) = io.as_mut() else {
-            return true;
-        };
-        let done = open.outbound_pump(self.socket.as_fd());
-        let blocked = open.blocked;
-        if let Err(error) = done {
-            self.fail(&mut io, &error);
-        } else if blocked {
+        if self.send(&mut io) {
             drop(io);
             self.kick();
         }
         true
     }
 
-    /// Waits for the socket in the calling thread and does the lane's work, for at most `timeout`.
-    pub(crate) fn drive(&self, timeout: Duration) {
-        self.drivers.fetch_add(1, Ordering::SeqCst);
-        self.driven_at.store(clock::now().nanos(), Ordering::SeqCst);
-        if !self.spin() {
-            let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
-            let ready = poll(&mut fds, Some(&timespec(timeout)));
-            if ready.is_ok_and(|count| count > 0) {
-                let mut io = self.io.lock().unwrap_or_else(PoisonError::into_inner);
-                self.pump(&mut io);
-            }
-        }
-        self.driven_at.store(clock::now().nanos(), Ordering::SeqCst);
-        self.drivers.fetch_sub(1, Ordering::SeqCst);
+    fn lock(&self) -> MutexGuard<'_, Option<LaneIo>> {
+        self.io.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Looks for an answer without sleeping, for a few microseconds, because going to sleep and being woken costs as much
-    /// again as a small transfer. Gives up for a while when it did not pay. Returns whether an answer came.
-    fn spin(&self) -> bool {
-        let mut io = self.io.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Sends what there is. Returns whether the socket is full, so that the writer must wait for it.
+    fn send(&self, io: &mut Option<LaneIo>) -> bool {
         let Some(open) = io.as_mut() else {
-            return true;
-        };
-        let budget = open.context.hub.config.spin;
-        if budget.is_zero() || self.spin_rest.load(Ordering::Relaxed) > 0 {
-            let rest = self.spin_rest.load(Ordering::Relaxed);
-            self.spin_rest
-                .store(rest.saturating_sub(1), Ordering::Relaxed);
             return false;
-        }
-        let until = clock::now() + budget;
-        let awaited = open.outbound.unacked;
-        while clock::now() < until {
-            self.pump(&mut io);
-            match io.as_ref() {
-                Some(open) if open.outbound.unacked >= awaited => std::hint::spin_loop(),
-                _ => return true,
+        };
+        match open.send(self.socket.as_fd()) {
+            Ok(()) => open.blocked,
+            Err(error) => {
+                self.fail(io, &error);
+                false
             }
         }
-        self.spin_rest.store(SPIN_REST, Ordering::Relaxed);
-        false
     }
 
-    fn pump(&self, io: &mut Option<LaneIo>) {
-        if let Some(open) = io
-            && let Err(error) = open.pump(self.socket.as_fd())
-        {
+    /// Reads what there is, then sends. Returns whether the socket is full.
+    fn pump(&self, io: &mut Option<LaneIo>) -> bool {
+        let Some(open) = io.as_mut() else {
+            return false;
+        };
+        if let Err(error) = open.receive(self.socket.as_fd()) {
             self.fail(io, &error);
+        }
+        self.send(io)
+    }
+
+    /// Deals with bytes that were read outside of the lock, then sends. Returns whether the socket is full.
+    fn take_in(&self, io: &mut Option<LaneIo>, buffer: &mut Box<[u8]>, got: usize) -> bool {
+        let Some(open) = io.as_mut() else {
+            return false;
+        };
+        let LaneIo {
+            context,
+            inbound,
+            outbound,
+            ..
+        } = open;
+        let taken = inbound.take_in(context, self.socket.as_fd(), outbound, buffer, got);
+        if let Err(error) = taken {
+            self.fail(io, &error);
+        }
+        self.send(io)
+    }
+
+    fn want(io: &Option<LaneIo>) -> Want {
+        match io {
+            None => Want::Nothing,
+            Some(open) if open.outbound.is_clogged() => Want::Answered,
+            Some(open) if open.inbound.is_between_frames() => Want::Frame,
+            Some(_) => Want::Payload,
         }
     }
 
@@ -246,85 +271,20 @@ impl Lane {
         } = &open.context;
         tracing::info!(%peer, lane = lane.0, %error, "lane ended");
         hub.lane_down(*peer, *lane, &error.to_string());
+        // The other thread notices by one of these two.
         let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
         self.kick();
-    }
-
-    /// Whether a caller drives the lane, or has just done so.
-    fn is_driven(&self) -> bool {
-        let since = clock::now()
-            .nanos()
-            .saturating_sub(self.driven_at.load(Ordering::SeqCst));
-        self.drivers.load(Ordering::SeqCst) > 0 || Duration::from_nanos(since) < DRIVEN_FOR
-    }
-
-    fn run(&self) {
-        loop {
-            if self.failed.load(Ordering::SeqCst) {
-                return;
-            }
-            let (mut blocked, mut clogged) = (false, false);
-            let driven = self.is_driven();
-            if !driven || self.kicked.load(Ordering::SeqCst) {
-                let mut io = self.io.lock().unwrap_or_else(PoisonError::into_inner);
-                self.clear_kick();
-                self.pump(&mut io);
-                blocked = io.as_ref().is_some_and(|open| open.blocked);
-                clogged = io.as_ref().is_some_and(|open| open.outbound.is_clogged());
-                if io.is_none() {
-                    return;
-                }
-            }
-            let mut interest = PollFlags::empty();
-            if !driven && !clogged {
-                interest |= PollFlags::IN;
-            }
-            if blocked {
-                interest |= PollFlags::OUT;
-            }
-            // A driven lane is looked at again when the drivers have gone.
-            let timeout = driven.then(|| timespec(DRIVEN_FOR));
-            let mut fds = [
-                PollFd::new(&self.kick, PollFlags::IN),
-                PollFd::new(&self.socket, interest),
-            ];
-            let watched = if driven && !blocked {
-                &mut fds[..1]
-            } else {
-                &mut fds[..]
-            };
-            let _ = poll(watched, timeout.as_ref());
-        }
-    }
-
-    fn clear_kick(&self) {
-        if self.kicked.load(Ordering::SeqCst) {
-            let mut count = [0; 8];
-            let _ = read(&self.kick, &mut count[..]);
-            self.kicked.store(false, Ordering::SeqCst);
-        }
     }
 }
 
 impl LaneIo {
-    fn outbound_pump(&mut self, socket: BorrowedFd<'_>) -> Result<(), LaneError> {
+    fn send(&mut self, socket: BorrowedFd<'_>) -> Result<(), LaneError> {
         let sent = self.outbound.pump(&self.context, socket)?;
         self.blocked = sent == Sent::Blocked;
         Ok(())
     }
 
-    /// Reads, answers, sends, until the socket gives and takes no more.
-    fn pump(&mut self, socket: BorrowedFd<'_>) -> Result<(), LaneError> {
-        self.inbound
-            .pump(&self.context, socket, &mut self.outbound)?;
-        self.outbound_pump(socket)?;
-        Ok(())
-    }
-}
-
-fn timespec(duration: Duration) -> Timespec {
-    Timespec {
-        tv_sec: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
-        tv_nsec: duration.subsec_nanos().into(),
+    fn receive(&mut self, socket: BorrowedFd<'_>) -> Result<(), LaneError> {
+        self.inbound.pump(&self.context, socket, &mut self.outbound)
     }
 }
