@@ -381,6 +381,10 @@ pub(super) fn start_lane(hub: &Arc<Hub>, link: &Link, start: LaneStart) -> io::R
     // The node must know the lane before its thread asks for work.
     hub.lane_up(link.peer, start.lane, setup);
     let lane = Lane::start(start.socket, context, &start.rest)?;
-    link.add_lane(lane);
+    link.add_lane(Arc::clone(&lane));
+    // It may have ended before the link knew it.
+    if lane.has_failed() {
+        link.remove_lane(lane.id);
+    }
     Ok(())
 }

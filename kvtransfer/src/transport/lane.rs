@@ -152,6 +152,11 @@ impl Lane {
         self.kick();
     }
 
+    /// Whether the connection has ended.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.failed.load(Ordering::SeqCst)
+    }
+
     /// Does the lane's work in the calling thread if nobody else does. Returns whether it did.
     pub(crate) fn try_pump(&self) -> bool {
         let mut io = match self.io.try_lock() {
