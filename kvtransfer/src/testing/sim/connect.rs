@@ -39,7 +39,8 @@ impl World {
     /// # Errors
     /// The layouts do not fit, in a sentence.
     pub fn connect(&mut self, from: usize, to: usize, spec: &LinkSpec) -> Result<usize, String> {
-        let (there, back) = agree(&self.ranks[from].spec.layout, &self.ranks[to].spec.layout)?;
+        // The accepting side is the first to compare, and its sentence is the one that is told.
+        let (back, there) = agree(&self.ranks[to].spec.layout, &self.ranks[from].spec.layout)?;
         let earlier = (0..self.conns.len()).filter(|conn| {
             let ranks = self.conns[*conn].sides.each_ref().map(|side| side.rank);
             ranks == [from, to] || ranks == [to, from]
