@@ -382,6 +382,10 @@ pub(super) fn start_lane(hub: &Arc<Hub>, link: &Link, start: LaneStart) -> io::R
     hub.lane_up(link.peer, start.lane, setup);
     let lane = Lane::start(start.socket, context, &start.rest)?;
     link.add_lane(Arc::clone(&lane));
+    // It may have ended before the link knew it.
+    if lane.is_over() {
+        link.remove_lane(lane.id);
+    }
     // Pages pushed after its thread had looked for work, but before the link knew it, kicked nobody.
     lane.kick();
     Ok(())

@@ -310,6 +310,10 @@ impl Hub {
     }
 
     pub(crate) fn lane_down(&self, peer: PeerId, lane: LaneId, reason: &str) {
+        // First the link forgets it: work must not be given to a lane that has no thread any more.
+        if let Some(link) = self.link(peer) {
+            link.remove_lane(lane);
+        }
         self.with(|node, _| node.lane_down(peer, lane, reason));
     }
 

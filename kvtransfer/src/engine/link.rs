@@ -10,7 +10,7 @@ use std::{
 use rustix::net::{SendFlags, Shutdown, send, shutdown};
 
 use crate::{
-    ids::{InstanceId, PeerId},
+    ids::{InstanceId, LaneId, PeerId},
     plan::pairing::Pairing,
     transfer::LaneSetup,
     transport::lane::Lane,
@@ -109,6 +109,14 @@ impl Link {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .push(lane);
+    }
+
+    /// Forgets a lane whose connection ended.
+    pub(crate) fn remove_lane(&self, id: LaneId) {
+        self.lanes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|lane| lane.id != id);
     }
 
     pub(crate) fn lanes(&self) -> Vec<Arc<Lane>> {

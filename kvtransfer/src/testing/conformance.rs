@@ -372,7 +372,7 @@ macro_rules! conformance_cases {
             rooms: cancelled_by_the_sender, cancelled_by_the_receiver, deadline_without_sender, deadline_without_pages,
                 duplicate_rooms, room_reuse, grant_before_sender, grant_without_sender, cancelled_before_the_sender_opens,
                 late_messages_are_ignored, more_pages_than_granted, fewer_pages_than_granted, full_queue, full_table;
-            peers: path_is_named, wrong_layouts, reconnect, restart, shutdown, lost_lane, lost_lane_of_the_receiver;
+            peers: path_is_named, wrong_layouts, reconnect, restart, shutdown, rooms_after_a_lost_lane, lost_lane, lost_lane_of_the_receiver;
         );
     };
     (@list $name:ident, $fabric:ty, $($group:ident: $($case:ident),* ;)*) => {

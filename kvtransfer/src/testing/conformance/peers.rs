@@ -137,6 +137,20 @@ pub fn shutdown<F: Fabric>() {
     assert!(is_told, "{error}");
 }
 
+/// P5: after the first lane is gone, rooms of any size take the other one at once.
+pub fn rooms_after_a_lost_lane<F: Fabric>() {
+    let model = Model::default();
+    for rank in [0, 1] {
+        let mut bench = Bench::<F>::duo(&model);
+        bench.run(&Deal::new(&model, 57, &[1]));
+        bench.fabric.reset_lane(rank, 1 - rank, 0);
+        bench.fabric.pass(Duration::from_millis(30));
+        for number in 58..62 {
+            bench.run(&Deal::new(&model, number, &[1, 0]));
+        }
+    }
+}
+
 fn lose_a_lane<F: Fabric>(rank: usize) {
     let model = Model {
         pages: 512,

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use super::{
-    network::{Conn, LaneAt, LinkSpec, Side},
+    network::{Conn, LaneAt, LinkSpec, Side, Stream},
     world::{Event, Notice, World},
 };
 use crate::{
@@ -12,6 +12,7 @@ use crate::{
     layout::Layout,
     plan::pairing::{Pairing, pair},
     transfer::{LaneSetup, PeerSetup},
+    wire::control::Control,
 };
 
 /// Both directions between two layouts: there and back.
@@ -39,7 +40,8 @@ impl World {
     /// # Errors
     /// The layouts do not fit, in a sentence.
     pub fn connect(&mut self, from: usize, to: usize, spec: &LinkSpec) -> Result<usize, String> {
-        let (there, back) = agree(&self.ranks[from].spec.layout, &self.ranks[to].spec.layout)?;
+        // The accepting side is the first to compare, and its sentence is the one that is told.
+        let (back, there) = agree(&self.ranks[to].spec.layout, &self.ranks[from].spec.layout)?;
         let earlier = (0..self.conns.len()).filter(|conn| {
             let ranks = self.conns[*conn].sides.each_ref().map(|side| side.rank);
             ranks == [from, to] || ranks == [to, from]
@@ -220,6 +222,31 @@ impl World {
     pub fn restart(&mut self, rank: usize) {
         self.kill(rank, Duration::from_millis(1));
         self.ranks[rank].restart(rank);
+    }
+
+    /// Encodes a message and sends it in pieces.
+    pub(super) fn say(&mut self, conn: usize, side: usize, message: &Control) {
+        let mut bytes = Vec::new();
+        message.encode(&mut bytes);
+        let mut rest = &bytes[..];
+        while !rest.is_empty() {
+            let most = self.conns[conn].sides[side].control_out.net.piece_bytes;
+            let most = rest.len().min(most) as u64;
+            let len = usize::try_from(self.dice.within(1, most)).unwrap_or(1);
+            let (piece, left) = rest.split_at(len);
+            let out = &mut self.conns[conn].sides[side].control_out;
+            let when = out.send(self.now, len, &mut self.dice);
+            self.at(
+                when,
+                Event::Arrive {
+                    conn,
+                    side: 1 - side,
+                    stream: Stream::Control,
+                    bytes: piece.to_vec(),
+                },
+            );
+            rest = left;
+        }
     }
 
     /// Ends every transfer and connection of a rank in good order.

@@ -16,7 +16,6 @@ use crate::{
     plan::stream::check_items,
     time::Time,
     transfer::{Chunk, NodeAudit, NodeConfig, Output, ReceiveRequest, SendRequest, Summary},
-    wire::control::Control,
 };
 
 /// Time between two calls of one thread.
@@ -473,31 +472,6 @@ impl World {
             let life = self.ranks[index].life;
             self.ranks[index].armed = due;
             self.at(due, Event::Tick { rank: index, life });
-        }
-    }
-
-    /// Encodes a message and sends it in pieces.
-    fn say(&mut self, conn: usize, side: usize, message: &Control) {
-        let mut bytes = Vec::new();
-        message.encode(&mut bytes);
-        let mut rest = &bytes[..];
-        while !rest.is_empty() {
-            let most = self.conns[conn].sides[side].control_out.net.piece_bytes;
-            let most = rest.len().min(most) as u64;
-            let len = usize::try_from(self.dice.within(1, most)).unwrap_or(1);
-            let (piece, left) = rest.split_at(len);
-            let out = &mut self.conns[conn].sides[side].control_out;
-            let when = out.send(self.now, len, &mut self.dice);
-            self.at(
-                when,
-                Event::Arrive {
-                    conn,
-                    side: 1 - side,
-                    stream: Stream::Control,
-                    bytes: piece.to_vec(),
-                },
-            );
-            rest = left;
         }
     }
 }
