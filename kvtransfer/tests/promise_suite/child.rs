@@ -125,10 +125,15 @@ impl Other {
         self.hear("connected").parse().expect("a number")
     }
 
-    /// The path that it sends to us over.
+    /// The path that it sends to us over, as soon as it has one: it may learn of it a moment later than we do.
     pub(crate) fn path(&mut self) -> String {
-        self.tell("path");
-        self.hear("path")
+        loop {
+            self.tell("path");
+            let path = self.hear("path");
+            if path != "none" {
+                return path;
+            }
+        }
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -230,6 +235,9 @@ fn obey(engine: &Arc<Engine>, words: &[&str]) {
             let engine = Arc::clone(engine);
             std::thread::spawn(move || {
                 let result = transfer.wait(rig::WATCHDOG).expect("in time");
+                if let Err(error) = &result {
+                    eprintln!("{} of the child: {error}", transfer.room());
+                }
                 // The sender's pages have the same numbers.
                 let wrong = rig::wrong(&engine, seed, &target, &target);
                 say(&format!("ended {} {wrong}", name_of(&result)));
