@@ -235,9 +235,6 @@ fn obey(engine: &Arc<Engine>, words: &[&str]) {
             let engine = Arc::clone(engine);
             std::thread::spawn(move || {
                 let result = transfer.wait(rig::WATCHDOG).expect("in time");
-                if let Err(error) = &result {
-                    eprintln!("{} of the child: {error}", transfer.room());
-                }
                 // The sender's pages have the same numbers.
                 let wrong = rig::wrong(&engine, seed, &target, &target);
                 say(&format!("ended {} {wrong}", name_of(&result)));
