@@ -127,7 +127,8 @@ pub struct PeerInfo {
     pub instance: InstanceId,
     /// Its address.
     pub address: String,
-    /// The path that data to and from it takes: `tcp`, `shm-pull`, `shm-ring`.
+    /// The path that data to and from it takes: `tcp`, `shm-pull`, `shm-ring`; `none` until the first data
+    /// connection is open.
     pub path: &'static str,
     /// Why it is not a better one; empty if it is the best.
     pub path_reason: String,

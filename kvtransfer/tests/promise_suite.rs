@@ -1,4 +1,8 @@
 //! The promises of an engine, kept between real processes and real sockets of one host.
+#![expect(
+    clippy::print_stdout,
+    reason = "the child answers on its standard output, and measured figures are for the reader"
+)]
 
 #[path = "promise_suite/agree.rs"]
 mod agree;

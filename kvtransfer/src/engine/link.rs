@@ -68,7 +68,7 @@ impl Link {
         Self {
             peer,
             agreement,
-            path: Mutex::new(("tcp", String::new())),
+            path: Mutex::new(("none", "no data connection is open yet".into())),
             handshake,
             control,
             outbox: Mutex::default(),

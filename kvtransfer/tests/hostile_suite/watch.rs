@@ -136,8 +136,8 @@ impl Dice {
         (0..len).map(|_| self.roll().to_le_bytes()[0]).collect()
     }
 
-    /// Changes a few bytes, or the length.
-    pub(crate) fn mutate(&mut self, bytes: &mut Vec<u8>, from: usize) {
+    /// Changes a few bytes behind the first `from`.
+    pub(crate) fn mutate(&mut self, bytes: &mut [u8], from: usize) {
         for _ in 0..=self.below(3) {
             let len = bytes.len() as u64;
             if len <= from as u64 {

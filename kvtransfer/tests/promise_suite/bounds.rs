@@ -318,6 +318,12 @@ fn waiting_beside_a_dead_lane_does_not_spin() {
     std::io::Read::read_exact(&mut first.stream, &mut [0; 64]).expect("a batch");
     let (_second, ready) = open_lane(address, 1, 1, b"");
     assert!(matches!(ready, Control::LaneReady { .. }), "{ready:?}");
+    // The answer is on its way a moment before the engine counts on the lane.
+    let start = clock::now();
+    while engine.snapshot().rails.len() < 2 {
+        assert!(clock::now().since(start) < WATCHDOG, "no second lane");
+        std::thread::yield_now();
+    }
     drop(first);
     let before = busy();
     let wall = Duration::from_millis(400);

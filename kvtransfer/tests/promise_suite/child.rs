@@ -125,10 +125,15 @@ impl Other {
         self.hear("connected").parse().expect("a number")
     }
 
-    /// The path that it sends to us over.
+    /// The path that it sends to us over, as soon as it has one: it may learn of it a moment later than we do.
     pub(crate) fn path(&mut self) -> String {
-        self.tell("path");
-        self.hear("path")
+        loop {
+            self.tell("path");
+            let path = self.hear("path");
+            if path != "none" {
+                return path;
+            }
+        }
     }
 
     pub(crate) fn pid(&self) -> u32 {
