@@ -1,1 +1,63 @@
-//! Placeholder while the workspace is laid out.
+//! kvrouter: a front door for SGLang servers that run prefill and decode on separate workers.
+//!
+//! Each generation request goes to one prefill and one decode worker at once, joined by a *room* number that the router
+//! draws. The client gets the decode worker's bytes as they come. When one leg fails, the other is cancelled at once and
+//! only the guilty one is blamed.
+//!
+//! * `config`: the settings and their command line.
+//! * `schedule`: which pair serves a request, and under which rooms.
+//! * `pool`: the workers, the connections to them, and whether they are ready.
+//! * `proxy`: the HTTP front, the two legs, the stream back to the client.
+//! * `respond`: the only place that turns an error into a status code.
+//! * `metrics`, `drain`: what operators see, and how the router stops.
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod drain;
+pub mod metrics;
+pub mod pool;
+pub mod proxy;
+pub mod respond;
+pub mod schedule;
+
+use std::ffi::OsString;
+use std::future::Future;
+
+use anyhow::Context;
+
+pub use config::Config;
+pub use proxy::server::{Router, RunError};
+
+/// Serves until `shutdown` resolves, then finishes live requests for at most `config.drain_timeout`.
+///
+/// # Errors
+/// [`RunError`] when the address cannot be listened on.
+pub async fn run(
+    config: Config,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), RunError> {
+    Router::bind(config).await?.serve(shutdown).await;
+    Ok(())
+}
+
+/// Does all that the `kvrouter` binary does, with `args` as its command line (the first one is the program's name).
+/// Help and mistakes in the arguments end the process, as command lines do.
+///
+/// # Errors
+/// When the settings contradict each other, the address is taken or the runtime cannot start.
+pub fn main_from_args(
+    args: impl IntoIterator<Item = impl Into<OsString> + Clone>,
+) -> anyhow::Result<()> {
+    let command_line = config::CommandLine::from_args(args).unwrap_or_else(|error| error.exit());
+    command_line.init_logs();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the async runtime")?;
+    runtime.block_on(async {
+        let signals = drain::stop_signals().context("cannot listen for signals")?;
+        run(command_line.config, signals)
+            .await
+            .context("cannot serve")
+    })
+}

@@ -1,2 +1,6 @@
-//! x
-fn main() {}
+//! The `kvrouter` command; see `kvrouter --help`.
+#![forbid(unsafe_code)]
+
+fn main() -> anyhow::Result<()> {
+    kvrouter::main_from_args(std::env::args_os())
+}

@@ -1,0 +1,110 @@
+//! The pooled connections to the workers.
+#![forbid(unsafe_code)]
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue};
+use hyper::http::uri::PathAndQuery;
+use hyper::{HeaderMap, Method, Request, Response};
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::client::legacy::{Client, ResponseFuture};
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+
+use super::Worker;
+
+/// A worker that does not accept within this time is down. Workers are neighbours: a healthy one takes milliseconds.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// SGLang's HTTP server closes idle connections after 5 s; the router lets go first, so that no request meets a
+/// connection in the act of closing.
+pub const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// Idle connections kept per worker: enough for a burst, few enough file descriptors.
+pub const IDLE_PER_WORKER_MAX: usize = 512;
+
+/// Silent peers are noticed by the kernel after this time, even when no request timeout is set.
+const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
+
+/// Sends requests to workers.
+#[derive(Clone, Debug)]
+pub struct WorkerClient {
+    http: Client<HttpConnector, Full<Bytes>>,
+    authorization: Option<HeaderValue>,
+}
+
+impl WorkerClient {
+    /// A client that authorises itself with `api_key`, which must be visible ASCII, where a request does not.
+    pub fn new(api_key: Option<&str>) -> Self {
+        let mut connector = HttpConnector::new();
+        connector.set_nodelay(true);
+        connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
+        connector.set_keepalive(Some(TCP_KEEPALIVE));
+        let http = Client::builder(TokioExecutor::new())
+            .pool_idle_timeout(IDLE_TIMEOUT)
+            .pool_max_idle_per_host(IDLE_PER_WORKER_MAX)
+            .pool_timer(TokioTimer::new())
+            .build(connector);
+        let authorization = api_key.map(|key| {
+            let mut value = HeaderValue::try_from(format!("Bearer {key}"))
+                .expect("invariant: the configuration checked the key");
+            value.set_sensitive(true);
+            value
+        });
+        Self {
+            http,
+            authorization,
+        }
+    }
+
+    /// Sends a request. Dropping the future, or later the body of its response, closes the connection unless the answer
+    /// was complete: that is how a leg is cancelled.
+    pub fn send(
+        &self,
+        worker: &Worker,
+        method: Method,
+        path: PathAndQuery,
+        mut headers: HeaderMap,
+        body: Bytes,
+    ) -> ResponseFuture {
+        if let Some(key) = &self.authorization
+            && !headers.contains_key(AUTHORIZATION)
+        {
+            headers.insert(AUTHORIZATION, key.clone());
+        }
+        let mut request = Request::new(Full::new(body));
+        *request.method_mut() = method;
+        *request.uri_mut() = worker.uri(path);
+        *request.headers_mut() = headers;
+        self.http.request(request)
+    }
+
+    /// Sends a small JSON body of the router's own.
+    pub fn post_json(&self, worker: &Worker, path: &'static str, json: String) -> ResponseFuture {
+        let mut headers = HeaderMap::new();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        self.send(
+            worker,
+            Method::POST,
+            PathAndQuery::from_static(path),
+            headers,
+            json.into(),
+        )
+    }
+
+    /// Asks for `path`.
+    ///
+    /// # Errors
+    /// When the worker cannot be reached or closes the connection.
+    pub async fn get(
+        &self,
+        worker: &Worker,
+        path: &'static str,
+    ) -> Result<Response<Incoming>, hyper_util::client::legacy::Error> {
+        let path = PathAndQuery::from_static(path);
+        self.send(worker, Method::GET, path, HeaderMap::new(), Bytes::new())
+            .await
+    }
+}

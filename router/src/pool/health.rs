@@ -1,0 +1,73 @@
+//! Asks every worker again and again whether it is ready.
+//!
+//! `/ready` is preferred: SGLang's `/health` runs a token through the model, so a busy prefill worker fails it while it
+//! is perfectly well. Servers without `/ready` (404) are asked for `/health`.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http_body_util::{BodyExt, Limited};
+use hyper::StatusCode;
+
+use super::Worker;
+use super::client::WorkerClient;
+
+/// A worker that does not answer a probe within this time has failed it.
+pub const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How many probes in a row must fail before a ready worker is left out: one slow answer is no outage.
+pub const FAILURES_TO_UNREADY: u32 = 3;
+
+/// Longest pause between probes of a worker that is not ready; a starting worker should be found soon.
+const UNREADY_INTERVAL_MAX: Duration = Duration::from_secs(1);
+
+/// A probe's answer is a few bytes; more of it is not read.
+const PROBE_BODY_BYTES_MAX: usize = 64 << 10;
+
+/// Probes one worker until the task is dropped.
+pub async fn watch(worker: Arc<Worker>, client: WorkerClient, interval: Duration) {
+    let mut failures = 0;
+    loop {
+        let probe = tokio::time::timeout(PROBE_TIMEOUT, is_ready(&worker, &client));
+        failures = if probe.await.unwrap_or(false) {
+            0
+        } else {
+            failures + 1
+        };
+        let ready = failures == 0 || (worker.is_ready() && failures < FAILURES_TO_UNREADY);
+        if worker.mark_ready(ready) {
+            let (role, url) = (worker.role(), worker.url());
+            if ready {
+                tracing::info!(%role, %url, "worker is ready");
+            } else {
+                tracing::warn!(%role, %url, "worker failed {FAILURES_TO_UNREADY} probes, leaving it out");
+            }
+        }
+        let pause = if ready {
+            interval
+        } else {
+            interval.min(UNREADY_INTERVAL_MAX)
+        };
+        tokio::time::sleep(pause).await;
+    }
+}
+
+async fn is_ready(worker: &Worker, client: &WorkerClient) -> bool {
+    match status(worker, client, "/ready").await {
+        Some(StatusCode::NOT_FOUND) => status(worker, client, "/health")
+            .await
+            .is_some_and(|status| status.is_success()),
+        answer => answer.is_some_and(|status| status.is_success()),
+    }
+}
+
+async fn status(worker: &Worker, client: &WorkerClient, path: &'static str) -> Option<StatusCode> {
+    let response = client.get(worker, path).await.ok()?;
+    let status = response.status();
+    // Reading the answer to its end lets the connection serve again.
+    let _ = Limited::new(response.into_body(), PROBE_BODY_BYTES_MAX)
+        .collect()
+        .await;
+    Some(status)
+}

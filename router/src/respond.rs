@@ -1,0 +1,230 @@
+//! Turns outcomes into HTTP answers. No other module picks a status code.
+#![forbid(unsafe_code)]
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
+use hyper::header::{ALLOW, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use hyper::{Response, StatusCode};
+use serde_json::json;
+
+use crate::proxy::deadline::Stage;
+use crate::proxy::headers::strip_connection_headers;
+use crate::proxy::leg::{LegCause, LegFailure};
+use crate::proxy::shape::ShapeError;
+use crate::proxy::stream::ReplyBody;
+
+/// Most of a failing worker's explanation that is passed on.
+pub const WORKER_ERROR_BYTES_MAX: usize = 1 << 20;
+
+/// How long a failing worker may take to explain itself once its status is known.
+pub const WORKER_ERROR_TIME_MAX: Duration = Duration::from_secs(2);
+
+/// What a client turned away at the request bound is told to wait, in seconds: live requests end all the time.
+const RETRY_AFTER_SECONDS: &str = "1";
+
+/// Why a request was not served.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RouteError {
+    /// The body is not what the endpoint takes.
+    #[error(transparent)]
+    Shape(#[from] ShapeError),
+    /// The body exceeds the limit.
+    #[error("the request body is larger than the limit of {limit} bytes")]
+    BodyTooLarge {
+        /// The limit in bytes.
+        limit: usize,
+    },
+    /// The body ended early or was framed wrongly.
+    #[error("the request body could not be read")]
+    BodyBroken,
+    /// The body stopped coming.
+    #[error("the request body did not arrive in time")]
+    BodySilent,
+    /// The body is compressed.
+    #[error("the request body must be plain JSON, without a Content-Encoding")]
+    Encoding,
+    /// Too many requests are live.
+    #[error("the router is serving its limit of {limit} requests; try again")]
+    Busy {
+        /// The limit.
+        limit: usize,
+    },
+    /// Too many bytes of request bodies are waiting.
+    #[error("the router holds its limit of {limit} bytes of waiting request bodies; try again")]
+    BuffersFull {
+        /// The limit in bytes.
+        limit: usize,
+    },
+    /// A leg failed.
+    #[error("{0}")]
+    Leg(LegFailure),
+    /// A time limit was exceeded.
+    #[error(transparent)]
+    Timeout(Stage),
+    /// No worker answered a question in time.
+    #[error("no worker answered in time")]
+    Silent,
+    /// The path is not served.
+    #[error("this router does not serve {path}")]
+    NoEndpoint {
+        /// The path.
+        path: String,
+    },
+    /// The path is served for another method.
+    #[error("this endpoint takes {allowed} requests only")]
+    Method {
+        /// The method it takes.
+        allowed: &'static str,
+    },
+}
+
+impl From<LegFailure> for RouteError {
+    fn from(failure: LegFailure) -> Self {
+        Self::Leg(failure)
+    }
+}
+
+impl RouteError {
+    /// The status a client gets, and the error type in OpenAI's vocabulary.
+    fn status(&self) -> (StatusCode, &'static str) {
+        match self {
+            Self::Shape(_) | Self::BodyBroken => (StatusCode::BAD_REQUEST, "invalid_request_error"),
+            Self::BodyTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error"),
+            Self::BodySilent => (StatusCode::REQUEST_TIMEOUT, "invalid_request_error"),
+            Self::Encoding => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error"),
+            Self::Busy { .. } | Self::BuffersFull { .. } => {
+                (StatusCode::SERVICE_UNAVAILABLE, "overloaded_error")
+            }
+            Self::Leg(failure) => match &failure.cause {
+                LegCause::Status(response) => (worker_status(response.status()), "worker_error"),
+                LegCause::Connect(_) | LegCause::Reset(_) => {
+                    (StatusCode::BAD_GATEWAY, "worker_error")
+                }
+                LegCause::Stall => (StatusCode::GATEWAY_TIMEOUT, "timeout_error"),
+            },
+            Self::Timeout(_) | Self::Silent => (StatusCode::GATEWAY_TIMEOUT, "timeout_error"),
+            Self::NoEndpoint { .. } => (StatusCode::NOT_IMPLEMENTED, "unsupported_endpoint"),
+            Self::Method { .. } => (StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error"),
+        }
+    }
+
+    fn json(&self) -> String {
+        let (status, kind) = self.status();
+        let message = self.to_string();
+        json!({"error": {"message": message, "type": kind, "param": null, "code": status.as_u16()}})
+            .to_string()
+    }
+}
+
+/// A worker's error status is the client's; a status that is neither success nor error (a redirect) makes no sense from a
+/// worker.
+fn worker_status(status: StatusCode) -> StatusCode {
+    if status.is_client_error() || status.is_server_error() {
+        status
+    } else {
+        StatusCode::BAD_GATEWAY
+    }
+}
+
+/// The answer to a request that failed before anything was sent.
+pub async fn respond(error: RouteError) -> Response<ReplyBody> {
+    let (status, _) = error.status();
+    let json = error.json();
+    let extra = match error {
+        RouteError::Leg(LegFailure {
+            cause: LegCause::Status(response),
+            ..
+        }) => {
+            return pass_on(*response, status, json).await;
+        }
+        RouteError::Busy { .. } | RouteError::BuffersFull { .. } => {
+            Some((RETRY_AFTER, RETRY_AFTER_SECONDS))
+        }
+        RouteError::Method { allowed } => Some((ALLOW, allowed)),
+        _ => None,
+    };
+    let mut response = whole(status, "application/json", json);
+    if let Some((name, value)) = extra {
+        response
+            .headers_mut()
+            .insert(name, HeaderValue::from_static(value));
+    }
+    response
+}
+
+/// The worker's own words, or `otherwise` if they do not arrive.
+async fn pass_on(
+    response: Response<Incoming>,
+    status: StatusCode,
+    otherwise: String,
+) -> Response<ReplyBody> {
+    let (parts, body) = response.into_parts();
+    let body = Limited::new(body, WORKER_ERROR_BYTES_MAX).collect();
+    match tokio::time::timeout(WORKER_ERROR_TIME_MAX, body).await {
+        Ok(Ok(body)) if status == parts.status => {
+            let mut headers = parts.headers;
+            strip_connection_headers(&mut headers);
+            headers.remove(CONTENT_LENGTH);
+            let mut response = Response::new(ReplyBody::Whole(Full::new(body.to_bytes())));
+            *response.status_mut() = status;
+            *response.headers_mut() = headers;
+            response
+        }
+        _ => whole(status, "application/json", otherwise),
+    }
+}
+
+/// The in-band form of an error, for event streams whose head is gone. `is_open` says that an event was cut in the
+/// middle and must be closed first.
+pub fn error_event(error: &RouteError, is_open: bool) -> Bytes {
+    let close = if is_open { "\n\n" } else { "" };
+    format!("{close}data: {}\n\n", error.json()).into()
+}
+
+/// The answer to `/health`.
+pub fn alive() -> Response<ReplyBody> {
+    whole(
+        StatusCode::OK,
+        "text/plain; charset=utf-8",
+        "ok\n".to_owned(),
+    )
+}
+
+/// The answer to `/ready`: a pair can be formed, and the router is not about to stop.
+pub fn readiness(prefills: usize, decodes: usize, is_draining: bool) -> Response<ReplyBody> {
+    let is_ready = prefills > 0 && decodes > 0 && !is_draining;
+    let status = if is_ready {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
+    let state = json!({
+        "ready": is_ready,
+        "ready_prefill_workers": prefills,
+        "ready_decode_workers": decodes,
+        "draining": is_draining,
+    });
+    whole(status, "application/json", state.to_string())
+}
+
+/// The answer to `/metrics`.
+pub fn metrics(text: String) -> Response<ReplyBody> {
+    whole(
+        StatusCode::OK,
+        "text/plain; version=0.0.4; charset=utf-8",
+        text,
+    )
+}
+
+fn whole(status: StatusCode, kind: &'static str, body: String) -> Response<ReplyBody> {
+    let mut response = Response::new(ReplyBody::Whole(Full::new(body.into())));
+    *response.status_mut() = status;
+    response
+        .headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+    response
+}
