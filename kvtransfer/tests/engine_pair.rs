@@ -122,7 +122,14 @@ fn run(same_host: SameHost, expected_path: &str) {
             timeout: Duration::from_secs(10),
         })
         .unwrap();
+    let (granted, grants) = std::sync::mpsc::sync_channel(2);
+    let again = granted.clone();
+    send.on_ready(move |prefix_tokens| granted.send(prefix_tokens).unwrap());
+    assert_eq!(grants.recv_timeout(Duration::from_secs(5)).unwrap(), 32);
     assert_eq!(send.wait_ready(Duration::from_secs(5)).unwrap(), 32);
+    // Told late, called at once.
+    send.on_ready(move |prefix_tokens| again.send(prefix_tokens).unwrap());
+    assert_eq!(grants.try_recv().unwrap(), 32);
     send.push(&Chunk {
         items: vec![Arc::from(&source[..60])],
         last: false,

@@ -47,12 +47,14 @@ pub enum Poll {
 }
 
 type EndCallback = Box<dyn FnOnce(&Result<Summary, TransferError>) + Send>;
+type ReadyCallback = Box<dyn FnOnce(u32) + Send>;
 
 #[derive(Default)]
 struct State {
     ready: Option<u32>,
     result: Option<Result<Summary, TransferError>>,
     callback: Option<EndCallback>,
+    ready_callback: Option<ReadyCallback>,
     waker: Option<Waker>,
     /// The lane that took the last small push.
     lane: Option<Arc<Lane>>,
@@ -88,8 +90,15 @@ impl Shared {
     }
 
     pub(super) fn set_ready(&self, prefix_tokens: u32) {
-        self.lock().ready = Some(prefix_tokens);
+        let mut state = self.lock();
+        state.ready = Some(prefix_tokens);
+        let callback = state.ready_callback.take();
+        drop(state);
         self.changed.notify_all();
+        // Called without the lock: a callback may use the transfer.
+        if let Some(callback) = callback {
+            callback(prefix_tokens);
+        }
     }
 
     /// Publishes the end. The gate is closed already.
@@ -264,6 +273,19 @@ impl Transfer {
                 callback(&result);
             }
             None => state.callback = Some(Box::new(callback)),
+        }
+    }
+
+    /// Calls `callback` with the tokens the receivers hold once they have all granted their pages, at once if they have;
+    /// never if the transfer ends before. It runs on an engine thread and must not block.
+    pub fn on_ready(&self, callback: impl FnOnce(u32) + Send + 'static) {
+        let mut state = self.shared.lock();
+        match state.ready {
+            Some(prefix_tokens) => {
+                drop(state);
+                callback(prefix_tokens);
+            }
+            None => state.ready_callback = Some(Box::new(callback)),
         }
     }
 
