@@ -112,7 +112,8 @@ impl Cluster {
         let workers = [first, second, self.decode.clone(), self.single.clone()];
         self.start_all(&workers, begun).await?;
         // The router's first look finds every worker ready, so both prefills take part from the first request on.
-        self.start_all(&[self.router.clone()], begun).await?;
+        let router = self.router.clone();
+        self.start_all(std::slice::from_ref(&router), begun).await?;
         let pids: Vec<String> = self.running.iter().map(|p| p.id().to_string()).collect();
         say(format_args!(
             "ready after {:.1} s: 5 processes ({})",

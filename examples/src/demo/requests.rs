@@ -53,7 +53,7 @@ pub(super) async fn ask_all(cluster: &Cluster) -> anyhow::Result<Vec<Row>> {
     );
     rows.push(
         asker
-            .streamed("the same again, cached", &long, false)
+            .streamed("the same, cached by decode", &long, false)
             .await?,
     );
     let longer = chat(&long_text(LONG_PROMPT_LINES + 3), 32);

@@ -19,8 +19,8 @@ use super::{Background, serve_telemetry, start_ranks};
 use crate::pd::{DecodeLink, Doorbell, Grant, Plane, ReceiveState, Role, Room, TransferError};
 use crate::settings::Settings;
 
-/// Rooms open at once; a worker's queue is far shorter.
-pub(super) const ROOMS_MAX: usize = 4096;
+/// Rooms open at once; a worker's queue is shorter.
+const ROOMS_MAX: usize = 1024;
 
 /// How often a room that found its prefill gone at the last moment looks it up again.
 const ATTEMPTS_MAX: usize = 3;

@@ -4,6 +4,7 @@
 //! listen on new ports) the registry is asked again; also every [`RECHECK`], in case that the name now leads to another
 //! instance. Requests that need the same prefill wait for one look-up and share its failure.
 
+use std::collections::btree_map::Entry::Vacant;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -249,14 +250,15 @@ impl Directory {
         let mappings = self.map(&info.value, registry)?;
         let mut addresses = BTreeMap::new();
         for key in mappings.iter().flat_map(keys) {
-            if !addresses.contains_key(&key) {
-                let answer = client.rank(key).await?;
-                if Identity::of(&answer) != identity {
-                    let registry = registry.to_owned();
-                    return Err(RouteError::Changing { registry });
-                }
-                addresses.insert(key, socket_address(&answer.value, registry).await?);
+            let Vacant(unknown) = addresses.entry(key) else {
+                continue;
+            };
+            let answer = client.rank(key).await?;
+            if Identity::of(&answer) != identity {
+                let registry = registry.to_owned();
+                return Err(RouteError::Changing { registry });
             }
+            unknown.insert(socket_address(&answer.value, registry).await?);
         }
         let mut ranks = Vec::with_capacity(mappings.len());
         for (rank, mapping) in mappings.iter().enumerate() {
@@ -356,4 +358,55 @@ async fn socket_address(rank: &RankAddress, registry: &str) -> Result<SocketAddr
         registry: registry.to_owned(),
         reason: format!("its rank's name {:?} has no address", rank.rank_ip),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn names_that_lead_nowhere_give_way_to_new_ones() {
+        let directory = Directory::new(Vec::new().into());
+        for number in 0..ENTRIES_MAX + 20 {
+            let registry = format!("127.1.{}.{}:1", number / 200, number % 200 + 1);
+            let error = directory
+                .find_once(&registry)
+                .await
+                .expect_err("nobody is there");
+            assert!(matches!(error, RouteError::Registry(_)), "{error}");
+            assert!(error.to_string().contains(&registry), "{error}");
+        }
+        let known = directory.entries.lock().expect("no panic").len();
+        assert_eq!(known, ENTRIES_MAX);
+    }
+
+    #[tokio::test]
+    async fn entries_in_use_stay_and_the_bound_is_a_sentence() {
+        let directory = Directory::new(Vec::new().into());
+        let name = |number: usize| format!("h{number}:1");
+        let in_use: Vec<_> = (0..ENTRIES_MAX)
+            .map(|number| directory.entry(&name(number)).expect("room for it"))
+            .collect();
+        let refused = directory.entry("one-more:1").err().expect("full");
+        assert!(refused.to_string().contains("256"), "{refused}");
+        assert!(!refused.is_retryable());
+        assert!(directory.entry(&name(7)).is_ok(), "known names are found");
+        drop(in_use);
+        assert!(directory.entry("one-more:1").is_ok());
+    }
+
+    #[tokio::test]
+    async fn those_who_wait_share_one_failure() {
+        let directory = Directory::new(Vec::new().into());
+        let first = directory
+            .find_once("127.0.0.1:1")
+            .await
+            .expect_err("nobody is there");
+        let second = directory
+            .find_once("127.0.0.1:1")
+            .await
+            .expect_err("nobody is there");
+        assert!(matches!(second, RouteError::Shared(_)), "{second:?}");
+        assert_eq!(first.to_string(), second.to_string());
+    }
 }

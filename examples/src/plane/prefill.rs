@@ -17,8 +17,8 @@ use super::{Background, advertised, resolve, serve_telemetry, start_ranks};
 use crate::pd::{Chunk, Doorbell, Plane, PrefillLink, Role, Room, SendState, TransferError};
 use crate::settings::Settings;
 
-/// Rooms open at once; a worker's queue is far shorter.
-pub(super) const ROOMS_MAX: usize = 4096;
+/// Rooms open at once; a worker's queue is shorter.
+const ROOMS_MAX: usize = 1024;
 
 /// Starts the engines, the registry and the registration.
 pub(super) fn plane(settings: &Settings, bell: Doorbell) -> anyhow::Result<Plane> {

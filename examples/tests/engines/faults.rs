@@ -3,8 +3,16 @@
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
 
+use clap::Parser as _;
 use hyper::StatusCode;
+use kvworker::cache::PageIndex;
+use kvworker::cache::aux::AuxSlot;
 use kvworker::client::Client;
+use kvworker::pd::{
+    Bootstrap, Doorbell, Grant, ReceiveState, Role, Room, SendState, TransferError,
+};
+use kvworker::plane;
+use kvworker::settings::Settings;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 
@@ -199,6 +207,85 @@ async fn a_taken_bootstrap_port_is_named_and_both_sides_may_restart() {
     let (_, again) = pair.ask(&body).await;
     assert_eq!(again["output_ids"], expected["output_ids"]);
     pair.assert_idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prefill_on_all_addresses_is_found_under_one_of_them() {
+    let prefill = Worker::prefill(&["--host", "0.0.0.0"]).await;
+    let pair = Pair {
+        prefill,
+        decode: Worker::decode(&[]).await,
+    };
+    pair.ask(&generate(&prompt(20, 1), 2)).await;
+    let loopback = Worker::prefill(&["--host", "0.0.0.0", "--advertise-ip", "127.0.0.1"]).await;
+    pair.ask_over(&loopback, &generate(&prompt(20, 2), 2)).await;
+    let info = pair.decode.get("/server_info").await.1;
+    let address = info["kvtransfer"]["ranks"][0]["peers"][1]["address"]
+        .as_str()
+        .expect("connected");
+    assert!(address.starts_with("127.0.0.1:"), "{info}");
+}
+
+#[test]
+fn links_refuse_rooms_beyond_their_bound() {
+    let link = |mode| {
+        let flags = ["kvworker", "--layers", "1", "--disaggregation-mode", mode];
+        let settings = Settings::parse_from(
+            flags
+                .iter()
+                .chain(&["--disaggregation-bootstrap-port", "0"]),
+        );
+        plane::build(&settings, Doorbell::new(|| ()))
+            .expect("a plane")
+            .role
+    };
+    let room = |number| Room::new(number).expect("valid");
+    let full = TransferError::Full { rooms_max: 1024 };
+    let Role::Prefill(mut prefill) = link("prefill") else {
+        panic!("a prefill")
+    };
+    for number in 1..=1024 {
+        prefill
+            .open(room(number), PATIENCE)
+            .expect("below the bound");
+    }
+    assert_eq!(prefill.open(room(2000), PATIENCE), Err(full.clone()));
+    prefill.cancel(room(5));
+    assert_eq!(
+        prefill.poll(room(5)),
+        SendState::Failed(TransferError::Cancelled)
+    );
+    prefill.close(room(5));
+    prefill.open(room(2000), PATIENCE).expect("one was closed");
+
+    let Role::Decode(mut decode) = link("decode") else {
+        panic!("a decode")
+    };
+    let grant = |number| Grant {
+        bootstrap: Bootstrap {
+            host: "127.0.0.1".to_owned(),
+            port: 1,
+            room: room(number),
+        },
+        pages: vec![PageIndex(0)],
+        aux: AuxSlot(0),
+        prefix_tokens: 0,
+    };
+    for number in 1..=1024 {
+        decode
+            .receive(grant(number), PATIENCE)
+            .expect("below the bound");
+    }
+    assert_eq!(decode.receive(grant(2000), PATIENCE), Err(full));
+    decode.cancel(room(5));
+    assert_eq!(
+        decode.poll(room(5)),
+        ReceiveState::Failed(TransferError::Cancelled)
+    );
+    decode.close(room(5));
+    decode
+        .receive(grant(2000), PATIENCE)
+        .expect("one was closed");
 }
 
 /// A worker process, killed when dropped.
