@@ -1,2 +1,193 @@
-//! x
-fn main() {}
+//! `kvbench`: whole transfers between two processes, held against what the machine can do without an engine.
+//!
+//! The program starts itself again as the target. Each round moves fresh random data twice, once with two engines and
+//! once with plain system calls between the same regions of the same processes, into poisoned blocks that are checked
+//! afterwards. So the ratio of the two says what the engine costs, even where a busy machine spoils the rates.
+
+mod case;
+mod child;
+mod data;
+mod idle;
+mod pair;
+mod protocol;
+mod raw;
+mod reference;
+mod report;
+mod target;
+
+use std::{
+    io::{self, Write as _},
+    process::ExitCode,
+};
+
+use clap::{Parser, Subcommand, ValueEnum as _};
+use serde::Serialize;
+use tracing_subscriber::EnvFilter;
+
+use crate::{
+    case::{Case, CaseName},
+    pair::{Pair, Plan},
+    protocol::Path,
+    report::{Machine, Report},
+};
+
+/// How the program starts itself as the target.
+const TARGET_SUBCOMMAND: &str = "target";
+
+/// Measures transfers between two processes of this machine, in turns with plain system calls that move the same bytes.
+///
+/// Prints one JSON object per case on stdout. `ratio` is the figure to read: our rate over the plain one. Every block of
+/// every round is checked; a wrong one makes `verified` false and the exit status 1.
+#[derive(Debug, Parser)]
+#[command(name = "kvbench", version, args_conflicts_with_subcommands = true)]
+#[command(after_help = "\
+Examples:
+  kvbench --json > figures.jsonl        every case over every path; about three minutes
+  kvbench --path tcp --case pages-16k   one case, with a table at the end
+  kvbench --path shm --rounds 25        more rounds for a noisy machine
+  kvbench idle                          resident memory of an idle engine
+KVTRANSFER_LOG=info shows what the engines say. Needs up to 3 GiB of memory. See benches/README.md for the columns.")]
+struct Cli {
+    #[command(subcommand)]
+    mode: Option<Mode>,
+    /// JSON only: no table for people on stderr
+    #[arg(long, global = true)]
+    json: bool,
+    /// Path to measure [default: all]
+    #[arg(long, value_parser = path_names())]
+    path: Option<String>,
+    /// Case to measure; may be repeated [default: all]
+    #[arg(long, value_enum)]
+    case: Vec<CaseName>,
+    /// Timed rounds per case and path; figures are medians over them. One more goes before to warm up
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    rounds: u16,
+    /// Seed of page lists and data
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Data connections of our engines (the plain reference always has one)
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=16))]
+    lanes: u8,
+    /// A 64th of the size: shows that everything works, its figures mean nothing
+    #[arg(long)]
+    tiny: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Mode {
+    /// Resident memory of a process with an idle engine over a region of 1 GiB
+    Idle,
+    /// The other process; started by this program itself
+    #[command(name = TARGET_SUBCOMMAND, hide = true)]
+    Target,
+}
+
+fn path_names() -> clap::builder::PossibleValuesParser {
+    let paths = Path::value_variants().iter();
+    let mut names: Vec<_> = paths.filter_map(Path::to_possible_value).collect();
+    names.push(clap::builder::PossibleValue::new("all"));
+    names.into()
+}
+
+fn main() -> anyhow::Result<ExitCode> {
+    let cli = Cli::parse();
+    let filter =
+        EnvFilter::try_from_env("KVTRANSFER_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .init();
+    match cli.mode {
+        Some(Mode::Target) => {
+            target::run()?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Some(Mode::Idle) => {
+            for line in idle::measure()? {
+                print_line(&line)?;
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        None => measure(&cli),
+    }
+}
+
+fn measure(cli: &Cli) -> anyhow::Result<ExitCode> {
+    let paths: Vec<Path> = match cli.path.as_deref() {
+        None | Some("all") => Path::value_variants().to_vec(),
+        Some(name) => vec![Path::from_str(name, false).map_err(anyhow::Error::msg)?],
+    };
+    let all = CaseName::value_variants();
+    let cases = if cli.case.is_empty() { all } else { &cli.case };
+    let mut reports = Vec::new();
+    let mut sound = true;
+    for path in paths {
+        for case in cases {
+            match one(cli, *case, path) {
+                Ok(report) => {
+                    sound &= report.verified;
+                    print_line(&report)?;
+                    reports.push(report);
+                }
+                // One path that this host refuses leaves the others worth measuring.
+                Err(error) => {
+                    sound = false;
+                    say(&format!("{case:?} over {path:?} failed: {error:#}"))?;
+                }
+            }
+        }
+    }
+    if !cli.json {
+        report::table(&reports, &mut io::stderr())?;
+    }
+    Ok(if sound {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn one(cli: &Cli, name: CaseName, path: Path) -> anyhow::Result<Report> {
+    let plan = Plan {
+        rounds: cli.rounds.into(),
+        seed: cli.seed,
+        lanes: cli.lanes,
+        tiny: cli.tiny,
+    };
+    let machine = Machine::here();
+    let case = Case::new(name, plan.rounds, plan.seed, plan.tiny);
+    let mut pair = Pair::start(case, path, plan)?;
+    let warm_up = pair.round(0)?;
+    let mut rounds = Vec::with_capacity(plan.rounds);
+    for number in 1..=plan.rounds {
+        let round = pair.round(number)?;
+        let micros = |pass: &pair::Pass| pass.nanos.iter().sum::<u64>() / 1000;
+        say(&format!(
+            "{name:?} over {path:?}, round {number} of {}: {} us, plain {} us",
+            plan.rounds,
+            micros(&round.ours),
+            micros(&round.reference)
+        ))?;
+        rounds.push(round);
+    }
+    Report::new(
+        &pair.case,
+        path,
+        plan,
+        &pair.path_reason,
+        machine,
+        (&warm_up, &rounds),
+    )
+}
+
+fn print_line(line: &impl Serialize) -> anyhow::Result<()> {
+    let mut stdout = io::stdout().lock();
+    serde_json::to_writer(&mut stdout, line)?;
+    writeln!(stdout)?;
+    Ok(())
+}
+
+/// A line of progress.
+fn say(line: &str) -> io::Result<()> {
+    writeln!(io::stderr(), "{line}")
+}

@@ -3,7 +3,11 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use crate::{transfer::NodeConfig, wire::hello::LANES_MAX};
+use crate::{
+    serve::{bootstrap::BootstrapConfig, telemetry::TelemetryConfig},
+    transfer::NodeConfig,
+    wire::hello::LANES_MAX,
+};
 
 /// Which same-host paths may be used when two engines run under one kernel and one user.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -55,6 +59,11 @@ pub struct EngineConfig {
     pub peers_max: usize,
     /// Most connections that have not introduced themselves yet. Default 256; the oldest is dropped for a new one.
     pub strangers_max: usize,
+    /// A bootstrap registry run by this engine. Default `None`: no such listener. One per prefill server is enough; its
+    /// ranks and the decode ranks all talk to it.
+    pub bootstrap: Option<BootstrapConfig>,
+    /// Live telemetry (gRPC, and Prometheus text if asked for). Default `None`: no such listener, no cost.
+    pub telemetry: Option<TelemetryConfig>,
     /// Bounds and periods of the state machine.
     pub node: NodeConfig,
 }
@@ -75,6 +84,8 @@ impl Default for EngineConfig {
             handshake_timeout: Duration::from_secs(5),
             peers_max: 4096,
             strangers_max: 256,
+            bootstrap: None,
+            telemetry: None,
             node: NodeConfig::default(),
         }
     }

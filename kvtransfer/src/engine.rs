@@ -33,6 +33,11 @@ use crate::{
     ids::{InstanceId, PeerId},
     layout::{Layout, RegionId},
     memory::Region,
+    serve::{
+        ServeError,
+        bootstrap::BootstrapServer,
+        telemetry::{StartError, TelemetryServer},
+    },
     telemetry::snapshot::Snapshot,
     transfer::{ReceiveRequest, SendRequest},
 };
@@ -55,6 +60,12 @@ pub enum BuildError {
         /// The system's answer.
         source: io::Error,
     },
+    /// The engine's bootstrap registry did not start.
+    #[error("bootstrap registry: {0}")]
+    Bootstrap(#[from] ServeError),
+    /// The engine's telemetry did not start.
+    #[error("telemetry: {0}")]
+    Telemetry(#[from] StartError),
     /// The system has no thread, event or random number for us.
     #[error("starting the engine: {0}")]
     System(#[from] io::Error),
@@ -129,6 +140,8 @@ pub struct Engine {
     hub: Arc<hub::Hub>,
     control: Mutex<Option<JoinHandle<()>>>,
     local_addr: Option<SocketAddr>,
+    bootstrap: Option<BootstrapServer>,
+    telemetry: Option<TelemetryServer>,
 }
 
 impl Engine {
@@ -159,13 +172,21 @@ impl Engine {
             .as_ref()
             .map(std::net::TcpListener::local_addr)
             .transpose()?;
+        let (bootstrap, telemetry) = (config.bootstrap.clone(), config.telemetry.clone());
+        let bootstrap = bootstrap.map(BootstrapServer::start).transpose()?;
         let (hub, waker) = hub::Hub::new(config, memory.regions, layout)?;
         let hub = Arc::new(hub);
+        let telemetry = telemetry
+            .map(|config| TelemetryServer::start(config, snapshot_source(&hub)))
+            .transpose()?;
         let control = control::start(Arc::clone(&hub), listener, waker)?;
+        let control = Mutex::new(Some(control));
         Ok(Self {
             hub,
-            control: Mutex::new(Some(control)),
+            control,
             local_addr,
+            bootstrap,
+            telemetry,
         })
     }
 
@@ -177,6 +198,23 @@ impl Engine {
     /// Where it listens.
     pub fn local_addr(&self) -> Option<SocketAddr> {
         self.local_addr
+    }
+
+    /// Where its bootstrap registry listens, if it runs one.
+    pub fn bootstrap_addr(&self) -> Option<SocketAddr> {
+        self.bootstrap.as_ref().map(BootstrapServer::local_addr)
+    }
+
+    /// Where its telemetry stream is served, if it is.
+    pub fn telemetry_addr(&self) -> Option<SocketAddr> {
+        self.telemetry.as_ref().map(TelemetryServer::addr)
+    }
+
+    /// Where its Prometheus text is served, if it is.
+    pub fn metrics_addr(&self) -> Option<SocketAddr> {
+        self.telemetry
+            .as_ref()
+            .and_then(TelemetryServer::metrics_addr)
     }
 
     /// Its memory region of that id.
@@ -237,10 +275,10 @@ impl Engine {
         self.hub.snapshot()
     }
 
-    /// A function that takes the live picture, for a telemetry server that outlives no engine.
+    /// A function that takes the live picture, for a telemetry server of the application's own. It does not keep the
+    /// engine or its memory alive; afterwards it shows an empty picture.
     pub fn snapshot_source(&self) -> Arc<dyn Fn() -> Snapshot + Send + Sync> {
-        let hub = Arc::clone(&self.hub);
-        Arc::new(move || hub.snapshot())
+        snapshot_source(&self.hub)
     }
 
     /// Connections and frames that were refused because their bytes were not the protocol.
@@ -273,6 +311,14 @@ impl Drop for Engine {
     fn drop(&mut self) {
         self.shut_down();
     }
+}
+
+fn snapshot_source(hub: &Arc<hub::Hub>) -> Arc<dyn Fn() -> Snapshot + Send + Sync> {
+    let hub = Arc::downgrade(hub);
+    Arc::new(move || {
+        hub.upgrade()
+            .map_or_else(Snapshot::default, |hub| hub.snapshot())
+    })
 }
 
 /// Reads the host's boot id, which tells one kernel's life from another's.

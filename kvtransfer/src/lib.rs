@@ -14,6 +14,7 @@ pub mod plan;
 pub mod serve;
 pub mod telemetry;
 pub mod time;
+pub mod token;
 pub mod transfer;
 mod transport;
 pub mod wire;

@@ -14,7 +14,6 @@ pub mod prometheus;
 pub mod rate;
 pub mod replica;
 pub mod snapshot;
-pub mod token;
 pub mod watch;
 
 /// The generated messages, client and server of `kvtransfer.v1` (see `proto/kvtransfer/v1/telemetry.proto`).

@@ -12,11 +12,11 @@ use kvtransfer::serve::telemetry::{
 use kvtransfer::telemetry::message::{Stamp, delta_message, snapshot_message};
 use kvtransfer::telemetry::replica::{BrokenStream, Replica};
 use kvtransfer::telemetry::snapshot::{RailStat, Snapshot};
-use kvtransfer::telemetry::token::BearerToken;
 use kvtransfer::telemetry::v1::telemetry_client::TelemetryClient;
 use kvtransfer::telemetry::v1::watch_response::Picture;
 use kvtransfer::telemetry::v1::{self, WatchRequest};
 use kvtransfer::telemetry::watch::{Sighting, WatchConfig, WatchError, WatchTls, Watcher};
+use kvtransfer::token::BearerToken;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;

@@ -91,11 +91,10 @@ fn reject(talk: &mut Talk<'_>, reason: String) -> io::Result<()> {
 
 fn welcome(hub: &Arc<Hub>, stranger: Stranger, mut talk: Talk<'_>, hello: Hello) -> io::Result<()> {
     let started = clock::now();
-    let (lanes, number) = (
-        hello.lanes.min(hub.config.lanes.max(hello.lanes)),
-        hello.link,
-    );
-    let room_for = hub.link_count() < hub.config.peers_max;
+    let (lanes, number) = (hello.lanes, hello.link);
+    // An engine that comes again takes its own place.
+    let is_known = !hub.links_of(hello.instance).is_empty();
+    let room_for = is_known || hub.link_count() < hub.config.peers_max;
     let agreed = agree(hub, hello, stranger.address.clone()).and_then(|agreement| {
         if !room_for {
             let limit = hub.config.peers_max;
@@ -126,8 +125,14 @@ fn welcome(hub: &Arc<Hub>, stranger: Stranger, mut talk: Talk<'_>, hello: Hello)
     let _ = link.queue(&Control::Welcome(Box::new(introduce(hub, number, lanes))));
     hub.add_link(&link);
     let (decoder, _) = talk.finish();
-    link.flush()?;
-    adopt(hub, stranger.socket, decoder, peer)
+    let handed = link
+        .flush()
+        .and_then(|()| adopt(hub, stranger.socket, decoder, peer));
+    if let Err(error) = &handed {
+        // Nobody would ever read its control stream, so nobody would notice that it is gone.
+        hub.drop_peer(peer, &error.to_string());
+    }
+    handed
 }
 
 /// A delayed hello of an earlier life at the same identity is not welcome.

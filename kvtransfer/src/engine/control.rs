@@ -31,6 +31,9 @@ const PEERS_FROM: u64 = 3;
 
 /// Bytes read from one control stream before the others have their turn.
 const TURN_BYTES: usize = 1 << 20;
+/// Messages dealt with in one turn. Small ones take a few microseconds each, so a peer that sends nothing else keeps the
+/// deadlines of the others waiting for a millisecond or two.
+const TURN_MESSAGES: usize = 512;
 
 /// A control stream whose handshake is through.
 pub(super) struct Adopted {
@@ -283,7 +286,7 @@ fn until(due: Time) -> Option<Duration> {
 
 fn read_turn(hub: &Hub, peer: PeerId, stream: &mut Stream) -> Turn {
     let mut bytes = [0; 64 << 10];
-    let mut taken = 0;
+    let (mut taken, mut messages) = (0, 0);
     loop {
         loop {
             match stream.decoder.next() {
@@ -293,6 +296,10 @@ fn read_turn(hub: &Hub, peer: PeerId, stream: &mut Stream) -> Turn {
                     hub.malformed.fetch_add(1, Ordering::Relaxed);
                     return Turn::Over(format!("its control stream: {error}"));
                 }
+            }
+            messages += 1;
+            if messages == TURN_MESSAGES {
+                return Turn::More;
             }
         }
         if taken >= TURN_BYTES {

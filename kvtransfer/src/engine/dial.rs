@@ -127,7 +127,10 @@ pub(super) fn dial(
             source,
         });
     }
-    accept::adopt(hub, control, decoder, peer).map_err(broken("handing over"))?;
+    accept::adopt(hub, control, decoder, peer).map_err(|source| {
+        hub.drop_peer(peer, "its control stream could not be handed over");
+        broken("handing over")(source)
+    })?;
     Ok(PeerInfo {
         handshake: clock::now().since(started),
         ..peer_info(&link)

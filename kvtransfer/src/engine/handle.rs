@@ -58,6 +58,8 @@ struct State {
     waker: Option<Waker>,
     /// The lane that took the last small push.
     lane: Option<Arc<Lane>>,
+    /// Threads asleep on `changed`: waking nobody would cost a system call.
+    sleepers: u32,
 }
 
 /// The part of a transfer that the engine's threads see.
@@ -89,39 +91,57 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Sleeps while `waiting` holds, at most until `timeout`.
+    fn sleep<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        timeout: Duration,
+        waiting: impl Fn(&State) -> bool,
+    ) -> MutexGuard<'a, State> {
+        state.sleepers += 1;
+        let slept = self
+            .changed
+            .wait_timeout_while(state, timeout, |state| waiting(state));
+        let (mut state, _) = slept.unwrap_or_else(PoisonError::into_inner);
+        state.sleepers -= 1;
+        state
+    }
+
     pub(super) fn set_ready(&self, prefix_tokens: u32) {
         let mut state = self.lock();
         state.ready = Some(prefix_tokens);
+        if state.sleepers > 0 {
+            self.changed.notify_all();
+        }
         let callback = state.ready_callback.take();
         drop(state);
-        self.changed.notify_all();
         // Called without the lock: a callback may use the transfer.
         if let Some(callback) = callback {
             callback(prefix_tokens);
         }
     }
 
-    /// Publishes the end. The gate is closed already.
+    /// Publishes the end. The gate is closed already. Returns the callback, to be called when every end of the same
+    /// moment is published: it may drop or wait for another transfer that ended with this one.
     pub(super) fn finish(
         &self,
         result: Result<Summary, TransferError>,
         completions: Option<&CompletionQueue>,
-    ) {
+    ) -> Option<impl FnOnce() + use<>> {
         let mut state = self.lock();
         state.result = Some(result.clone());
         let (callback, waker) = (state.callback.take(), state.waker.take());
+        if state.sleepers > 0 {
+            self.changed.notify_all();
+        }
         drop(state);
-        self.changed.notify_all();
-        // Called without the lock: a callback may use the transfer.
         if let Some(waker) = waker {
             waker.wake();
         }
         if let (Some(completions), Some(id)) = (completions, self.id.get()) {
             completions.push(*id);
         }
-        if let Some(callback) = callback {
-            callback(&result);
-        }
+        callback.map(|callback| move || callback(&result))
     }
 }
 
@@ -220,13 +240,8 @@ impl Transfer {
     /// # Errors
     /// The transfer ended, or `timeout` passed (the transfer goes on then).
     pub fn wait_ready(&self, timeout: Duration) -> Result<u32, TransferError> {
-        let waiting = |state: &mut State| state.ready.is_none() && state.result.is_none();
-        let state = self.shared.lock();
-        let waited = self
-            .shared
-            .changed
-            .wait_timeout_while(state, timeout, waiting);
-        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let waiting = |state: &State| state.ready.is_none() && state.result.is_none();
+        let state = self.shared.sleep(self.shared.lock(), timeout, waiting);
         match (&state.result, state.ready) {
             (Some(Err(error)), _) => Err(error.clone()),
             (_, Some(prefix_tokens)) => Ok(prefix_tokens),
@@ -258,8 +273,10 @@ impl Transfer {
                 drop(state);
                 lane.drive(left.min(DRIVE_SLICE));
             } else {
-                let waited = self.shared.changed.wait_timeout(state, left);
-                drop(waited.unwrap_or_else(PoisonError::into_inner));
+                drop(
+                    self.shared
+                        .sleep(state, left, |state| state.result.is_none()),
+                );
             }
         }
     }
@@ -299,10 +316,11 @@ impl Transfer {
         self.hub
             .with(|node, now| node.cancel(now, self.id, TransferError::Cancelled));
         // Another thread may be ending it at this moment: wait until it is published.
-        let waiting = |state: &mut State| state.result.is_none();
         let state = self.shared.lock();
-        let waited = self.shared.changed.wait_while(state, waiting);
-        drop(waited.unwrap_or_else(PoisonError::into_inner));
+        drop(
+            self.shared
+                .sleep(state, Duration::MAX, |state| state.result.is_none()),
+        );
     }
 }
 

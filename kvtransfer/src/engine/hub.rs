@@ -186,10 +186,14 @@ impl Hub {
 
     fn perform(&self, effects: Effects) {
         // First the gates: when anybody learns of an end, no byte of it can move any more (promise P1).
-        for (shared, result) in effects.ended {
+        for (shared, _) in &effects.ended {
             shared.gate.close();
-            shared.finish(result, effects.completions.as_deref());
         }
+        let completions = effects.completions.as_deref();
+        let ended = effects.ended.into_iter();
+        let callbacks: Vec<_> = ended
+            .filter_map(|(shared, result)| shared.finish(result, completions))
+            .collect();
         for (shared, prefix_tokens) in effects.ready {
             shared.set_ready(prefix_tokens);
         }
@@ -207,6 +211,7 @@ impl Hub {
         if effects.wake {
             self.wake_control();
         }
+        callbacks.into_iter().for_each(|callback| callback());
     }
 
     /// Queues pages. Small ones are written here and now if the lane is free; the lane that took them is returned, so

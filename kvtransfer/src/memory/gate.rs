@@ -2,41 +2,41 @@
 #![forbid(unsafe_code)]
 
 use std::sync::{
-    Mutex, MutexGuard, PoisonError,
+    PoisonError, RwLock, RwLockReadGuard,
     atomic::{AtomicU64, Ordering},
 };
 
 /// Open while the memory of a transfer may be touched. Closing waits for the system call that is touching it, which is
-/// bounded: movers never block inside (`MSG_DONTWAIT`, pulls of a few MiB).
+/// bounded: movers never block inside (`MSG_DONTWAIT`, pulls of a few MiB). Lanes of one transfer hold it together.
 #[derive(Debug)]
 pub struct Gate {
-    open: Mutex<bool>,
+    open: RwLock<bool>,
     /// What a same-host receiver reads after a pull to learn that the pages it pulled were still good.
     cell: AtomicU64,
 }
 
 /// Proof that the gate is held open. Bytes may be moved until it is dropped.
 #[derive(Debug)]
-pub struct Pass<'a>(#[expect(dead_code, reason = "held, not read")] MutexGuard<'a, bool>);
+pub struct Pass<'a>(#[expect(dead_code, reason = "held, not read")] RwLockReadGuard<'a, bool>);
 
 impl Gate {
     /// An open gate whose cell holds `token` (not zero).
     pub fn new(token: u64) -> Self {
         Self {
-            open: Mutex::new(true),
+            open: RwLock::new(true),
             cell: AtomicU64::new(token),
         }
     }
 
     /// Holds the gate open, or `None` if the transfer has ended.
     pub fn pass(&self) -> Option<Pass<'_>> {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
         open.then_some(Pass(open))
     }
 
     /// Closes the gate for good; when this returns, nobody holds it.
     pub fn close(&self) {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
         *open = false;
         // Before the owner can reuse the pages: it learns of the end only after this call.
         self.cell.store(0, Ordering::SeqCst);

@@ -1,9 +1,6 @@
 //! Who may ask: an optional bearer token, compared in constant time.
 
-use subtle::ConstantTimeEq as _;
-
-/// Bytes of a token; far above any real one, far below the header limit.
-pub const TOKEN_BYTES_MAX: usize = 4096;
+use crate::token::{BearerToken, InvalidToken};
 
 /// Which requests need the token. `GET /health` never does: probes of orchestrators carry none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -18,7 +15,7 @@ pub enum Scope {
 /// The rule of one listener.
 #[derive(Clone, Default)]
 pub struct Access {
-    token: Option<Box<[u8]>>,
+    token: Option<BearerToken>,
     scope: Scope,
 }
 
@@ -32,11 +29,6 @@ impl std::fmt::Debug for Access {
     }
 }
 
-/// The token cannot be sent in a header.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a bearer token must be 1 to {TOKEN_BYTES_MAX} visible ASCII characters")]
-pub struct TokenError;
-
 impl Access {
     /// Everybody may ask everything.
     #[must_use]
@@ -48,17 +40,10 @@ impl Access {
     /// newline) is dropped.
     ///
     /// # Errors
-    /// [`TokenError`] if no header could carry it.
-    pub fn bearer(token: &str, scope: Scope) -> Result<Self, TokenError> {
-        let token = token.trim();
-        let is_usable = (1..=TOKEN_BYTES_MAX).contains(&token.len())
-            && token.bytes().all(|byte| byte.is_ascii_graphic());
-        is_usable
-            .then(|| Self {
-                token: Some(token.as_bytes().into()),
-                scope,
-            })
-            .ok_or(TokenError)
+    /// [`InvalidToken`] if no header could carry it.
+    pub fn bearer(token: &str, scope: Scope) -> Result<Self, InvalidToken> {
+        let token = Some(BearerToken::new(token.trim())?);
+        Ok(Self { token, scope })
     }
 
     /// Whether a token is asked for at all.
@@ -76,18 +61,8 @@ impl Access {
         if self.scope == Scope::Writes && !is_write {
             return true;
         }
-        authorization
-            .and_then(bearer_of)
-            .is_some_and(|offered| offered.ct_eq(token).into())
+        authorization.is_some_and(|offered| token.accepts(offered))
     }
-}
-
-/// The token of an `Authorization` value; the scheme's case does not matter (RFC 9110 §11.1).
-fn bearer_of(authorization: &[u8]) -> Option<&[u8]> {
-    let (scheme, token) = authorization.split_at_checked(7)?;
-    scheme
-        .eq_ignore_ascii_case(b"bearer ")
-        .then(|| token.trim_ascii())
 }
 
 #[cfg(test)]
@@ -124,7 +99,13 @@ mod tests {
 
     #[test]
     fn unusable_tokens_are_refused_and_none_is_printed() {
-        for token in ["", " \n", "a b", "é", &"x".repeat(TOKEN_BYTES_MAX + 1)] {
+        for token in [
+            "",
+            " \n",
+            "a b",
+            "é",
+            &"x".repeat(crate::token::TOKEN_BYTES_MAX + 1),
+        ] {
             assert!(Access::bearer(token, Scope::All).is_err());
         }
         let access = Access::bearer("s3cret", Scope::All).unwrap();

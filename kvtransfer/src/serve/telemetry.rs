@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use crate::telemetry::snapshot::Snapshot;
-use crate::telemetry::token::BearerToken;
+use crate::token::BearerToken;
 
 mod accept;
 mod grpc;
@@ -22,7 +22,7 @@ mod metrics;
 mod tls;
 
 pub use accept::Refusals;
-pub use tls::{ServerTls, TlsError};
+pub use tls::ServerTls;
 
 /// Where to listen and what to ask of those who connect. Start from `default()`, then assign.
 #[derive(Clone, Debug)]
@@ -82,7 +82,7 @@ pub enum StartError {
     Thread(#[source] std::io::Error),
     /// The certificates are no good.
     #[error(transparent)]
-    Tls(#[from] TlsError),
+    Tls(#[from] super::tls::TlsError),
 }
 
 /// The thread did not end within [`CLOSE_MAX`]; most likely the engine's `source` does not return. It ends on its own

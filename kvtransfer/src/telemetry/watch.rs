@@ -12,9 +12,9 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 use super::message::MESSAGE_BYTES_MAX;
 use super::replica::{BrokenStream, Replica};
 use super::snapshot::Snapshot;
-use super::token::BearerToken;
 use super::v1::WatchRequest;
 use super::v1::telemetry_client::TelemetryClient;
+use crate::token::BearerToken;
 
 /// Which engine to follow, and how patiently. Start from [`WatchConfig::new`].
 #[derive(Clone, Debug)]

@@ -56,11 +56,16 @@ impl Node {
         for transfer in receives {
             self.end_receive(now, transfer, Err(lost()));
         }
-        for orphan in self.orphans.values_mut() {
-            if let Orphan::Granted { legs, .. } = orphan {
-                legs.retain(|(leg, ..)| leg.peer != id);
+        self.orphans.retain(|_, orphan| {
+            let Orphan::Granted { legs, timer } = orphan else {
+                return true;
+            };
+            legs.retain(|(leg, ..)| leg.peer != id);
+            if legs.is_empty() {
+                self.timers.clear(*timer);
             }
-        }
+            !legs.is_empty()
+        });
     }
 
     /// A data connection of a peer is ready.

@@ -308,34 +308,7 @@ impl Node {
                 "{total} items in one grant, at most {GRANT_ITEMS_MAX} fit; split the request"
             )));
         }
-        let mut legs = Vec::new();
-        for source in &request.sources {
-            let peer = self
-                .peers
-                .get(&source.peer)
-                .ok_or(SubmitError::UnknownPeer)?;
-            let pairing = peer
-                .incoming
-                .as_ref()
-                .map_err(|why| SubmitError::Items(why.clone()))?;
-            let pages = request.items.first().map_or(0, |items| items.len());
-            let kv_bytes_expected =
-                pairing.components.first().map_or(0, |kv| kv.item_bytes()) * pages as u64;
-            if !source.dummy {
-                legs.push(ReceiveLeg {
-                    peer: source.peer,
-                    seen: SeqSet::default(),
-                    kv_bytes: 0,
-                    kv_bytes_expected,
-                    done: false,
-                });
-            }
-        }
-        if legs.is_empty() {
-            return Err(SubmitError::Items(
-                "a receiving room needs at least one real source".into(),
-            ));
-        }
+        let legs = self.receive_legs(request)?;
         let id = self.new_transfer()?;
         let epoch = Epoch(self.next_epoch);
         self.next_epoch = self.next_epoch.wrapping_add(1);
@@ -375,6 +348,39 @@ impl Node {
             },
         );
         Ok(id)
+    }
+
+    /// What each real source of a request must fill.
+    fn receive_legs(&self, request: &ReceiveRequest) -> Result<Vec<ReceiveLeg>, SubmitError> {
+        let mut legs = Vec::new();
+        for source in &request.sources {
+            let peer = self
+                .peers
+                .get(&source.peer)
+                .ok_or(SubmitError::UnknownPeer)?;
+            let pairing = peer
+                .incoming
+                .as_ref()
+                .map_err(|why| SubmitError::Items(why.clone()))?;
+            let pages = request.items.first().map_or(0, |items| items.len());
+            let kv_bytes_expected =
+                pairing.components.first().map_or(0, |kv| kv.item_bytes()) * pages as u64;
+            if !source.dummy {
+                legs.push(ReceiveLeg {
+                    peer: source.peer,
+                    seen: SeqSet::default(),
+                    kv_bytes: 0,
+                    kv_bytes_expected,
+                    done: false,
+                });
+            }
+        }
+        if legs.is_empty() {
+            return Err(SubmitError::Items(
+                "a receiving room needs at least one real source".into(),
+            ));
+        }
+        Ok(legs)
     }
 
     /// Ends a transfer because the application wants so. Does nothing if it is over.

@@ -33,7 +33,7 @@ const AHEAD: usize = Seal::LEN + BatchHeader::LEN;
 /// Read size where acknowledgements are awaited, so that one call takes many.
 const ACKS_AHEAD: usize = 32 * Ack::LEN;
 /// Most bytes of one pull: bounds how long closing the gate can take.
-const PULL_BYTES_MAX: u64 = 4 << 20;
+const PULL_BYTES_MAX: u64 = 8 << 20;
 /// Bytes thrown away per call.
 const DISCARD: usize = 64 << 10;
 const SEGMENTS: usize = IOV_MAX - 1;
@@ -68,8 +68,35 @@ pub(super) struct Inbound {
     segment_at: usize,
     segment_end: usize,
     ranges: Vec<IoRange>,
+    remote: Vec<IoRange>,
     descriptors: Box<[Descriptor]>,
     scratch: Box<[u8]>,
+}
+
+/// What follows a pull's header.
+struct PullSource {
+    /// What the sender's validity cell must hold after the pull.
+    token: [u8; 8],
+    items: Vec<i32>,
+}
+
+impl PullSource {
+    fn parse(list: &[u8]) -> Self {
+        let (token, items) = list.split_first_chunk().unwrap_or((&[0; 8], &[]));
+        let item = |b: &[u8]| i32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+        Self {
+            token: *token,
+            items: items.chunks_exact(4).map(item).collect(),
+        }
+    }
+}
+
+/// What one system call brought.
+#[derive(Clone, Copy, Debug)]
+struct Received {
+    bytes: usize,
+    /// Less than there was space for.
+    is_short: bool,
 }
 
 /// Whether more may be done without waiting.
@@ -95,6 +122,7 @@ impl Inbound {
             segment_at: 0,
             segment_end: 0,
             ranges: Vec::with_capacity(IOV_MAX),
+            remote: Vec::new(),
             descriptors: Box::default(),
             scratch: Box::default(),
         }
@@ -113,9 +141,16 @@ impl Inbound {
                 return Ok(());
             }
             match self.receive(context, socket, out) {
-                Ok(0) => return Err(LaneError::Closed),
-                // A short read means that the socket is empty: the next readiness will come.
-                Ok(_) => {}
+                Ok(Received { bytes: 0, .. }) => return Err(LaneError::Closed),
+                Ok(received) => {
+                    while self.step(context, out)? == Step::Again {}
+                    // A read that got less than it asked for has emptied the socket. Within a payload more is on its way
+                    // and another read is cheaper than a wait; between frames it would only find nothing.
+                    let between_frames = matches!(self.expect, Expect::Frame);
+                    if received.is_short && between_frames && self.start == self.end {
+                        return Ok(());
+                    }
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error.into()),
@@ -132,8 +167,8 @@ impl Inbound {
                     self.expect = Expect::Items(header, batch, gate);
                     return Ok(Step::NeedBytes);
                 };
-                let list = list.to_vec();
-                let placement = self.pull(context, &header, &batch, &gate, &list);
+                let source = PullSource::parse(list);
+                let placement = self.pull(context, &header, &batch, &gate, &source);
                 let status = context.hub.placed(context.peer, &header, &batch, placement);
                 out.queue_ack(Ack::new(&header, status));
                 Ok(Step::Again)
@@ -295,7 +330,7 @@ impl Inbound {
         context: &LaneContext,
         socket: BorrowedFd<'_>,
         out: &Outbound,
-    ) -> io::Result<usize> {
+    ) -> io::Result<Received> {
         if self.start == self.end {
             self.start = 0;
             self.end = 0;
@@ -316,6 +351,8 @@ impl Inbound {
                         8 + 4 * header.window_len as usize + BatchHeader::LEN
                     }
                     Expect::Frame if out.unacked > 0 => ACKS_AHEAD,
+                    // Not a byte of the payload that follows: it would be copied twice.
+                    Expect::Frame => BatchHeader::LEN,
                     _ => AHEAD,
                 };
                 self.expect = expect;
@@ -324,8 +361,12 @@ impl Inbound {
                 let ranges = [IoRange::new(space.as_mut_ptr(), space.len())];
                 // SAFETY: the range is the unused part of our own buffer, not otherwise referred to during the call.
                 let got = unsafe { sys::receive(socket, &ranges) }?;
+                let is_short = got < end - self.end;
                 self.end += got;
-                Ok(got)
+                Ok(Received {
+                    bytes: got,
+                    is_short,
+                })
             }
         }
     }
@@ -335,7 +376,7 @@ impl Inbound {
         context: &LaneContext,
         socket: BorrowedFd<'_>,
         mut filling: Box<Filling>,
-    ) -> io::Result<usize> {
+    ) -> io::Result<Received> {
         debug_assert!(
             self.start == self.end,
             "the buffer was emptied into the pages first"
@@ -377,11 +418,15 @@ impl Inbound {
         );
         self.end = got - usize::try_from(placed).unwrap_or(got);
         self.expect = Expect::Payload(filling);
-        Ok(got)
+        let is_short = (got as u64) < staged + AHEAD as u64;
+        Ok(Received {
+            bytes: got,
+            is_short,
+        })
     }
 
     /// Reads payload that nobody wants.
-    fn receive_and_drop(&mut self, socket: BorrowedFd<'_>, left: u64) -> io::Result<usize> {
+    fn receive_and_drop(&mut self, socket: BorrowedFd<'_>, left: u64) -> io::Result<Received> {
         if self.scratch.is_empty() {
             self.scratch = vec![0; DISCARD].into_boxed_slice();
         }
@@ -392,7 +437,10 @@ impl Inbound {
         if let Expect::Skip(_, left) = &mut self.expect {
             *left -= got as u64;
         }
-        Ok(got)
+        Ok(Received {
+            bytes: got,
+            is_short: got < len,
+        })
     }
 
     /// Reads a batch out of the sender's process.
@@ -402,20 +450,16 @@ impl Inbound {
         header: &BatchHeader,
         batch: &BatchIn,
         gate: &Gate,
-        list: &[u8],
+        source: &PullSource,
     ) -> Placement {
         let Some(pid) = context.peer_pid else {
             let reason = "it asks for a pull on a path that has none".to_owned();
             return Placement::Failed(TransferError::PeerMisbehaved { reason });
         };
-        let (token, items) = list.split_at(8);
-        let items: Vec<i32> = items
-            .chunks_exact(4)
-            .map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-            .collect();
+        let items = &source.items;
         let misbehaved =
             |reason: String| Placement::Failed(TransferError::PeerMisbehaved { reason });
-        if let Err(error) = check_source_items(&batch.pairing, batch.component, &items) {
+        if let Err(error) = check_source_items(&batch.pairing, batch.component, items) {
             return misbehaved(error);
         }
         let cursor = PairCursor::new(
@@ -437,13 +481,13 @@ impl Inbound {
         }
         let target_items = &batch.items[batch.part.clone()];
         while cursor.remaining() > 0 {
-            let filled = cursor.fill(&items, target_items, &mut self.descriptors);
+            let filled = cursor.fill(items, target_items, &mut self.descriptors);
             if let Err(placement) = self.pull_some(context, pid, gate, filled) {
                 return placement;
             }
         }
         match sys::peek::<8>(pid, header.place) {
-            Ok(cell) if cell == token => Placement::Placed,
+            Ok(cell) if cell == source.token => Placement::Placed,
             Ok(_) => Placement::Void,
             Err(error) => memory_error(&error),
         }
@@ -458,9 +502,9 @@ impl Inbound {
         filled: usize,
     ) -> Result<(), Placement> {
         let mut at = 0;
-        let mut remote = [IoRange::EMPTY; IOV_MAX];
         while at < filled {
             self.ranges.clear();
+            self.remote.clear();
             let mut bytes = 0_u64;
             while at < filled && (bytes == 0 || bytes + self.descriptors[at].len <= PULL_BYTES_MAX)
             {
@@ -477,7 +521,8 @@ impl Inbound {
                     return Err(memory_error(&io::ErrorKind::InvalidInput.into()));
                 };
                 let base = base.map_or(0, |region| region.base);
-                remote[self.ranges.len()] = IoRange::remote(base.wrapping_add(source.offset), len);
+                let address = base.wrapping_add(source.offset);
+                self.remote.push(IoRange::remote(address, len));
                 self.ranges.push(range);
                 bytes += descriptor.len;
                 at += 1;
@@ -487,7 +532,7 @@ impl Inbound {
             };
             // SAFETY: local ranges are region memory that the hub keeps alive; the gate is held, so the pages still
             // belong to the transfer. Remote ranges are the kernel's to check.
-            let pulled = unsafe { sys::pull(pid, &self.ranges, &remote[..self.ranges.len()]) };
+            let pulled = unsafe { sys::pull(pid, &self.ranges, &self.remote) };
             match pulled {
                 Ok(done) if done as u64 == bytes => {}
                 Ok(_) => return Err(memory_error(&io::Error::from_raw_os_error(libc::EFAULT))),
@@ -561,6 +606,11 @@ fn check_source_items(pairing: &Pairing, component: usize, items: &[i32]) -> Res
 
 fn memory_error(error: &io::Error) -> Placement {
     let errno = error.raw_os_error().unwrap_or(0);
+    if errno == libc::ESRCH {
+        // A killed peer is often noticed here before its sockets close; it is not our memory that is at fault.
+        let reason = "its process is gone".to_owned();
+        return Placement::Failed(TransferError::PeerLost { reason });
+    }
     Placement::Failed(TransferError::Memory {
         op: "process_vm_readv",
         errno,

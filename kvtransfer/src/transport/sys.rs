@@ -18,12 +18,6 @@ pub(crate) struct IoRange(libc::iovec);
 unsafe impl Send for IoRange {}
 
 impl IoRange {
-    /// Nothing.
-    pub(crate) const EMPTY: Self = Self(libc::iovec {
-        iov_base: std::ptr::null_mut(),
-        iov_len: 0,
-    });
-
     pub(crate) fn new(base: *mut u8, len: usize) -> Self {
         Self(libc::iovec {
             iov_base: base.cast(),

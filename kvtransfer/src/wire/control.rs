@@ -330,6 +330,9 @@ fn read_grant(r: &mut Reader<'_>) -> Result<Grant, WireError> {
 #[derive(Debug)]
 pub struct ControlDecoder {
     buffer: Vec<u8>,
+    /// Bytes of `buffer` that were taken. They go when more come, not one message at a time: a peer may send thousands
+    /// of small messages in one read.
+    taken: usize,
     body_max: usize,
 }
 
@@ -338,6 +341,7 @@ impl ControlDecoder {
     pub fn for_stranger() -> Self {
         Self {
             buffer: Vec::new(),
+            taken: 0,
             body_max: STRANGER_BODY_BYTES_MAX,
         }
     }
@@ -349,6 +353,8 @@ impl ControlDecoder {
 
     /// Takes bytes off the stream. Call [`ControlDecoder::next`] until it returns `None` before pushing more.
     pub fn push(&mut self, bytes: &[u8]) {
+        self.buffer.drain(..self.taken);
+        self.taken = 0;
         self.buffer.extend_from_slice(bytes);
     }
 
@@ -361,7 +367,8 @@ impl ControlDecoder {
         reason = "fallible and re-armed by push: not an iterator"
     )]
     pub fn next(&mut self) -> Result<Option<Control>, WireError> {
-        let Some(head) = self.buffer.first_chunk::<HEAD_LEN>() else {
+        let left = &self.buffer[self.taken..];
+        let Some(head) = left.first_chunk::<HEAD_LEN>() else {
             return Ok(None);
         };
         let word =
@@ -389,21 +396,21 @@ impl ControlDecoder {
             });
         }
         let end = HEAD_LEN + len;
-        let Some(body) = self.buffer.get(HEAD_LEN..end) else {
+        let Some(body) = left.get(HEAD_LEN..end) else {
             return Ok(None);
         };
         let message = Control::decode(head[5], body)?;
-        self.buffer.drain(..end);
+        self.taken += end;
         Ok(Some(message))
     }
 
     /// Bytes held for an incomplete message.
     pub fn pending(&self) -> usize {
-        self.buffer.len()
+        self.buffer.len() - self.taken
     }
 
     /// Takes the bytes after the last message, for handing a stream over to another protocol.
-    pub fn into_rest(self) -> Vec<u8> {
-        self.buffer
+    pub fn into_rest(mut self) -> Vec<u8> {
+        self.buffer.split_off(self.taken)
     }
 }

@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 
-use crate::telemetry::token::BearerToken;
+use crate::token::BearerToken;
 
 /// What peers were refused, since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -20,9 +20,9 @@ use tonic::{Status, body::Body};
 use super::accept::{Counters, Duplex, authorised, refuse};
 use super::hub::Hub;
 use crate::telemetry::message::MESSAGE_BYTES_MAX;
-use crate::telemetry::token::BearerToken;
 use crate::telemetry::v1::telemetry_server::{Telemetry, TelemetryServer};
 use crate::telemetry::v1::{WatchRequest, WatchResponse};
+use crate::token::BearerToken;
 
 /// Serves connections of the stream's listener.
 #[derive(Clone)]

@@ -17,7 +17,7 @@ use tokio::time::{Instant, timeout};
 use super::accept::{Counters, Duplex, authorised, refuse};
 use super::hub::Hub;
 use crate::telemetry::prometheus;
-use crate::telemetry::token::BearerToken;
+use crate::token::BearerToken;
 
 /// Serves connections of the page's listener.
 #[derive(Clone)]

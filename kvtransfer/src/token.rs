@@ -34,6 +34,7 @@ impl BearerToken {
         let Some((scheme, token)) = authorization.split_at_checked(SCHEME.len()) else {
             return false;
         };
+        let token = token.trim_ascii();
         scheme.eq_ignore_ascii_case(SCHEME.as_bytes()) && token.ct_eq(self.0.as_bytes()).into()
     }
 

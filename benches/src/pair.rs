@@ -1,0 +1,248 @@
+//! The initiator: one case over one path, ours and the plain reference in turns, between the same two processes.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use kvtransfer::{
+    clock,
+    config::EngineConfig,
+    engine::{Engine, Memory},
+    ids::Room,
+    memory::Region,
+    transfer::{Chunk, SendRequest},
+};
+
+use crate::{
+    case::{Block, Case},
+    child::TargetProcess,
+    data::{self, Side},
+    protocol::{Answer, Command, Path, ReferenceKind, Setup},
+    raw,
+    reference::{self, Sender, Waiting},
+    target::TRANSFER_MAX,
+};
+
+/// What was asked for on the command line.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Plan {
+    pub(crate) rounds: usize,
+    pub(crate) seed: u64,
+    pub(crate) lanes: u8,
+    pub(crate) tiny: bool,
+}
+
+/// What one pass over all transfers of a case took.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Pass {
+    /// Nanoseconds per transfer.
+    pub(crate) nanos: Vec<u64>,
+    /// Processor seconds of both processes.
+    pub(crate) cpu_seconds: f64,
+    /// Blocks whose checksum was wrong at the target.
+    pub(crate) wrong: usize,
+}
+
+/// One round: the passes lie next to each other in time, so a busy machine slows all of them.
+#[derive(Clone, Debug)]
+pub(crate) struct Round {
+    pub(crate) ours: Pass,
+    pub(crate) reference: Pass,
+    /// Nanoseconds that one thread of the initiator needs to copy the same blocks.
+    pub(crate) memcpy_nanos: u64,
+}
+
+/// The initiator's side of a case.
+pub(crate) struct Pair {
+    // Dropped first: the child must not see the engine go before it.
+    target: TargetProcess,
+    pub(crate) case: Case,
+    path: Path,
+    plan: Plan,
+    source: Arc<Region>,
+    /// Where the memcpy figure copies to.
+    scratch: Region,
+    engine: Engine,
+    reference: Sender,
+    next_room: u64,
+    pub(crate) path_reason: String,
+}
+
+impl Pair {
+    /// Starts the child and connects everything.
+    pub(crate) fn start(case: Case, path: Path, plan: Plan) -> anyhow::Result<Self> {
+        let source = Arc::new(Region::mmap(case.region_bytes())?);
+        let scratch = Region::mmap(case.region_bytes())?;
+        let mut memory = Memory::new();
+        memory.add_shared(Arc::clone(&source));
+        let mut config = EngineConfig::default();
+        config.listen = Some("127.0.0.1:0".parse()?);
+        config.same_host = path.same_host();
+        let engine = Engine::start(config, memory, case.layout())?;
+        let kind = path.reference(case.name);
+        let waiting = Waiting::new(kind)?;
+        let mut target = TargetProcess::start()?;
+        let connected = target.ask(&Command::Setup(Setup {
+            case: case.name,
+            path,
+            rounds: plan.rounds,
+            seed: plan.seed,
+            tiny: plan.tiny,
+            lanes: plan.lanes,
+            engine: engine.local_addr().context("the engine listens")?,
+            reference: waiting.address()?,
+            source_pid: std::process::id(),
+            source_base: source.base_address(),
+        }))?;
+        let Answer::Connected { path: got, reason } = connected else {
+            anyhow::bail!("an unexpected answer: {connected:?}");
+        };
+        let wanted = path.engine_name();
+        anyhow::ensure!(
+            got == wanted,
+            "the engines take {got} instead of {wanted}: {reason}"
+        );
+        let reference = Sender::new(kind, waiting.accept()?, &case, &source);
+        Ok(Self {
+            target,
+            case,
+            path,
+            plan,
+            source,
+            scratch,
+            engine,
+            reference,
+            next_room: 1,
+            path_reason: reason,
+        })
+    }
+
+    /// Fresh data, then both passes, each into poisoned blocks and checked. They take turns in going first.
+    pub(crate) fn round(&mut self, number: usize) -> anyhow::Result<Round> {
+        let seed = self.plan.seed.wrapping_add(1 + number as u64);
+        data::fill(&self.source, &self.case, seed)?;
+        let sums = data::checksums(&self.source, &self.case, Side::Source)?;
+        let (ours, (reference, memcpy_nanos)) = if number.is_multiple_of(2) {
+            let ours = self.ours(&sums)?;
+            (ours, self.both_references(&sums)?)
+        } else {
+            let references = self.both_references(&sums)?;
+            (self.ours(&sums)?, references)
+        };
+        Ok(Round {
+            ours,
+            reference,
+            memcpy_nanos,
+        })
+    }
+
+    fn both_references(&mut self, sums: &[u64]) -> anyhow::Result<(Pass, u64)> {
+        let memcpy = self.memcpy(sums)?;
+        let memcpy_nanos = memcpy.nanos.iter().sum();
+        if self.path.reference(self.case.name) == ReferenceKind::Memcpy {
+            return Ok((memcpy, memcpy_nanos));
+        }
+        Ok((self.reference(sums)?, memcpy_nanos))
+    }
+
+    /// Our engine: grants are in before the clock starts; a sample goes from the push to the last acknowledgement.
+    fn ours(&mut self, sums: &[u64]) -> anyhow::Result<Pass> {
+        self.target.ask(&Command::Poison)?;
+        let first_room = self.next_room;
+        let transfers = self.case.transfers();
+        self.next_room += transfers as u64;
+        self.target.ask(&Command::Grant { first_room })?;
+        let mut rooms = Vec::with_capacity(transfers);
+        for transfer in 0..transfers {
+            let room = Room::new(first_room + transfer as u64).context("rooms count from 1")?;
+            let timeout = TRANSFER_MAX;
+            let sending = self.engine.send(&SendRequest { room, timeout })?;
+            sending.wait_ready(TRANSFER_MAX)?;
+            let chunk = Chunk {
+                items: vec![self.case.source_items(transfer)],
+                last: true,
+            };
+            rooms.push((sending, chunk));
+        }
+        let expected = self.case.transfer_bytes() as u64;
+        let mut nanos = Vec::with_capacity(transfers);
+        let cpu_before = self.cpu_seconds()?;
+        for (sending, chunk) in &rooms {
+            let start = clock::now();
+            sending.push(chunk)?;
+            let ended = sending.wait(TRANSFER_MAX);
+            nanos.push(clock::now().nanos() - start.nanos());
+            let sent = ended.context("a room did not end by its deadline")??.bytes;
+            anyhow::ensure!(
+                sent == expected,
+                "a room of {expected} bytes ended with {sent}"
+            );
+        }
+        self.target.ask(&Command::Await)?;
+        let cpu_seconds = self.cpu_seconds()? - cpu_before;
+        let wrong = self.check(sums)?;
+        Ok(Pass {
+            nanos,
+            cpu_seconds,
+            wrong,
+        })
+    }
+
+    fn reference(&mut self, sums: &[u64]) -> anyhow::Result<Pass> {
+        self.target.ask(&Command::Poison)?;
+        let mut nanos = Vec::with_capacity(self.case.transfers());
+        let cpu_before = self.cpu_seconds()?;
+        self.target.tell(&Command::Reference)?;
+        self.reference.wait_ready()?;
+        for transfer in 0..self.case.transfers() {
+            let start = clock::now();
+            self.reference.transfer(transfer)?;
+            nanos.push(clock::now().nanos() - start.nanos());
+        }
+        self.target.answer()?;
+        let cpu_seconds = self.cpu_seconds()? - cpu_before;
+        let wrong = self.check(sums)?;
+        Ok(Pass {
+            nanos,
+            cpu_seconds,
+            wrong,
+        })
+    }
+
+    fn memcpy(&self, sums: &[u64]) -> anyhow::Result<Pass> {
+        data::poison(&self.scratch, &self.case)?;
+        let len = self.case.block_bytes;
+        let transfers = 0..self.case.transfers();
+        let blocks: Vec<Vec<Block>> = transfers
+            .map(|transfer| self.case.blocks(transfer).collect())
+            .collect();
+        let mut nanos = Vec::with_capacity(blocks.len());
+        let cpu_before = raw::cpu_seconds();
+        for blocks in &blocks {
+            let start = clock::now();
+            reference::copy(&self.source, &self.scratch, blocks, len);
+            nanos.push(clock::now().nanos() - start.nanos());
+        }
+        let cpu_seconds = raw::cpu_seconds() - cpu_before;
+        let found = data::checksums(&self.scratch, &self.case, Side::Target)?;
+        let wrong = found.iter().zip(sums).filter(|(a, b)| a != b).count();
+        Ok(Pass {
+            nanos,
+            cpu_seconds,
+            wrong,
+        })
+    }
+
+    fn check(&mut self, sums: &[u64]) -> anyhow::Result<usize> {
+        let sums = sums.to_vec();
+        match self.target.ask(&Command::Check { sums })? {
+            Answer::Checked { wrong } => Ok(wrong),
+            other => anyhow::bail!("an unexpected answer: {other:?}"),
+        }
+    }
+
+    /// Processor seconds of both processes so far.
+    fn cpu_seconds(&mut self) -> anyhow::Result<f64> {
+        Ok(self.target.cpu_seconds()? + raw::cpu_seconds())
+    }
+}

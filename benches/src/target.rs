@@ -1,0 +1,150 @@
+//! The target process: it does what the initiator's lines say, and ends with its stdin.
+#![forbid(unsafe_code)]
+
+use std::{
+    io::{self, BufRead as _, Write as _},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use kvtransfer::{
+    config::EngineConfig,
+    engine::{Engine, Memory, PeerInfo, Transfer},
+    ids::Room,
+    memory::Region,
+    transfer::{ReceiveRequest, Source},
+};
+
+use crate::{
+    case::Case,
+    data::{self, Side},
+    protocol::{Answer, Command, Setup},
+    raw,
+    reference::{self, Receiver},
+};
+
+/// How long a room may take, and the connection to the initiator.
+pub(crate) const TRANSFER_MAX: Duration = Duration::from_secs(60);
+
+/// Runs until stdin ends.
+pub(crate) fn run() -> anyhow::Result<()> {
+    raw::die_with_parent();
+    let mut target: Option<Target> = None;
+    for line in io::stdin().lock().lines() {
+        let command = serde_json::from_str(&line?).context("reading a command")?;
+        let answer = match (command, &mut target) {
+            (Command::Setup(setup), _) => Target::start(&setup).map(|(started, info)| {
+                target = Some(started);
+                Answer::Connected {
+                    path: info.path.to_owned(),
+                    reason: info.path_reason,
+                }
+            }),
+            (command, Some(target)) => target.obey(command),
+            (_, None) => Err(anyhow::anyhow!("the first command must be the setup")),
+        };
+        let answer = answer.unwrap_or_else(|error| Answer::Failed {
+            error: format!("{error:#}"),
+        });
+        let mut stdout = io::stdout().lock();
+        serde_json::to_writer(&mut stdout, &answer)?;
+        stdout.write_all(b"\n")?;
+        stdout.flush()?;
+    }
+    Ok(())
+}
+
+struct Target {
+    case: Case,
+    region: Arc<Region>,
+    engine: Engine,
+    source: Source,
+    receiver: Receiver,
+    rooms: Vec<Transfer>,
+}
+
+impl Target {
+    fn start(setup: &Setup) -> anyhow::Result<(Self, PeerInfo)> {
+        let case = Case::new(setup.case, setup.rounds, setup.seed, setup.tiny);
+        let region = Arc::new(Region::mmap(case.region_bytes())?);
+        let mut memory = Memory::new();
+        memory.add_shared(Arc::clone(&region));
+        let mut config = EngineConfig::default();
+        config.same_host = setup.path.same_host();
+        config.lanes = setup.lanes;
+        let engine = Engine::start(config, memory, case.layout())?;
+        let info = engine.connect(setup.engine, TRANSFER_MAX)?;
+        let socket = setup.reference.as_ref().map(reference::connect);
+        let receiver = Receiver::new(
+            setup.path.reference(setup.case),
+            socket.transpose().context("connecting the reference")?,
+            &case,
+            &region,
+            (setup.source_pid, setup.source_base),
+        );
+        let target = Self {
+            case,
+            region,
+            engine,
+            source: Source {
+                peer: info.peer,
+                dummy: false,
+            },
+            receiver,
+            rooms: Vec::new(),
+        };
+        Ok((target, info))
+    }
+
+    fn obey(&mut self, command: Command) -> anyhow::Result<Answer> {
+        match command {
+            Command::Setup(_) => anyhow::bail!("already set up"),
+            Command::Poison => data::poison(&self.region, &self.case)?,
+            Command::Grant { first_room } => self.grant(first_room)?,
+            Command::Await => self.await_rooms()?,
+            Command::Reference => self.receiver.serve(&self.region)?,
+            Command::Usage => {
+                return Ok(Answer::Usage {
+                    cpu_seconds: raw::cpu_seconds(),
+                });
+            }
+            Command::Check { sums } => {
+                let found = data::checksums(&self.region, &self.case, Side::Target)?;
+                anyhow::ensure!(found.len() == sums.len(), "both sides count blocks alike");
+                let wrong = found.iter().zip(&sums).filter(|(a, b)| a != b).count();
+                return Ok(Answer::Checked { wrong });
+            }
+        }
+        Ok(Answer::Done)
+    }
+
+    fn grant(&mut self, first_room: u64) -> anyhow::Result<()> {
+        for transfer in 0..self.case.transfers() {
+            let request = ReceiveRequest {
+                room: Room::new(first_room + transfer as u64).context("rooms count from 1")?,
+                sources: vec![self.source],
+                receivers_expected: 1,
+                prefix_tokens: 0,
+                items: vec![self.case.target_items(transfer)],
+                timeout: TRANSFER_MAX,
+            };
+            self.rooms.push(self.engine.receive(&request)?);
+        }
+        Ok(())
+    }
+
+    fn await_rooms(&mut self) -> anyhow::Result<()> {
+        let expected = self.case.transfer_bytes() as u64;
+        for room in self.rooms.drain(..) {
+            let ended = room.wait(TRANSFER_MAX);
+            let summary = ended.context("a room did not end by its deadline")??;
+            let got = summary.bytes;
+            anyhow::ensure!(
+                got == expected,
+                "a room of {expected} bytes ended with {got}"
+            );
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,20 @@
+//! The promises of an engine, kept between real processes and real sockets of one host.
+
+#[path = "promise_suite/agree.rs"]
+mod agree;
+#[path = "promise_suite/bounds.rs"]
+mod bounds;
+#[path = "promise_suite/child.rs"]
+mod child;
+#[path = "promise_suite/freeze.rs"]
+mod freeze;
+#[path = "promise_suite/neighbours.rs"]
+mod neighbours;
+#[path = "promise_suite/order.rs"]
+mod order;
+#[path = "hostile_suite/raw.rs"]
+mod raw;
+#[path = "promise_suite/rig.rs"]
+mod rig;
+#[path = "promise_suite/rooms.rs"]
+mod rooms;
