@@ -129,6 +129,7 @@ fn serve_telemetry(
     let picture = watch.clone();
     let server = TelemetryServer::start(config, Arc::new(move || picture.snapshot()))
         .context("cannot serve telemetry")?;
+    watch.set_telemetry(server.addr());
     tracing::info!(stream = %server.addr(), metrics = ?server.metrics_addr(), "telemetry");
     Ok(Some(server))
 }

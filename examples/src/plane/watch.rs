@@ -27,6 +27,7 @@ pub struct Watch {
 
 struct State {
     standing: Result<(), String>,
+    telemetry: Option<SocketAddr>,
     records: VecDeque<Record>,
     next_serial: u64,
 }
@@ -97,6 +98,7 @@ impl Watch {
             bootstrap,
             state: Mutex::new(State {
                 standing,
+                telemetry: None,
                 records: VecDeque::new(),
                 next_serial: 1,
             }),
@@ -119,6 +121,10 @@ impl Watch {
 
     pub(super) fn set_standing(&self, standing: Result<(), String>) {
         self.state().standing = standing;
+    }
+
+    pub(super) fn set_telemetry(&self, address: SocketAddr) {
+        self.state().telemetry = Some(address);
     }
 
     pub(super) fn record(&self, record: Record) {
@@ -152,6 +158,7 @@ impl Watch {
         let ranks: Vec<Value> = self.engines.iter().enumerate().map(rank_json).collect();
         json!({
             "bootstrap": self.bootstrap.map(|address| address.to_string()),
+            "telemetry": self.state().telemetry.map(|address| address.to_string()),
             "registered": self.bootstrap.map(|_| self.standing().is_ok()),
             "ranks": ranks,
         })

@@ -136,6 +136,8 @@ async fn telemetry_metrics_and_server_info_tell_the_same() {
     let info = pair.prefill.get("/server_info").await.1;
     let plane = &info["kvtransfer"];
     assert_eq!(plane["registered"], true);
+    let telemetry = plane["telemetry"].as_str().expect("it was asked for");
+    std::net::TcpStream::connect(telemetry).expect("the telemetry stream listens");
     assert_eq!(plane["ranks"].as_array().map(Vec::len), Some(2));
     assert!(
         plane["ranks"][1]["peers"][0]["handshake_ms"]
@@ -161,6 +163,12 @@ async fn telemetry_metrics_and_server_info_tell_the_same() {
         "{page}"
     );
     assert!(pair.prefill.get("/ready").await.0.is_success());
+    let decode = pair.decode.get("/server_info").await.1;
+    assert_eq!(
+        decode["kvtransfer"]["telemetry"],
+        Value::Null,
+        "nothing listens unasked"
+    );
     let single = Worker::start(&[]).await;
     assert_eq!(single.get("/metrics").await.0, 404);
     assert_eq!(

@@ -107,18 +107,15 @@ impl Shared {
         state
     }
 
-    pub(super) fn set_ready(&self, prefix_tokens: u32) {
+    /// Publishes the grant. The callback, if any, is the caller's to call, without locks.
+    pub(super) fn set_ready(&self, prefix_tokens: u32) -> Option<impl FnOnce() + use<>> {
         let mut state = self.lock();
         state.ready = Some(prefix_tokens);
         if state.sleepers > 0 {
             self.changed.notify_all();
         }
         let callback = state.ready_callback.take();
-        drop(state);
-        // Called without the lock: a callback may use the transfer.
-        if let Some(callback) = callback {
-            callback(prefix_tokens);
-        }
+        callback.map(|callback| move || callback(prefix_tokens))
     }
 
     /// Publishes the end. The gate is closed already. Returns the callback, to be called when every end of the same
@@ -131,10 +128,13 @@ impl Shared {
         let mut state = self.lock();
         state.result = Some(result.clone());
         let (callback, waker) = (state.callback.take(), state.waker.take());
+        let never_called = state.ready_callback.take();
         if state.sleepers > 0 {
             self.changed.notify_all();
         }
         drop(state);
+        // What it holds may call back into the engine when it is dropped.
+        drop(never_called);
         if let Some(waker) = waker {
             waker.wake();
         }
