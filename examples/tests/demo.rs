@@ -91,6 +91,9 @@ fn a_killed_demo_leaves_nobody_behind() {
         assert!(begun.elapsed() < PATIENCE, "{children:?} live on");
         std::thread::sleep(Duration::from_millis(5));
     }
+    // It had no chance to remove its logs.
+    let logs = std::env::temp_dir().join(format!("kvtransfer-demo-{}", demo.id()));
+    std::fs::remove_dir_all(logs).expect("its logs");
 }
 
 /// A demo whose cluster is up, its output, and its children.

@@ -139,7 +139,8 @@ impl Watch {
         state.next_serial += 1;
     }
 
-    /// The ended rooms with a serial number above `after`, oldest first, at most the last 256.
+    /// The ended rooms with a serial number above `after`, oldest first, at most the last 256. `gb_s` is bytes by the
+    /// time from the first byte to the end, a chunked prompt's computing included; the rails' rates leave that out.
     #[must_use]
     pub fn transfers(&self, after: u64) -> Value {
         let state = self.state();
