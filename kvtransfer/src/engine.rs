@@ -301,6 +301,20 @@ impl Engine {
         self.hub.join_lanes();
     }
 
+    /// Resets one data connection of a peer, as a broken network would. Whether there was one.
+    #[cfg(feature = "testing")]
+    pub fn reset_lane(&self, peer: PeerId, lane: u8) -> bool {
+        let link = self.hub.link(peer);
+        let lanes = link.map(|link| link.lanes()).unwrap_or_default();
+        let found = lanes.iter().find(|known| known.id.0 == lane);
+        found.inspect(|lane| lane.shut_down()).is_some()
+    }
+
+    /// Messages and batches about rooms that are over, since the start.
+    pub fn late_messages(&self) -> u64 {
+        self.hub.late_messages()
+    }
+
     /// Time on the engine's own clock, as in snapshots.
     pub fn now() -> crate::time::Time {
         clock::now()

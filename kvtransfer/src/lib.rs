@@ -13,6 +13,8 @@ pub mod memory;
 pub mod plan;
 pub mod serve;
 pub mod telemetry;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod time;
 pub mod token;
 pub mod transfer;

@@ -18,14 +18,20 @@
 //! wait has a bound in [`NodeConfig`]; what a peer sends can fail its own rooms only.
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "testing")]
+mod audit;
 mod inputs;
 mod node;
 mod peer;
 mod picture;
 mod receive;
 mod send;
+#[cfg(all(test, feature = "testing"))]
+mod tests;
 mod timers;
 
+#[cfg(feature = "testing")]
+pub use audit::NodeAudit;
 pub use node::{Node, NodeConfig, Output, PeerSetup};
 pub use peer::{BatchOut, LaneSetup};
 pub use receive::{Admission, BatchIn, Placement};

@@ -10,5 +10,7 @@ mod codec;
 pub mod control;
 pub mod hello;
 pub mod lane;
+#[cfg(all(test, feature = "testing"))]
+mod tests;
 
 pub use codec::WireError;

@@ -24,6 +24,7 @@ use crate::{
     clock,
     config::SameHost,
     ids::LaneId,
+    time::Time,
     wire::{control::Control, hello::HostIdentity},
 };
 
@@ -91,8 +92,10 @@ pub(super) fn dial(
             source,
         }
     };
-    let control = connect(address, timeout)?;
-    let mut talk = Talk::new(&control, timeout);
+    // One deadline for all of it: a peer that is slow at every step must not be waited for at every step.
+    let deadline = started + timeout;
+    let control = connect(address, left(deadline))?;
+    let mut talk = Talk::new(&control, left(deadline));
     let number = u64::from_le_bytes(super::hub::random().map_err(broken("random number"))?);
     let hello = introduce(hub, number, hub.config.lanes);
     talk.say(&Control::Hello(Box::new(hello)), None)
@@ -118,7 +121,7 @@ pub(super) fn dial(
     let link = Link::new(peer, agreement, writer, clock::now().since(started));
     let link = Arc::new(link);
     hub.add_link(&link);
-    let opened = open_lanes(hub, &link, &host, address, lanes, timeout);
+    let opened = open_lanes(hub, &link, &host, address, lanes, deadline);
     if let Err(source) = opened {
         hub.drop_peer(peer, "its data connections could not be opened");
         return Err(ConnectError::Handshake {
@@ -137,9 +140,14 @@ pub(super) fn dial(
     })
 }
 
+/// Time to the deadline; never zero, which some system calls take for "for ever".
+fn left(deadline: Time) -> Duration {
+    deadline.since(clock::now()).max(Duration::from_millis(1))
+}
+
 fn connect(address: SocketAddr, timeout: Duration) -> Result<TcpStream, ConnectError> {
     let unreachable = |source| ConnectError::Unreachable { address, source };
-    let stream = TcpStream::connect_timeout(&address, timeout.max(Duration::from_millis(1)));
+    let stream = TcpStream::connect_timeout(&address, timeout);
     let stream = stream.map_err(unreachable)?;
     stream.set_nodelay(true).map_err(unreachable)?;
     Ok(stream)
@@ -151,13 +159,13 @@ fn open_lanes(
     host: &HostIdentity,
     address: SocketAddr,
     lanes: u8,
-    timeout: Duration,
+    deadline: Time,
 ) -> io::Result<()> {
     let mut reason = same_host_refusal(hub, host);
     for lane in (0..lanes).map(LaneId) {
         let mut start = None;
         if reason.is_none() {
-            match open_local(hub, link, host, lane, timeout) {
+            match open_local(hub, link, host, lane, left(deadline)) {
                 Ok(opened) => start = Some(opened),
                 Err(why) => reason = Some(why),
             }
@@ -165,10 +173,11 @@ fn open_lanes(
         let start = match start {
             Some(start) => start,
             None => {
-                let stream = TcpStream::connect_timeout(&address, timeout)?;
+                let stream = TcpStream::connect_timeout(&address, left(deadline))?;
                 stream.set_nodelay(true)?;
                 let why = reason.clone().unwrap_or_default();
-                open_lane(hub, link, stream.into(), None, lane, timeout, why)?
+                let wait = left(deadline);
+                open_lane(hub, link, stream.into(), None, lane, wait, why)?
             }
         };
         start_lane(hub, link, start)?;

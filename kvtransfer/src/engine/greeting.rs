@@ -381,6 +381,8 @@ pub(super) fn start_lane(hub: &Arc<Hub>, link: &Link, start: LaneStart) -> io::R
     // The node must know the lane before its thread asks for work.
     hub.lane_up(link.peer, start.lane, setup);
     let lane = Lane::start(start.socket, context, &start.rest)?;
-    link.add_lane(lane);
+    link.add_lane(Arc::clone(&lane));
+    // Pages pushed after its thread had looked for work, but before the link knew it, kicked nobody.
+    lane.kick();
     Ok(())
 }

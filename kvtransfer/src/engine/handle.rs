@@ -269,7 +269,9 @@ impl Transfer {
             if left.is_zero() {
                 return None;
             }
-            if let Some(lane) = state.lane.clone() {
+            // The socket of an ended lane is always ready: waiting on it would be spinning.
+            let lane = state.lane.clone().filter(|lane| !lane.is_over());
+            if let Some(lane) = lane {
                 drop(state);
                 lane.drive(left.min(DRIVE_SLICE));
             } else {

@@ -307,6 +307,10 @@ impl Hub {
         self.with(|node, now| node.placed(now, peer, header, batch, placement))
     }
 
+    pub(crate) fn discarded(&self, header: &BatchHeader) -> AckStatus {
+        self.with(|node, _| node.discarded(header))
+    }
+
     pub(crate) fn lane_down(&self, peer: PeerId, lane: LaneId, reason: &str) {
         self.with(|node, _| node.lane_down(peer, lane, reason));
     }
@@ -406,6 +410,11 @@ impl Hub {
         let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
         core.node.picture(now, &mut snapshot);
         snapshot
+    }
+
+    pub(super) fn late_messages(&self) -> u64 {
+        let core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
+        core.node.late_messages()
     }
 
     pub(super) fn malformed(&self) -> u64 {

@@ -38,21 +38,24 @@ impl Node {
         let lost = || TransferError::PeerLost {
             reason: reason.to_owned(),
         };
-        let sends: Vec<TransferId> = self
+        let mut sends: Vec<TransferId> = self
             .sends
             .values()
             .filter(|room| room.legs.iter().any(|leg| leg.peer == id && !leg.done))
             .map(|room| room.id)
             .collect();
+        // The order of a hash map differs from run to run, and a failing run must be repeatable.
+        sends.sort_unstable();
         for transfer in sends {
             self.end_send(now, transfer, Err(lost()));
         }
-        let receives: Vec<TransferId> = self
+        let mut receives: Vec<TransferId> = self
             .receives
             .values()
             .filter(|room| room.legs.iter().any(|leg| leg.peer == id && !leg.done))
             .map(|room| room.id)
             .collect();
+        receives.sort_unstable();
         for transfer in receives {
             self.end_receive(now, transfer, Err(lost()));
         }
@@ -230,6 +233,18 @@ impl Node {
         }
     }
 
+    /// A lane has thrown a batch away, because it was not admitted or its room ended: what shall it answer?
+    ///
+    /// A batch that is sent again after its lane was lost may have arrived before, even as the room's last one. Where
+    /// the room was received to the end, every batch of it was placed, and that is the answer.
+    pub fn discarded(&self, header: &BatchHeader) -> AckStatus {
+        if self.received.contains(&(header.room, header.epoch())) {
+            AckStatus::Placed
+        } else {
+            AckStatus::Discarded
+        }
+    }
+
     /// A lane has dealt with a batch: what shall it answer?
     pub fn placed(
         &mut self,
@@ -239,15 +254,8 @@ impl Node {
         batch: &BatchIn,
         placement: Placement,
     ) -> AckStatus {
-        let key = (header.room, header.epoch());
         let Some(room) = self.receives.get_mut(&batch.transfer) else {
-            // The room is over. If this batch had already arrived on a lane that died since, it counts.
-            let again = placement == Placement::GateClosed && self.received.contains(&key);
-            return if again {
-                AckStatus::Placed
-            } else {
-                AckStatus::Discarded
-            };
+            return self.discarded(header);
         };
         let counted = match placement {
             Placement::Placed => room.count(peer, header),
@@ -437,8 +445,7 @@ impl Node {
                     legs.push((leg, expected, prefix));
                 }
             }
-            Some(Orphan::Cancelled { .. }) => self.late_messages += 1,
-            Some(Orphan::SenderEnded { error, .. }) => {
+            Some(Orphan::Cancelled { error, .. } | Orphan::SenderEnded { error, .. }) => {
                 let (code, reason) = (error.code(), error.to_string());
                 self.refuse(peer, room, epoch, code, reason);
             }
@@ -545,6 +552,15 @@ impl Node {
                     .any(|(leg, ..)| leg.peer == peer && leg.epoch == epoch) =>
             {
                 let timer = *timer;
+                let others: Vec<(PeerId, Epoch)> = legs
+                    .iter()
+                    .map(|(leg, ..)| (leg.peer, leg.epoch))
+                    .filter(|leg| *leg != (peer, epoch))
+                    .collect();
+                // The room cannot start without this receiver, so the others need not wait for their deadlines.
+                for (other, epoch) in others {
+                    self.refuse(other, number, epoch, error.code(), error.to_string());
+                }
                 self.orphans
                     .insert(number, Orphan::Cancelled { error, timer });
             }

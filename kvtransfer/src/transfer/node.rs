@@ -353,7 +353,14 @@ impl Node {
     /// What each real source of a request must fill.
     fn receive_legs(&self, request: &ReceiveRequest) -> Result<Vec<ReceiveLeg>, SubmitError> {
         let mut legs = Vec::new();
-        for source in &request.sources {
+        for (index, source) in request.sources.iter().enumerate() {
+            if request.sources[..index]
+                .iter()
+                .any(|s| s.peer == source.peer)
+            {
+                let twice = format!("{} is named twice as a source", source.peer);
+                return Err(SubmitError::Items(twice));
+            }
             let peer = self
                 .peers
                 .get(&source.peer)

@@ -126,6 +126,13 @@ pub(super) struct Lane {
     pub(super) latency: LatencyWindow,
 }
 
+#[cfg(feature = "testing")]
+impl Lane {
+    pub(super) fn in_flight_count(&self) -> usize {
+        self.in_flight.len()
+    }
+}
+
 /// What an acknowledgement settled.
 pub(super) struct Settled {
     pub(super) transfer: TransferId,
@@ -304,7 +311,9 @@ impl Peer {
         let found = self.queue.iter().take(LOOKAHEAD).position(|window| {
             // States and aux come after everything before them has arrived (promise P6): on one lane the order of the
             // stream sees to that, across lanes only the acknowledgements do.
-            let is_final = window.last && window.end - window.offset <= lane.setup.batch_bytes;
+            let is_whole =
+                window.resend.is_some() || window.end - window.offset <= lane.setup.batch_bytes;
+            let is_final = window.last && is_whole;
             let ordered = window.component > 0 || is_final;
             let room = sends.get(&window.transfer);
             let leg = room.and_then(|room| room.legs.iter().find(|leg| leg.peer == self.id));

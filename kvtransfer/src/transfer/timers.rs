@@ -52,7 +52,7 @@ impl Timers {
         (first.key().0 <= now).then(|| first.remove())
     }
 
-    #[cfg(test)]
+    #[cfg(feature = "testing")]
     pub(super) fn len(&self) -> usize {
         self.due.len()
     }

@@ -178,7 +178,7 @@ impl Inbound {
                     self.expect = Expect::SkipItems(header);
                     return Ok(Step::NeedBytes);
                 }
-                discard(&header, out);
+                discard(context, &header, out);
                 Ok(Step::Again)
             }
             Expect::Payload(filling) => self.fill_from_buffer(context, filling),
@@ -204,7 +204,7 @@ impl Inbound {
                     .expect("invariant: taken with that length");
                 let good = Seal::parse(seal, header.seq)?;
                 match batch {
-                    None => discard(&header, out),
+                    None => discard(context, &header, out),
                     Some(batch) => {
                         let placement = if good { placement } else { Placement::Void };
                         let status = context.hub.placed(context.peer, &header, &batch, placement);
@@ -264,7 +264,7 @@ impl Inbound {
                 Expect::Frame
             }
             (PayloadMode::Ring, None) => {
-                discard(&header, out);
+                discard(context, &header, out);
                 Expect::Frame
             }
         };
@@ -579,8 +579,9 @@ impl Inbound {
     }
 }
 
-fn discard(header: &BatchHeader, out: &mut Outbound) {
-    out.queue_ack(Ack::new(header, crate::wire::lane::AckStatus::Discarded));
+fn discard(context: &LaneContext, header: &BatchHeader, out: &mut Outbound) {
+    let status = context.hub.discarded(header);
+    out.queue_ack(Ack::new(header, status));
 }
 
 fn target_cursor(batch: &BatchIn) -> Result<SideCursor, LaneError> {

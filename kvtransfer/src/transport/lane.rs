@@ -35,6 +35,9 @@ use crate::{
 /// How long a lane's thread leaves the socket to callers after one has driven it.
 const DRIVEN_FOR: Duration = Duration::from_millis(1);
 
+/// Waits without spinning after a spin that did not pay: a slow peer costs one spin in so many waits.
+const SPIN_REST: u32 = 15;
+
 /// Shared memory between two processes, cut into slots of one batch each.
 #[derive(Debug)]
 pub(crate) struct Ring {
@@ -52,6 +55,10 @@ impl Ring {
     pub(super) fn slot(&self, batch: u64) -> u64 {
         let slots = self.region.len() as u64 / self.slot_bytes;
         batch % slots * self.slot_bytes
+    }
+
+    pub(super) fn slot_bytes(&self) -> u64 {
+        self.slot_bytes
     }
 
     pub(super) fn region(&self) -> &Region {
@@ -89,6 +96,8 @@ pub(crate) struct Lane {
     /// Callers that drive the lane now.
     drivers: AtomicU32,
     driven_at: AtomicU64,
+    /// Waits that go straight to sleep, because spinning did not pay.
+    spin_rest: AtomicU32,
     failed: AtomicBool,
 }
 
@@ -118,6 +127,7 @@ impl Lane {
             })),
             drivers: AtomicU32::new(0),
             driven_at: AtomicU64::new(0),
+            spin_rest: AtomicU32::new(0),
             failed: AtomicBool::new(false),
         });
         let worker = Arc::clone(&lane);
@@ -148,6 +158,11 @@ impl Lane {
         self.kick();
     }
 
+    /// Whether the connection has ended, so that there is nothing to drive any more.
+    pub(crate) fn is_over(&self) -> bool {
+        self.failed.load(Ordering::SeqCst)
+    }
+
     /// Does the lane's work in the calling thread if nobody else does. Returns whether it did.
     pub(crate) fn try_pump(&self) -> bool {
         let mut io = match self.io.try_lock() {
@@ -173,14 +188,43 @@ impl Lane {
     pub(crate) fn drive(&self, timeout: Duration) {
         self.drivers.fetch_add(1, Ordering::SeqCst);
         self.driven_at.store(clock::now().nanos(), Ordering::SeqCst);
-        let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
-        let ready = poll(&mut fds, Some(&timespec(timeout)));
-        if ready.is_ok_and(|count| count > 0) {
-            let mut io = self.io.lock().unwrap_or_else(PoisonError::into_inner);
-            self.pump(&mut io);
+        if !self.spin() {
+            let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
+            let ready = poll(&mut fds, Some(&timespec(timeout)));
+            if ready.is_ok_and(|count| count > 0) {
+                let mut io = self.io.lock().unwrap_or_else(PoisonError::into_inner);
+                self.pump(&mut io);
+            }
         }
         self.driven_at.store(clock::now().nanos(), Ordering::SeqCst);
         self.drivers.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Looks for an answer without sleeping, for a few microseconds, because going to sleep and being woken costs as much
+    /// again as a small transfer. Gives up for a while when it did not pay. Returns whether an answer came.
+    fn spin(&self) -> bool {
+        let mut io = self.io.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(open) = io.as_mut() else {
+            return true;
+        };
+        let budget = open.context.hub.config.spin;
+        if budget.is_zero() || self.spin_rest.load(Ordering::Relaxed) > 0 {
+            let rest = self.spin_rest.load(Ordering::Relaxed);
+            self.spin_rest
+                .store(rest.saturating_sub(1), Ordering::Relaxed);
+            return false;
+        }
+        let until = clock::now() + budget;
+        let awaited = open.outbound.unacked;
+        while clock::now() < until {
+            self.pump(&mut io);
+            match io.as_ref() {
+                Some(open) if open.outbound.unacked >= awaited => std::hint::spin_loop(),
+                _ => return true,
+            }
+        }
+        self.spin_rest.store(SPIN_REST, Ordering::Relaxed);
+        false
     }
 
     fn pump(&self, io: &mut Option<LaneIo>) {

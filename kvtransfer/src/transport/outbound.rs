@@ -191,6 +191,12 @@ impl Outbound {
             .ring_out
             .as_ref()
             .ok_or_else(|| missing_ring("sending"))?;
+        // A batch cut for another lane, which was lost, may be larger than a slot: it must not run over its neighbours.
+        let (len, most) = (batch.fields.len, ring.slot_bytes());
+        if len > most {
+            let reason = format!("a batch of {len} bytes for ring slots of {most}");
+            return Err(LaneError::Protocol(reason));
+        }
         let mut place = ring.slot(slot);
         let first = place;
         let mut cursor = source_cursor(batch)?;

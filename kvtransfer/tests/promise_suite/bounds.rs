@@ -14,7 +14,7 @@ use kvtransfer::{
 
 use super::{
     child::{Other, Path},
-    raw::{Raw, hello},
+    raw::{Raw, encoded, hello, open_lane},
     rig::{self, WATCHDOG},
 };
 
@@ -266,6 +266,77 @@ fn one_peer_too_many_is_told_so() {
     first
         .connect(address, WATCHDOG)
         .expect("it replaces itself");
+}
+
+/// A listener that takes its time at every step of the handshake.
+#[test]
+fn a_slow_handshake_ends_at_its_one_deadline() {
+    const STEP: Duration = Duration::from_millis(300);
+    const TIMEOUT: Duration = Duration::from_millis(500);
+    let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+    let address = listener.local_addr().expect("bound");
+    std::thread::spawn(move || {
+        let mut held = Vec::new();
+        for (step, stream) in listener.incoming().enumerate() {
+            let mut stream = stream.expect("a connection");
+            std::thread::sleep(STEP);
+            let answer = if step == 0 {
+                Control::Welcome(Box::new(hello(9, 2)))
+            } else {
+                Control::LaneReady { can_pull: false }
+            };
+            let _ = std::io::Write::write_all(&mut stream, &encoded(&answer));
+            held.push(stream);
+        }
+    });
+    let engine = rig::start(EngineConfig::default());
+    let start = clock::now();
+    let error = engine.connect(address, TIMEOUT).expect_err("too slow");
+    let took = clock::now().since(start);
+    println!("connecting with a deadline of {TIMEOUT:?} ended after {took:?}: {error}");
+    assert!(took >= TIMEOUT, "{took:?}");
+    // A whole step later it would have been waited for step by step.
+    assert!(took < TIMEOUT + STEP / 2, "{took:?}");
+    assert!(engine.peers().is_empty());
+}
+
+#[test]
+fn waiting_beside_a_dead_lane_does_not_spin() {
+    let engine = rig::start(rig::listening(EngineConfig::default()));
+    let address = engine.local_addr().expect("it listens");
+    let mut raw = Raw::welcomed(address, 1, 2);
+    let (mut first, ready) = open_lane(address, 1, 0, b"");
+    assert!(matches!(ready, Control::LaneReady { .. }), "{ready:?}");
+    raw.say(&Control::Grant(grant(3, 1)));
+    let transfer = engine.send(&send(3)).expect("a free room");
+    transfer.wait_ready(WATCHDOG).expect("a grant");
+    let items = vec![Arc::from([1])];
+    transfer
+        .push(&Chunk { items, last: true })
+        .expect("room for it");
+    // It has been written to the first lane; the second, which never answers, inherits it.
+    std::io::Read::read_exact(&mut first.stream, &mut [0; 64]).expect("a batch");
+    let (_second, ready) = open_lane(address, 1, 1, b"");
+    assert!(matches!(ready, Control::LaneReady { .. }), "{ready:?}");
+    drop(first);
+    let before = busy();
+    let wall = Duration::from_millis(400);
+    assert_eq!(transfer.wait(wall), None, "nobody acknowledges");
+    let spent = busy() - before;
+    println!("waiting {wall:?} beside a dead lane cost {spent:?} of processor time");
+    assert!(spent < wall / 4, "{spent:?}");
+}
+
+/// Processor time of this thread.
+fn busy() -> Duration {
+    let stat = std::fs::read_to_string("/proc/thread-self/stat").expect("our own");
+    // User and system time, in hundredths of a second (proc(5)); the name before them may hold spaces.
+    let after = stat.rsplit(')').next().expect("a line");
+    let ticks = after.split_whitespace().skip(11).take(2);
+    let ticks: u64 = ticks
+        .map(|word| word.parse::<u64>().expect("a number"))
+        .sum();
+    Duration::from_millis(ticks * 10)
 }
 
 #[test]

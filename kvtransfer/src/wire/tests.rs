@@ -1,0 +1,255 @@
+//! What is encoded is decoded again, and what is damaged is refused without a panic (promise P3).
+
+use crate::{
+    ids::{Epoch, InstanceId},
+    layout::Shard,
+    testing::{model::Model, sim::Dice},
+    wire::{
+        WireError,
+        control::{Control, ControlDecoder, FailureCode, GRANT_ITEMS_MAX, Grant, REASON_BYTES_MAX},
+        hello::{Hello, HostIdentity, RegionAddress},
+        lane::{
+            Ack, AckStatus, BATCH_BYTES_MAX, BATCHES_MAX, BatchFields, BatchHeader, PayloadMode,
+            Seal, WINDOW_ITEMS_MAX,
+        },
+    },
+};
+
+fn hello() -> Hello {
+    let (mut layout, regions) = Model::default().rank(Shard::ONE, Shard::ONE);
+    layout.components[0].entries[1].layer_id = Some(u32::MAX);
+    Hello {
+        instance: InstanceId([1; 16]),
+        generation: u64::MAX,
+        link: 3,
+        lanes: 16,
+        token: b"secret".to_vec(),
+        host: HostIdentity {
+            boot_id: [2; 16],
+            user_id: 1000,
+            socket_name: "kvtransfer-x".into(),
+            probe_address: 4,
+            probe_cookie: [5; 16],
+        },
+        regions: regions
+            .iter()
+            .map(|len| RegionAddress {
+                base: 1 << 40,
+                len: *len as u64,
+            })
+            .collect(),
+        layout,
+    }
+}
+
+fn grant(items: Vec<Vec<i32>>) -> Control {
+    Control::Grant(Grant {
+        room: u64::MAX,
+        epoch: Epoch(u32::MAX),
+        receivers_expected: 3,
+        dummy: true,
+        prefix_tokens: 17,
+        items,
+    })
+}
+
+fn room_failed(code: FailureCode, reason: &str) -> Control {
+    Control::RoomFailed {
+        room: 1,
+        epoch: Epoch(0),
+        code,
+        reason: reason.into(),
+    }
+}
+
+fn messages() -> Vec<Control> {
+    let codes = [
+        FailureCode::Cancelled,
+        FailureCode::Timeout,
+        FailureCode::Misbehaved,
+        FailureCode::DuplicateRoom,
+        FailureCode::NoSender,
+        FailureCode::ItemMismatch,
+        FailureCode::Memory,
+        FailureCode::Shutdown,
+        FailureCode::Busy,
+        FailureCode::OtherPeer,
+    ];
+    let mut all = vec![
+        Control::Hello(Box::new(hello())),
+        Control::Welcome(Box::new(hello())),
+        Control::Reject {
+            reason: "größer".into(),
+        },
+        Control::LaneOpen {
+            instance: InstanceId([9; 16]),
+            link: 8,
+            lane: 15,
+            token: vec![0, 255],
+            can_pull: true,
+        },
+        Control::LaneReady { can_pull: false },
+        grant(vec![vec![0, -1, i32::MAX], vec![], vec![7]]),
+        grant(Vec::new()),
+        Control::Ping { nonce: 1 },
+        Control::Pong { nonce: u64::MAX },
+    ];
+    all.extend(codes.map(|code| room_failed(code, code.name())));
+    all
+}
+
+fn trusting() -> ControlDecoder {
+    let mut decoder = ControlDecoder::for_stranger();
+    decoder.trust();
+    decoder
+}
+
+#[test]
+fn every_message_survives_any_cut_of_the_stream() {
+    let mut bytes = Vec::new();
+    let sent = messages();
+    sent.iter().for_each(|message| message.encode(&mut bytes));
+    let mut dice = Dice::new(11);
+    for most in [1, 7, 64, bytes.len()] {
+        let (mut decoder, mut got, mut rest) = (trusting(), Vec::new(), &bytes[..]);
+        while !rest.is_empty() {
+            let len = (1 + dice.index(most)).min(rest.len());
+            decoder.push(&rest[..len]);
+            rest = &rest[len..];
+            while let Some(message) = decoder.next().unwrap() {
+                got.push(message);
+            }
+        }
+        assert_eq!(got, sent);
+        assert_eq!(decoder.pending(), 0);
+    }
+}
+
+#[test]
+fn damaged_messages_are_refused_or_read_but_never_panic() {
+    let mut dice = Dice::new(12);
+    let mut refused = 0;
+    for message in messages() {
+        let mut good = Vec::new();
+        message.encode(&mut good);
+        for _ in 0..300 {
+            let mut bytes = good.clone();
+            for _ in 0..dice.within(1, 3) {
+                let at = dice.index(bytes.len());
+                bytes[at] = dice.within(0, 255).to_le_bytes()[0];
+            }
+            let mut decoder = trusting();
+            decoder.push(&bytes);
+            refused += u32::from(decoder.next().is_err());
+        }
+    }
+    assert!(refused > 1_000, "{refused}");
+}
+
+#[test]
+fn a_grant_at_its_bound_passes_and_one_above_does_not() {
+    let decode = |message: &Control| {
+        let mut bytes = Vec::new();
+        message.encode(&mut bytes);
+        let mut decoder = trusting();
+        decoder.push(&bytes);
+        decoder.next()
+    };
+    let half = vec![1; GRANT_ITEMS_MAX / 2];
+    let full = grant(vec![half.clone(), half.clone()]);
+    assert_eq!(decode(&full).unwrap(), Some(full));
+    let over = decode(&grant(vec![half.clone(), half, vec![1]]));
+    assert!(matches!(over, Err(WireError::TooLong { .. })), "{over:?}");
+}
+
+#[test]
+fn a_long_reason_is_cut_between_characters() {
+    let long = "ü".repeat(REASON_BYTES_MAX);
+    let mut bytes = Vec::new();
+    room_failed(FailureCode::Busy, &format!("x{long}")).encode(&mut bytes);
+    let mut decoder = trusting();
+    decoder.push(&bytes);
+    let Some(Control::RoomFailed { reason, .. }) = decoder.next().unwrap() else {
+        panic!("another message");
+    };
+    assert_eq!(reason.len(), REASON_BYTES_MAX - 1);
+}
+
+fn fields() -> BatchFields {
+    BatchFields {
+        mode: PayloadMode::Ring,
+        last: true,
+        component: 63,
+        room: u64::MAX,
+        epoch: Epoch(u32::MAX),
+        seq: BATCHES_MAX - 1,
+        window_start: 1 << 20,
+        window_len: WINDOW_ITEMS_MAX,
+        offset: u64::MAX,
+        len: BATCH_BYTES_MAX,
+        place: u64::MAX,
+    }
+}
+
+#[test]
+fn headers_seals_and_acks_survive_the_wire() {
+    for (mode, last) in [
+        (PayloadMode::Inline, false),
+        (PayloadMode::Pull, true),
+        (PayloadMode::Ring, false),
+    ] {
+        let header = BatchHeader::new(BatchFields {
+            mode,
+            last,
+            ..fields()
+        });
+        let got = BatchHeader::parse(&header.to_bytes()).unwrap();
+        assert_eq!((got, got.mode(), got.is_last()), (header, mode, last));
+        assert_eq!(got.epoch(), Epoch(u32::MAX));
+        for status in [AckStatus::Placed, AckStatus::Discarded] {
+            let ack = Ack::new(&header, status);
+            let got = Ack::parse(&ack.to_bytes()).unwrap();
+            assert_eq!((got, got.status()), (ack, status));
+        }
+    }
+    for good in [true, false] {
+        let seal = Seal::new(5, good).to_bytes();
+        assert_eq!(Seal::parse(&seal, 5), Ok(good));
+        assert!(Seal::parse(&seal, 6).is_err(), "another batch's seal");
+    }
+}
+
+#[test]
+fn every_flipped_bit_of_a_header_is_noticed() {
+    let good = BatchHeader::new(fields()).to_bytes();
+    for bit in 0..BatchHeader::LEN * 8 {
+        let mut bytes = good;
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        assert!(BatchHeader::parse(&bytes).is_err(), "bit {bit}");
+    }
+}
+
+#[test]
+fn header_lengths_are_bounded() {
+    let over = [
+        BatchFields {
+            len: BATCH_BYTES_MAX + 1,
+            ..fields()
+        },
+        BatchFields {
+            window_len: WINDOW_ITEMS_MAX + 1,
+            ..fields()
+        },
+        BatchFields {
+            seq: BATCHES_MAX,
+            ..fields()
+        },
+    ];
+    for fields in over {
+        let refused = BatchHeader::parse(&BatchHeader::new(fields).to_bytes());
+        assert!(
+            matches!(refused, Err(WireError::TooLong { .. })),
+            "{refused:?}"
+        );
+    }
+}
