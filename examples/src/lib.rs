@@ -7,13 +7,18 @@
 //! * [`model`]: the transformer; [`text`]: its byte tokenizer.
 //! * [`cache`]: the paged KV memory of all ranks, the page allocator and the prefix cache.
 //! * [`pd`]: the seam to whatever moves KV between workers, and a loopback in one process.
+//! * [`plane`]: the seam over real transfer engines, the bootstrap registry and telemetry.
 //! * [`scheduler`]: the one thread that owns model and cache, and the mailbox in front of it.
 //! * [`server`]: HTTP; [`settings`]: the command line.
+//! * [`demo`]: a whole cluster of workers and a router, compared with one worker; [`client`]: its HTTP client.
 
 pub mod cache;
+pub mod client;
 pub mod clock;
+pub mod demo;
 pub mod model;
 pub mod pd;
+pub mod plane;
 pub mod scheduler;
 pub mod server;
 pub mod settings;

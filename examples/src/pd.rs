@@ -23,8 +23,8 @@
 //! * **Pages are read late.** A pushed page is read any time until the terminal state; the scheduler never writes to
 //!   it in between.
 //!
-//! The implementation for one process is [`loopback`]; the one over the transfer engine resolves the prefill's ranks
-//! through the bootstrap registry on a thread of its own and maps each rank of this worker to one engine.
+//! The implementation for one process is [`loopback`]; the one over the transfer engine, [`crate::plane`], resolves the
+//! prefill's ranks through the bootstrap registry on a runtime of its own and maps each rank to one engine.
 #![forbid(unsafe_code)]
 
 pub mod loopback;
@@ -34,6 +34,7 @@ use std::time::Duration;
 
 use crate::cache::aux::AuxSlot;
 use crate::cache::{PageIndex, RankMemory};
+use crate::plane::Watch;
 
 /// The rendezvous number of one request, drawn by the router: `1..2^63`. Zero is reserved, because an aux row that
 /// nobody wrote reads as zero (SGLang's metadata gate, `srt/disaggregation/utils.py:245-260`).
@@ -228,6 +229,8 @@ pub struct Plane {
     pub ranks: Vec<RankMemory>,
     /// The link that moves bytes in and out of them.
     pub role: Role,
+    /// What can be seen of the link from outside, if it has engines.
+    pub watch: Option<Arc<Watch>>,
 }
 
 /// Wakes the scheduler. Cheap, never blocks, may be rung from any thread, as often as wanted.

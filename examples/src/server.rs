@@ -18,6 +18,7 @@ use axum::routing::{get, post};
 use tokio::net::TcpListener;
 
 use crate::clock::unix_seconds;
+use crate::plane::Watch;
 use crate::scheduler::Scheduler;
 use crate::scheduler::mailbox::Mailbox;
 
@@ -77,6 +78,7 @@ pub struct Facts {
 pub struct App {
     facts: Facts,
     scheduler: Scheduler,
+    watch: Option<Arc<Watch>>,
     started: u64,
 }
 
@@ -97,17 +99,29 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves `scheduler` on `listener`.
+    /// Serves `scheduler` on `listener`, and what `watch` sees of its plane.
     #[must_use]
-    pub fn new(listener: TcpListener, facts: Facts, scheduler: Scheduler) -> Self {
+    pub fn new(
+        listener: TcpListener,
+        facts: Facts,
+        scheduler: Scheduler,
+        watch: Option<Arc<Watch>>,
+    ) -> Self {
         Self {
             listener,
             app: Arc::new(App {
                 facts,
                 scheduler,
+                watch,
                 started: unix_seconds(),
             }),
         }
+    }
+
+    /// What can be seen of its plane, if it has engines.
+    #[must_use]
+    pub fn watch(&self) -> Option<&Arc<Watch>> {
+        self.app.watch.as_ref()
     }
 
     /// Where it listens; with port 0 asked for, the port it got.
@@ -156,10 +170,12 @@ fn routes(app: Arc<App>) -> Router {
         .route("/v1/completions", post(openai::complete))
         .route("/v1/models", get(admin::models))
         .route("/health", get(admin::health))
-        .route("/ready", get(admin::health))
+        .route("/ready", get(admin::ready))
         .route("/server_info", get(admin::server_info))
         .route("/model_info", get(admin::model_info))
         .route("/v1/loads", get(admin::loads))
+        .route("/metrics", get(admin::metrics))
+        .route("/debug/transfers", get(admin::transfers))
         .route("/abort_request", post(admin::abort))
         .with_state(app)
 }

@@ -2,9 +2,10 @@
 
 use std::ffi::OsString;
 use std::io::IsTerminal as _;
+use std::net::IpAddr;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use clap::Parser;
 use tokio::net::TcpListener;
 use tracing_subscriber::EnvFilter;
@@ -13,7 +14,8 @@ use crate::cache::heap::heap_ranks;
 use crate::cache::pages::PageCache;
 use crate::cache::{PagedKv, RankShape};
 use crate::model::{Model, ModelShape};
-use crate::pd::{Doorbell, Plane, Role};
+use crate::pd::{Doorbell, Plane};
+use crate::plane::{self, TransferPath};
 use crate::scheduler::mailbox::Mailbox;
 use crate::scheduler::{Limits, Scheduler};
 use crate::server::{Facts, Mode, Server};
@@ -38,9 +40,21 @@ pub struct Settings {
     /// Role of this worker.
     #[arg(long, value_enum, default_value_t)]
     pub disaggregation_mode: Mode,
-    /// Port of the prefill's bootstrap registry.
+    /// Port of the bootstrap registry that a prefill runs; 0 lets the system choose.
     #[arg(long, default_value_t = 34000)]
     pub disaggregation_bootstrap_port: u16,
+    /// Address that decodes are told to connect to, if it is not --host.
+    #[arg(long)]
+    pub advertise_ip: Option<IpAddr>,
+    /// Path of the bytes between two workers of one host.
+    #[arg(long, value_enum, default_value_t)]
+    pub transfer_path: TransferPath,
+    /// Serve the live transfer telemetry (gRPC) on this port; 0 lets the system choose. Default: nowhere.
+    #[arg(long)]
+    pub telemetry_port: Option<u16>,
+    /// Serve /metrics on a port of its own too, beside the worker's.
+    #[arg(long, requires = "telemetry_port")]
+    pub metrics_port: Option<u16>,
     /// Longest life of a transfer in seconds, from bootstrap to confirmation.
     #[arg(long, default_value_t = 120)]
     pub disaggregation_timeout_secs: u64,
@@ -156,6 +170,15 @@ impl Settings {
             self.disaggregation_timeout_secs > 0,
             "a transfer needs time"
         );
+        ensure!(
+            [
+                self.max_total_tokens / self.page_size,
+                self.max_running_requests
+            ]
+            .into_iter()
+            .all(|count| i32::try_from(count).is_ok()),
+            "--max-total-tokens and --max-running-requests must stay below 2^31"
+        );
         Ok(())
     }
 
@@ -176,22 +199,25 @@ impl Settings {
         warm_up(&model)?;
         let mailbox = Mailbox::new(self.max_queued_requests as usize);
         let plane = plane(self, mailbox.doorbell())?;
+        let watch = plane.watch.clone();
         let limits = Limits {
             chunk_tokens: self.chunked_prefill_size as usize,
             running_max: self.max_running_requests as usize,
             transfer_timeout: Duration::from_secs(self.disaggregation_timeout_secs),
         };
         let scheduler = Scheduler::start(model, plane, limits, mailbox)?;
-        Ok(Server::new(listener, self.facts(), scheduler))
+        let bootstrap = watch.as_ref().and_then(|watch| watch.bootstrap());
+        let facts = self.facts(bootstrap.map(|address| address.port()));
+        Ok(Server::new(listener, facts, scheduler, watch))
     }
 
-    fn facts(&self) -> Facts {
+    fn facts(&self, bootstrap_port: Option<u16>) -> Facts {
         let rank = self.rank();
         let cache_tokens = rank.pages * rank.page_size;
         Facts {
             model: self.model_path.clone(),
             mode: self.disaggregation_mode,
-            bootstrap_port: self.disaggregation_bootstrap_port,
+            bootstrap_port: bootstrap_port.unwrap_or(self.disaggregation_bootstrap_port),
             tp: self.tp as usize,
             page_size: rank.page_size,
             chunk_tokens: self.chunked_prefill_size as usize,
@@ -254,7 +280,7 @@ pub(crate) fn run(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
         .build()
         .context("cannot start the runtime")?;
     runtime.block_on(async {
-        let server = settings.build(plane).await?;
+        let server = settings.build(plane::build).await?;
         tracing::info!(
             address = %server.address()?,
             mode = settings.disaggregation_mode.name(),
@@ -264,26 +290,6 @@ pub(crate) fn run(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
         server.run(stop_signal()).await?;
         Ok(())
     })
-}
-
-/// The plane of a worker process.
-fn plane(settings: &Settings, _bell: Doorbell) -> anyhow::Result<Plane> {
-    match settings.disaggregation_mode {
-        Mode::Null => {
-            let whole = RankShape {
-                kv_heads: settings.kv_heads as usize,
-                ..settings.rank()
-            };
-            Ok(Plane {
-                ranks: heap_ranks(whole, settings.tp as usize),
-                role: Role::Null,
-            })
-        }
-        Mode::Prefill | Mode::Decode => bail!(
-            "--disaggregation-mode {} needs a transfer engine, which this build does not have",
-            settings.disaggregation_mode.name()
-        ),
-    }
 }
 
 async fn stop_signal() {

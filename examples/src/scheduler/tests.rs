@@ -61,7 +61,17 @@ fn start(config: Config, role: impl FnOnce(Vec<RankMemory>, Doorbell) -> Role) -
         transfer_timeout: config.timeout,
     };
     let model = Model::from_seed(shape, 42).expect("model");
-    Scheduler::start(model, Plane { ranks, role }, limits, mailbox).expect("thread")
+    Scheduler::start(
+        model,
+        Plane {
+            ranks,
+            role,
+            watch: None,
+        },
+        limits,
+        mailbox,
+    )
+    .expect("thread")
 }
 
 fn null(config: Config) -> Scheduler {

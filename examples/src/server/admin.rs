@@ -6,7 +6,10 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
+use kvtransfer::telemetry::prometheus;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -17,13 +20,51 @@ use crate::clock::{iso_time, unix_seconds};
 use crate::scheduler::load::Load;
 use crate::scheduler::mailbox::Target;
 
-/// `/health` and `/ready`: whether requests are taken. Cheap on purpose: it says nothing of the queue's length.
+/// `/health`: whether requests are taken. Cheap on purpose: it says nothing of the queue's length.
 pub(super) async fn health(State(app): State<Arc<App>>) -> StatusCode {
     if app.mailbox().is_open() {
         StatusCode::OK
     } else {
         StatusCode::SERVICE_UNAVAILABLE
     }
+}
+
+/// `/ready`: as `/health`, and whether decodes can find this worker.
+pub(super) async fn ready(State(app): State<Arc<App>>) -> (StatusCode, String) {
+    let standing = app.watch.as_ref().map_or(Ok(()), |watch| watch.standing());
+    match standing {
+        Ok(()) => (health(State(app)).await, String::new()),
+        Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, reason),
+    }
+}
+
+/// `/metrics`: the engines' Prometheus page; 404 without engines.
+pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
+    match &app.watch {
+        Some(watch) => {
+            ([(CONTENT_TYPE, prometheus::CONTENT_TYPE)], watch.metrics()).into_response()
+        }
+        None => StatusCode::NOT_FOUND.into_response(),
+    }
+}
+
+#[derive(Deserialize)]
+pub(super) struct TransfersQuery {
+    #[serde(default)]
+    after: u64,
+}
+
+/// `/debug/transfers?after=SERIAL`: the last ended rooms, oldest first.
+pub(super) async fn transfers(
+    State(app): State<Arc<App>>,
+    Query(query): Query<TransfersQuery>,
+) -> Json<Value> {
+    let none = || json!({ "last_serial": 0, "transfers": [] });
+    Json(
+        app.watch
+            .as_ref()
+            .map_or_else(none, |watch| watch.transfers(query.after)),
+    )
 }
 
 /// `/v1/models`.
@@ -66,6 +107,7 @@ pub(super) async fn server_info(State(app): State<Arc<App>>) -> Json<Value> {
         "kv_cache_dtype": "float32",
         "load_balance_method": "follow_bootstrap_room",
         "random_seed": facts.seed,
+        "kvtransfer": app.watch.as_ref().map(|watch| watch.server_info()),
         "status": if app.mailbox().is_open() { "ready" } else { "stopping" },
     }))
 }

@@ -38,6 +38,7 @@ async fn worker(flags: &[&str], role: impl FnOnce(Vec<RankMemory>, Doorbell) -> 
         Ok(Plane {
             ranks: ranks.clone(),
             role: role(ranks, bell),
+            watch: None,
         })
     };
     let server = settings.build(plane).await.expect("a worker");

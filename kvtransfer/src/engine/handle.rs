@@ -44,12 +44,14 @@ pub enum Poll {
 }
 
 type EndCallback = Box<dyn FnOnce(&Result<Summary, TransferError>) + Send>;
+type ReadyCallback = Box<dyn FnOnce(u32) + Send>;
 
 #[derive(Default)]
 struct State {
     ready: Option<u32>,
     result: Option<Result<Summary, TransferError>>,
     callback: Option<EndCallback>,
+    ready_callback: Option<ReadyCallback>,
     waker: Option<Waker>,
     /// The lane that took the last small push.
     lane: Option<Arc<Lane>>,
@@ -102,12 +104,15 @@ impl Shared {
         state
     }
 
-    pub(super) fn set_ready(&self, prefix_tokens: u32) {
+    /// Publishes the grant. The callback, if any, is the caller's to call, without locks.
+    pub(super) fn set_ready(&self, prefix_tokens: u32) -> Option<impl FnOnce() + use<>> {
         let mut state = self.lock();
         state.ready = Some(prefix_tokens);
         if state.sleepers > 0 {
             self.changed.notify_all();
         }
+        let callback = state.ready_callback.take();
+        callback.map(|callback| move || callback(prefix_tokens))
     }
 
     /// Publishes the end. The gate is closed already. Returns the callback, to be called when every end of the same
@@ -120,10 +125,13 @@ impl Shared {
         let mut state = self.lock();
         state.result = Some(result.clone());
         let (callback, waker) = (state.callback.take(), state.waker.take());
+        let never_called = state.ready_callback.take();
         if state.sleepers > 0 {
             self.changed.notify_all();
         }
         drop(state);
+        // What it holds may call back into the engine when it is dropped.
+        drop(never_called);
         if let Some(waker) = waker {
             waker.wake();
         }
@@ -279,6 +287,19 @@ impl Transfer {
                 callback(&result);
             }
             None => state.callback = Some(Box::new(callback)),
+        }
+    }
+
+    /// Calls `callback` with the tokens the receivers hold once they have all granted their pages, at once if they have;
+    /// never if the transfer ends before. It runs on an engine thread and must not block.
+    pub fn on_ready(&self, callback: impl FnOnce(u32) + Send + 'static) {
+        let mut state = self.shared.lock();
+        match state.ready {
+            Some(prefix_tokens) => {
+                drop(state);
+                callback(prefix_tokens);
+            }
+            None => state.ready_callback = Some(Box::new(callback)),
         }
     }
 

@@ -194,9 +194,10 @@ impl Hub {
         let callbacks: Vec<_> = ended
             .filter_map(|(shared, result)| shared.finish(result, completions))
             .collect();
-        for (shared, prefix_tokens) in effects.ready {
-            shared.set_ready(prefix_tokens);
-        }
+        let ready = effects.ready.into_iter();
+        let granted: Vec<_> = ready
+            .filter_map(|(shared, prefix_tokens)| shared.set_ready(prefix_tokens))
+            .collect();
         for link in effects.flush {
             if let Err(error) = link.flush() {
                 self.drop_peer(link.peer, &error.to_string());
@@ -211,6 +212,7 @@ impl Hub {
         if effects.wake {
             self.wake_control();
         }
+        granted.into_iter().for_each(|callback| callback());
         callbacks.into_iter().for_each(|callback| callback());
     }
 

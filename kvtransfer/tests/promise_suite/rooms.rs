@@ -58,6 +58,35 @@ fn move_page(sender: &Engine, receiver: &Engine, info: &PeerInfo, number: u64) {
 }
 
 #[test]
+fn a_grant_calls_back_once_and_an_end_without_one_never() {
+    let (sender, receiver, info) = pair();
+    let (told, heard) = std::sync::mpsc::sync_channel(4);
+    let here = open_send(&sender, 40);
+    let early = told.clone();
+    here.on_ready(move |prefix_tokens| early.send(prefix_tokens).expect("room for it"));
+    assert!(heard.try_recv().is_err(), "nothing is granted yet");
+    let mut request = rig::receive(40, info.peer, &[3], None, WATCHDOG);
+    request.prefix_tokens = 48;
+    let there = receiver.receive(&request).expect("a free room");
+    assert_eq!(heard.recv_timeout(WATCHDOG), Ok(48));
+    // Asked late, called at once, in the caller's thread.
+    let late = told.clone();
+    here.on_ready(move |prefix_tokens| late.send(prefix_tokens + 1).expect("room for it"));
+    assert_eq!(heard.try_recv(), Ok(49));
+    there.cancel();
+
+    let alone = open_send(&sender, 41);
+    alone.on_ready(move |_| told.send(0).expect("room for it"));
+    alone.cancel();
+    drop((here, there, alone));
+    // Every callback was called or dropped with its transfer.
+    assert_eq!(
+        heard.recv_timeout(WATCHDOG),
+        Err(std::sync::mpsc::RecvTimeoutError::Disconnected)
+    );
+}
+
+#[test]
 fn a_room_in_use_is_refused_and_its_first_use_goes_on() {
     let (sender, receiver, info) = pair();
     let request = rig::receive(4, info.peer, &[3], None, WATCHDOG);
