@@ -1,7 +1,7 @@
 //! The shell around the pure core: threads, sockets, memory, and the handles that applications hold.
 //!
-//! Threads of one engine: `kvt-control` (listener, handshakes, control streams, deadlines) and one `kvt-lane-P-L` per
-//! data connection. All share the [`hub::Hub`], whose one lock guards the node and is held for short, bounded work only;
+//! Threads of one engine: `kvt-control` (listener, handshakes, control streams, deadlines) and two (`kvt-lane-P-L`, reader, and `kvt-lane-P-Lw`, writer) per
+//! data connection. All share one `Hub`, whose one lock guards the node and is held for short, bounded work only;
 //! bytes move outside of it. A dial runs in the caller's thread.
 
 mod accept;

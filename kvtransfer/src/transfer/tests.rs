@@ -25,17 +25,17 @@ const LONG: Duration = Duration::from_secs(5);
 const PEER: PeerId = PeerId(1);
 
 fn room() -> Room {
-    Room::new(7).unwrap()
+    Room::new(7).expect("not zero")
 }
 
 /// A node with `peers` peers, two lanes each, that all have the model's layout.
 fn node(peers: u64, config: NodeConfig) -> Node {
     let (layout, _) = Model::default().rank(Shard::ONE, Shard::ONE);
-    let pairing = Arc::new(pair(&layout, &layout).unwrap());
+    let pairing = Arc::new(pair(&layout, &layout).expect("the test fits"));
     let mut node = Node::new(config);
     for peer in 1..=peers {
         let setup = PeerSetup {
-            instance: InstanceId([u8::try_from(peer).unwrap(); 16]),
+            instance: InstanceId([u8::try_from(peer).expect("the test fits"); 16]),
             address: String::new(),
             outgoing: Ok(Arc::clone(&pairing)),
             incoming: Ok(Arc::clone(&pairing)),
@@ -100,12 +100,14 @@ fn ready(items: Vec<Arc<[i32]>>) -> (Node, TransferId, Node, TransferId) {
         node(1, NodeConfig::default()),
         node(1, NodeConfig::default()),
     );
-    let receive = receiver.open_receive(NOW, &receive_request(items)).unwrap();
+    let receive = receiver
+        .open_receive(NOW, &receive_request(items))
+        .expect("the test fits");
     let request = SendRequest {
         room: room(),
         timeout: LONG,
     };
-    let send = sender.open_send(NOW, &request).unwrap();
+    let send = sender.open_send(NOW, &request).expect("the test fits");
     for message in messages(&mut receiver, PEER) {
         sender.on_control(NOW, PEER, message);
     }
