@@ -20,6 +20,8 @@
 
 #[cfg(feature = "testing")]
 mod audit;
+mod ends;
+mod grants;
 mod inputs;
 mod node;
 mod peer;

@@ -67,6 +67,30 @@ pub(super) struct Window {
 }
 
 impl Window {
+    /// What a lane needs to know of a window that is one batch.
+    fn to_batch(&self, seq: u32, mode: PayloadMode, pairing: Arc<Pairing>) -> BatchOut {
+        BatchOut {
+            transfer: self.transfer,
+            fields: BatchFields {
+                mode,
+                last: self.last,
+                component: self.component,
+                room: self.room,
+                epoch: self.epoch,
+                seq,
+                window_start: self.start,
+                window_len: u32::try_from(self.part.len())
+                    .expect("invariant: windows are cut at WINDOW_ITEMS_MAX"),
+                offset: self.offset,
+                len: self.end - self.offset,
+                place: 0,
+            },
+            pairing,
+            items: Arc::clone(&self.items),
+            part: self.part.clone(),
+        }
+    }
+
     /// A window of nothing, to be filled in by [`Peer::enqueue_chunk`].
     pub(super) fn new(transfer: TransferId, room: u64, epoch: Epoch, queued_at: Time) -> Self {
         Self {
@@ -342,26 +366,7 @@ impl Peer {
         let seq = sent.resend.unwrap_or_else(|| leg.take_seq());
         leg.sent_on(lane_id);
         lane.in_flight_bytes += len;
-        let batch = BatchOut {
-            transfer: sent.transfer,
-            fields: BatchFields {
-                mode: lane.setup.mode,
-                last: sent.last,
-                component: sent.component,
-                room: sent.room,
-                epoch: sent.epoch,
-                seq,
-                window_start: sent.start,
-                window_len: u32::try_from(sent.part.len())
-                    .expect("invariant: windows are cut at WINDOW_ITEMS_MAX"),
-                offset: sent.offset,
-                len,
-                place: 0,
-            },
-            pairing,
-            items: Arc::clone(&sent.items),
-            part: sent.part.clone(),
-        };
+        let batch = sent.to_batch(seq, lane.setup.mode, pairing);
         lane.in_flight.push_back(InFlight {
             window: sent,
             seq,

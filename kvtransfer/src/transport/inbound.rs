@@ -1,26 +1,24 @@
 //! The receiving half of a lane: headers in, payload straight into the pages, under the room's gate.
-#![expect(
-    unsafe_code,
-    reason = "hands raw region memory to recvmsg and process_vm_readv"
-)]
+#![expect(unsafe_code, reason = "hands raw region memory to recvmsg")]
+
+mod local;
 
 use std::{io, os::fd::BorrowedFd, sync::Arc};
+
+use local::PullSource;
 
 use super::{
     LaneError,
     lane::LaneContext,
-    outbound::{Outbound, VOID_PLACE, consume, len_of, range_of},
+    outbound::{Outbound, consume, range_of},
     sys::{self, IOV_MAX, IoRange},
 };
 use crate::{
-    error::TransferError,
     memory::Gate,
     plan::{
         cursor::{Segment, SideCursor},
-        descriptor::{Descriptor, Limits, PairCursor},
+        descriptor::Descriptor,
         mismatch::End,
-        pairing::Pairing,
-        stream::check_items,
     },
     transfer::{BatchIn, Placement},
     wire::lane::{ACK_MAGIC, Ack, BatchHeader, PayloadMode, Seal, WINDOW_ITEMS_MAX},
@@ -34,8 +32,6 @@ pub(super) const BUFFER: usize = READ_AHEAD + 8 + 4 * WINDOW_ITEMS_MAX as usize 
 const AHEAD: usize = Seal::LEN + BatchHeader::LEN;
 /// Read size where acknowledgements are awaited, so that one call takes many.
 const ACKS_AHEAD: usize = 32 * Ack::LEN;
-/// Most bytes of one pull: bounds how long closing the gate can take.
-const PULL_BYTES_MAX: u64 = 8 << 20;
 /// Bytes thrown away per call.
 const DISCARD: usize = 64 << 10;
 const SEGMENTS: usize = IOV_MAX - 1;
@@ -73,24 +69,6 @@ pub(super) struct Inbound {
     remote: Vec<IoRange>,
     descriptors: Box<[Descriptor]>,
     scratch: Box<[u8]>,
-}
-
-/// What follows a pull's header.
-struct PullSource {
-    /// What the sender's validity cell must hold after the pull.
-    token: [u8; 8],
-    items: Vec<i32>,
-}
-
-impl PullSource {
-    fn parse(list: &[u8]) -> Self {
-        let (token, items) = list.split_first_chunk().unwrap_or((&[0; 8], &[]));
-        let item = |b: &[u8]| i32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-        Self {
-            token: *token,
-            items: items.chunks_exact(4).map(item).collect(),
-        }
-    }
 }
 
 /// What one system call brought.
@@ -480,141 +458,6 @@ impl Inbound {
             is_short: got < len,
         })
     }
-
-    /// Reads a batch out of the sender's process.
-    fn pull(
-        &mut self,
-        context: &LaneContext,
-        header: &BatchHeader,
-        batch: &BatchIn,
-        gate: &Gate,
-        source: &PullSource,
-    ) -> Placement {
-        let Some(pid) = context.peer_pid else {
-            let reason = "it asks for a pull on a path that has none".to_owned();
-            return Placement::Failed(TransferError::PeerMisbehaved { reason });
-        };
-        let items = &source.items;
-        let misbehaved =
-            |reason: String| Placement::Failed(TransferError::PeerMisbehaved { reason });
-        if let Err(error) = check_source_items(&batch.pairing, batch.component, items) {
-            return misbehaved(error);
-        }
-        let cursor = PairCursor::new(
-            Arc::clone(&batch.pairing),
-            batch.component,
-            items.len(),
-            batch.range.clone(),
-            &Limits {
-                len_max: std::num::NonZeroU64::new(PULL_BYTES_MAX),
-                ..Limits::default()
-            },
-        );
-        let mut cursor = match cursor {
-            Ok(cursor) => cursor,
-            Err(error) => return misbehaved(error.to_string()),
-        };
-        if self.descriptors.is_empty() {
-            self.descriptors = vec![Descriptor::EMPTY; IOV_MAX].into_boxed_slice();
-        }
-        let target_items = &batch.items[batch.part.clone()];
-        while cursor.remaining() > 0 {
-            let filled = cursor.fill(items, target_items, &mut self.descriptors);
-            if let Err(placement) = self.pull_some(context, pid, gate, filled) {
-                return placement;
-            }
-        }
-        match sys::peek::<8>(pid, header.place) {
-            Ok(cell) if cell == source.token => Placement::Placed,
-            Ok(_) => Placement::Void,
-            Err(error) => memory_error(&error),
-        }
-    }
-
-    /// Pulls the first `filled` descriptors, a bounded number of bytes per call.
-    fn pull_some(
-        &mut self,
-        context: &LaneContext,
-        pid: i32,
-        gate: &Gate,
-        filled: usize,
-    ) -> Result<(), Placement> {
-        let mut at = 0;
-        while at < filled {
-            self.ranges.clear();
-            self.remote.clear();
-            let mut bytes = 0_u64;
-            while at < filled && (bytes == 0 || bytes + self.descriptors[at].len <= PULL_BYTES_MAX)
-            {
-                let descriptor = &self.descriptors[at];
-                let source = descriptor.source;
-                let base = context.peer_regions.get(source.region.0 as usize);
-                let len = usize::try_from(descriptor.len).unwrap_or(usize::MAX);
-                let local = Segment {
-                    region: descriptor.target.region,
-                    offset: descriptor.target.offset,
-                    len: descriptor.len,
-                };
-                let Ok(range) = range_of(context, &local) else {
-                    return Err(memory_error(&io::ErrorKind::InvalidInput.into()));
-                };
-                let base = base.map_or(0, |region| region.base);
-                let address = base.wrapping_add(source.offset);
-                self.remote.push(IoRange::remote(address, len));
-                self.ranges.push(range);
-                bytes += descriptor.len;
-                at += 1;
-            }
-            let Some(_pass) = gate.pass() else {
-                return Err(Placement::GateClosed);
-            };
-            // SAFETY: local ranges are region memory that the hub keeps alive; the gate is held, so the pages still
-            // belong to the transfer. Remote ranges are the kernel's to check.
-            let pulled = unsafe { sys::pull(pid, &self.ranges, &self.remote) };
-            match pulled {
-                Ok(done) if done as u64 == bytes => {}
-                Ok(_) => return Err(memory_error(&io::Error::from_raw_os_error(libc::EFAULT))),
-                Err(error) => return Err(memory_error(&error)),
-            }
-        }
-        Ok(())
-    }
-
-    /// Copies a batch out of the shared ring.
-    fn copy_from_ring(
-        &mut self,
-        context: &LaneContext,
-        header: &BatchHeader,
-        batch: &BatchIn,
-        gate: &Gate,
-    ) -> Result<Placement, LaneError> {
-        let ring = context.ring_in.as_ref();
-        let ring = ring.ok_or_else(|| LaneError::Protocol("a ring batch without a ring".into()))?;
-        if header.place == VOID_PLACE {
-            return Ok(Placement::Void);
-        }
-        let mut place = header.place;
-        let mut cursor = target_cursor(batch)?;
-        let items = &batch.items[batch.part.clone()];
-        while cursor.remaining() > 0 {
-            let filled = cursor.fill(items, &mut self.segments);
-            let Some(_pass) = gate.pass() else {
-                return Ok(Placement::GateClosed);
-            };
-            for segment in &self.segments[..filled] {
-                let target = context.hub.region(segment.region);
-                let copied = target.map(|target| {
-                    target.copy_from(segment.offset, ring.region(), place, len_of(segment))
-                });
-                match copied {
-                    Some(Ok(())) => place += segment.len,
-                    Some(Err(error)) => return Err(LaneError::Protocol(error.to_string())),
-                    None => return Err(LaneError::Protocol("a region is gone".into())),
-                }
-            }
-        }
-        Ok(Placement::Placed)
-    }
 }
 
 fn discard(context: &LaneContext, header: &BatchHeader, out: &mut Outbound) {
@@ -633,25 +476,4 @@ fn target_cursor(batch: &BatchIn) -> Result<SideCursor, LaneError> {
         batch.range.clone(),
     )
     .map_err(|error| LaneError::Protocol(error.to_string()))
-}
-
-fn check_source_items(pairing: &Pairing, component: usize, items: &[i32]) -> Result<(), String> {
-    let paired = pairing
-        .components
-        .get(component)
-        .ok_or("an unknown component")?;
-    check_items(items, paired.item_count(End::Source)).map_err(|error| error.to_string())
-}
-
-fn memory_error(error: &io::Error) -> Placement {
-    let errno = error.raw_os_error().unwrap_or(0);
-    if errno == libc::ESRCH {
-        // A killed peer is often noticed here before its sockets close; it is not our memory that is at fault.
-        let reason = "its process is gone".to_owned();
-        return Placement::Failed(TransferError::PeerLost { reason });
-    }
-    Placement::Failed(TransferError::Memory {
-        op: "process_vm_readv",
-        errno,
-    })
 }
