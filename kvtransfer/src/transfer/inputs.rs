@@ -1,5 +1,7 @@
 //! What reaches a [`Node`] from its peers, its lanes and the clock.
 
+use std::time::Duration;
+
 use super::ends::spans;
 use crate::{
     error::TransferError,
@@ -18,6 +20,9 @@ use crate::{
         lane::{Ack, AckStatus, BatchHeader},
     },
 };
+
+/// How long a sender whose batch was thrown away waits for the receiver's reason.
+const REASON_GRACE: Duration = Duration::from_millis(20);
 
 impl Node {
     /// A peer has said hello and its layout was agreed on.
@@ -185,7 +190,14 @@ impl Node {
                 code: FailureCode::Cancelled,
                 reason,
             };
-            self.end_send(now, settled.transfer, Err(error));
+            if room.doom.is_none() {
+                // The receiver's own reason comes on the control stream, which this answer may have overtaken.
+                peer.purge(settled.transfer);
+                let left = room.deadline.due().since(now).min(REASON_GRACE);
+                self.timers.clear(room.deadline);
+                room.deadline = self.timers.set(now, left, Due::Transfer(settled.transfer));
+                room.doom = Some(error);
+            }
             return Ok(());
         }
         leg.done |= settled.last;
@@ -337,11 +349,12 @@ impl Node {
     }
 
     fn expire(&mut self, now: Time, id: TransferId) {
-        if let Some(room) = self.sends.get(&id) {
-            let error = TransferError::Timeout {
+        if let Some(room) = self.sends.get_mut(&id) {
+            let doom = room.doom.take();
+            let error = doom.unwrap_or_else(|| TransferError::Timeout {
                 stage: room.stage(),
                 elapsed: now.since(room.opened),
-            };
+            });
             self.end_send(now, id, Err(error));
         } else if let Some(room) = self.receives.get(&id) {
             let error = TransferError::Timeout {

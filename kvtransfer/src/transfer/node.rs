@@ -9,13 +9,14 @@ use std::{
 use super::{
     Chunk, ReceiveRequest, SendRequest, Summary,
     peer::{Peer, Sends, Window},
-    receive::{ReceiveLeg, ReceiveRoom, SeqSet},
+    receive::{Owed, ReceiveLeg, ReceiveRoom, SeqSet},
     send::{Orphan, SendRoom},
     timers::{Due, Timers},
 };
 use crate::{
     error::{SubmitError, TransferError},
     ids::{Epoch, InstanceId, PeerId, TransferId},
+    layout::ComponentKind::State,
     plan::pairing::Pairing,
     telemetry::snapshot::RoomStat,
     time::Time,
@@ -194,6 +195,7 @@ impl Node {
                 opened: now,
                 first_byte: None,
                 deadline,
+                doom: None,
                 expected: None,
                 legs: Vec::new(),
                 pushed: Vec::new(),
@@ -237,6 +239,9 @@ impl Node {
                 }))?;
         if !room.is_ready() {
             return Err(SubmitError::NotReady);
+        }
+        if let Some(doom) = &room.doom {
+            return Err(SubmitError::Ended(doom.clone()));
         }
         if room.closed {
             return Err(SubmitError::Items(
@@ -369,15 +374,21 @@ impl Node {
                 .incoming
                 .as_ref()
                 .map_err(|why| SubmitError::Items(why.clone()))?;
-            let pages = request.items.first().map_or(0, |items| items.len());
-            let kv_bytes_expected =
-                pairing.components.first().map_or(0, |kv| kv.item_bytes()) * pages as u64;
+            let owed = pairing.components.iter().enumerate().zip(&request.items);
+            // Of states a sender may have fewer than were granted (SGLang cuts some to the shorter list); of pages and
+            // aux rows it may not: what is missing would be taken for the request's.
+            let owed = owed.filter(|((_, paired), _)| !matches!(paired.kind(), State(_)));
+            let owed = owed.map(|((component, paired), items)| Owed {
+                component: u8::try_from(component).unwrap_or(u8::MAX),
+                kind: paired.kind().clone(),
+                got: 0,
+                expected: paired.item_bytes() * items.len() as u64,
+            });
             if !source.dummy {
                 legs.push(ReceiveLeg {
                     peer: source.peer,
                     seen: SeqSet::default(),
-                    kv_bytes: 0,
-                    kv_bytes_expected,
+                    owed: owed.collect(),
                     done: false,
                 });
             }

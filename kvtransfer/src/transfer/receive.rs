@@ -5,6 +5,7 @@ use std::{ops::Range, sync::Arc};
 use crate::{
     error::TransferError,
     ids::{Epoch, PeerId, Room, TransferId},
+    layout::ComponentKind,
     plan::pairing::Pairing,
     time::Time,
     transfer::timers::TimerKey,
@@ -78,14 +79,22 @@ impl SeqSet {
     }
 }
 
+/// Bytes of one component that the granted items hold from one sender.
+#[derive(Debug)]
+pub(super) struct Owed {
+    pub(super) component: u8,
+    pub(super) kind: ComponentKind,
+    pub(super) got: u64,
+    pub(super) expected: u64,
+}
+
 /// The part of a receiving room that one sender fills.
 #[derive(Debug)]
 pub(super) struct ReceiveLeg {
     pub(super) peer: PeerId,
     pub(super) seen: SeqSet,
-    pub(super) kv_bytes: u64,
-    /// Bytes of KV that the granted pages hold from this sender.
-    pub(super) kv_bytes_expected: u64,
+    /// What it must have sent when its last batch is in.
+    pub(super) owed: Vec<Owed>,
     pub(super) done: bool,
 }
 
@@ -187,8 +196,9 @@ impl ReceiveRoom {
         if !leg.seen.insert(header.seq) {
             return Ok(false);
         }
-        if header.component == 0 {
-            leg.kv_bytes += header.len;
+        let mut owed = leg.owed.iter_mut();
+        if let Some(owed) = owed.find(|owed| owed.component == header.component) {
+            owed.got += header.len;
         }
         if header.is_last() {
             let (seen, expected) = (leg.seen.count(), header.seq + 1);
@@ -197,10 +207,10 @@ impl ReceiveRoom {
                     "its last batch came after {seen} of {expected} batches"
                 ));
             }
-            if leg.kv_bytes != leg.kv_bytes_expected {
-                let (got, wanted) = (leg.kv_bytes, leg.kv_bytes_expected);
+            if let Some(owed) = leg.owed.iter().find(|owed| owed.got != owed.expected) {
+                let (got, kind, wanted) = (owed.got, &owed.kind, owed.expected);
                 return Err(format!(
-                    "it sent {got} bytes of KV, the granted pages hold {wanted}"
+                    "it sent {got} bytes of {kind}, the granted items hold {wanted}"
                 ));
             }
             leg.done = true;

@@ -78,6 +78,8 @@ pub(super) struct SendRoom {
     pub(super) opened: Time,
     pub(super) first_byte: Option<Time>,
     pub(super) deadline: TimerKey,
+    /// The receiver threw a batch away; its reason is on the way, or else this is the error.
+    pub(super) doom: Option<TransferError>,
     /// From the first grant; every grant must say the same.
     pub(super) expected: Option<u16>,
     pub(super) legs: Vec<SendLeg>,

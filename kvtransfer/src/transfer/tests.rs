@@ -194,10 +194,43 @@ fn a_batch_of_a_failed_room_is_discarded() {
     let ack = deliver(&mut receiver, &batch);
     assert_eq!(ack.status(), AckStatus::Discarded);
     sender.on_ack(NOW, PEER, LaneId(0), &ack).unwrap();
+    assert_eq!(
+        ended(&mut sender),
+        [],
+        "the receiver's reason may be on its way"
+    );
+    let refused = sender.push(NOW, send, &one_page());
+    assert!(matches!(refused, Err(SubmitError::Ended(_))), "{refused:?}");
+    sender.on_timeout(sender.next_timeout());
     assert!(matches!(
         ended(&mut sender)[..],
         [Err(TransferError::PeerFailed { .. })]
     ));
+}
+
+/// The receiver's reason counts, even if the answer to a batch overtook it.
+#[test]
+fn the_reason_of_a_discarded_batch_reaches_the_sender() {
+    let (mut sender, send, mut receiver, receive) = ready(vec![Arc::from([9])]);
+    sender.push(NOW, send, &one_page()).unwrap();
+    let batch = sender.next_batch(NOW, PEER, LaneId(0)).unwrap();
+    let why = TransferError::Memory {
+        op: "test",
+        errno: 5,
+    };
+    receiver.cancel(NOW, receive, why);
+    let ack = deliver(&mut receiver, &batch);
+    sender.on_ack(NOW, PEER, LaneId(0), &ack).unwrap();
+    for output in outputs(&mut receiver) {
+        if let Output::Control(_, message) = output {
+            sender.on_control(NOW, PEER, message);
+        }
+    }
+    let end = ended(&mut sender);
+    let [Err(TransferError::PeerFailed { code, .. })] = &end[..] else {
+        panic!("{end:?}");
+    };
+    assert_eq!(*code, FailureCode::Memory);
 }
 
 /// A room without any bytes, granted without any list, is concluded by an empty batch.

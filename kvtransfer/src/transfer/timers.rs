@@ -22,6 +22,13 @@ pub(super) enum Due {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct TimerKey(Time, u64);
 
+impl TimerKey {
+    /// When it is due.
+    pub(super) fn due(self) -> Time {
+        self.0
+    }
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Timers {
     due: BTreeMap<TimerKey, Due>,
