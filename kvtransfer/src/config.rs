@@ -33,8 +33,8 @@ pub struct EngineConfig {
     pub listen: Option<SocketAddr>,
     /// Bearer token that both sides must know. Default `None`: anybody who can connect may talk.
     pub token: Option<String>,
-    /// Data connections per peer that this side opens when it dials, 1..=16. Default 2. Each costs a thread on both
-    /// sides, about 100 KiB, and (with rings) one ring.
+    /// Data connections per peer that this side opens when it dials, 1..=16. Default 2. Each costs two threads on
+    /// both sides, and (with rings) one ring.
     pub lanes: u8,
     /// Same-host paths. Default [`SameHost::Auto`].
     pub same_host: SameHost,

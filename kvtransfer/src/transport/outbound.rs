@@ -177,9 +177,7 @@ impl Outbound {
         Ok(())
     }
 
-    /// Copies a batch into its slot of the ring. A closed gate leaves stale bytes there, which the receiver will find
-    /// out from the node: a failed room's batches are answered by "room failed" on the control stream before its slot
-    /// could be taken for good, and its end marker never comes.
+    /// Copies a batch into its slot of the ring, and says where it lies: [`VOID_PLACE`] if its room ended meanwhile.
     fn copy_to_ring(
         &mut self,
         context: &LaneContext,
