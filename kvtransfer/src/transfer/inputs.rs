@@ -118,13 +118,6 @@ impl Node {
             .next_batch(now, lane, &mut self.sends)
     }
 
-    /// Whether a peer has windows queued that no lane has taken yet.
-    pub fn has_queued(&self, peer: PeerId) -> bool {
-        self.peers
-            .get(&peer)
-            .is_some_and(|peer| !peer.queue.is_empty())
-    }
-
     /// How many lanes the queued work of a peer keeps busy.
     pub fn lanes_wanted(&self, peer: PeerId) -> usize {
         self.peers.get(&peer).map_or(0, |peer| {
