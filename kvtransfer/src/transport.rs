@@ -8,6 +8,7 @@ mod inbound;
 pub(crate) mod lane;
 mod outbound;
 pub(crate) mod sys;
+pub(crate) mod verbs;
 
 /// Why a lane ended.
 #[derive(Debug, thiserror::Error)]

@@ -1,0 +1,4 @@
+//! RDMA verbs: eRDMA in both modes, RoCE, InfiniBand and iWARP, through whatever `libibverbs.so.1` the host has.
+//!
+//! `sys` declares what the libraries' headers declare, `library` opens them at run time, and the other modules own one
+//! verbs object each. Nothing here is linked: the same binary starts on a host without RDMA and says what is missing.
