@@ -62,6 +62,14 @@ pub enum TransferError {
         /// Since the transfer was opened.
         elapsed: Duration,
     },
+    /// This side's deadline passed, and no data connection to the peer was up.
+    #[error("timed out after {elapsed:?} without a data connection to the peer: {reason}")]
+    NoPath {
+        /// Since the transfer was opened.
+        elapsed: Duration,
+        /// Why the last one went down, with the device's own status in words.
+        reason: String,
+    },
     /// The other side ended it and said why.
     #[error("the peer ended it ({}): {reason}", .code.name())]
     PeerFailed {
@@ -106,6 +114,7 @@ impl TransferError {
         match self {
             Self::Cancelled => "cancelled",
             Self::Timeout { .. } => "timeout",
+            Self::NoPath { .. } => "no_path",
             Self::PeerFailed { .. } => "peer_failed",
             Self::PeerLost { .. } => "peer_lost",
             Self::PeerMisbehaved { .. } => "peer_misbehaved",
@@ -118,7 +127,7 @@ impl TransferError {
     pub fn code(&self) -> FailureCode {
         match self {
             Self::Cancelled => FailureCode::Cancelled,
-            Self::Timeout { .. } => FailureCode::Timeout,
+            Self::Timeout { .. } | Self::NoPath { .. } => FailureCode::Timeout,
             Self::PeerFailed { .. } | Self::PeerLost { .. } => FailureCode::OtherPeer,
             Self::PeerMisbehaved { .. } => FailureCode::Misbehaved,
             Self::Memory { .. } => FailureCode::Memory,

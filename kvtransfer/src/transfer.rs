@@ -12,7 +12,7 @@
 //!  admit ◄───────── batches over lanes ────── push (chunk …, last chunk)   KV → states → aux
 //!  placed ───────── Ack per batch ──────────► all acknowledged → Ended(Ok)
 //!  last batch in, none missing → Ended(Ok)
-//!  either side: cancel / deadline / lost peer → Ended(Err) and RoomFailed to the other side
+//!  either side: cancel / deadline / lost peer → RoomFailed to the other side, Ended(Err) once no byte can move any more
 //! ```
 //! Invariants: a room ends exactly once; after `Ended` no batch of it is handed out or admitted; every queue, map and
 //! wait has a bound in [`NodeConfig`]; what a peer sends can fail its own rooms only.
@@ -20,6 +20,7 @@
 
 #[cfg(feature = "testing")]
 mod audit;
+mod ebb;
 mod ends;
 mod grants;
 mod inputs;

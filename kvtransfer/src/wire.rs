@@ -10,6 +10,7 @@ mod codec;
 pub mod control;
 pub mod hello;
 pub mod lane;
+pub mod rdma;
 #[cfg(all(test, feature = "testing"))]
 mod tests;
 

@@ -68,6 +68,7 @@ pub(super) fn introduce(hub: &Hub, link: u64, lanes: u8) -> Hello {
             })
             .collect(),
         layout: hub.layout.clone(),
+        rails: Vec::new(),
     }
 }
 
@@ -379,7 +380,8 @@ pub(super) fn start_lane(hub: &Arc<Hub>, link: &Link, start: LaneStart) -> io::R
     };
     link.note_path(&setup);
     // The node must know the lane before its thread asks for work.
-    hub.lane_up(link.peer, start.lane, setup);
+    // Streams carry nothing of a room that has failed: there is no failure to wait for.
+    hub.lane_up(link.peer, start.lane, setup, 0);
     let lane = Lane::start(start.socket, context, &start.rest)?;
     link.add_lane(Arc::clone(&lane));
     // It may have ended before the link knew it.

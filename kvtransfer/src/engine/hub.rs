@@ -73,6 +73,8 @@ struct Effects {
     /// Links with work, how many lanes it keeps busy, and its bytes.
     work: Vec<(Arc<Link>, usize, u64)>,
     ready: Vec<(Arc<Shared>, u32)>,
+    stopping: Vec<Arc<Shared>>,
+    fences: Vec<(Arc<Link>, LaneId, String)>,
     ended: Vec<(Arc<Shared>, Result<Summary, TransferError>)>,
     disconnect: Vec<(PeerId, String)>,
     completions: Option<Arc<CompletionQueue>>,
@@ -172,6 +174,16 @@ impl Hub {
                         effects.ready.push((Arc::clone(shared), prefix_tokens));
                     }
                 }
+                Output::Stopping { transfer } => {
+                    if let Some(shared) = core.transfers.get(&transfer) {
+                        effects.stopping.push(Arc::clone(shared));
+                    }
+                }
+                Output::Fence { peer, lane, reason } => {
+                    if let Some(link) = core.links.get(&peer) {
+                        effects.fences.push((Arc::clone(link), lane, reason));
+                    }
+                }
                 Output::Ended { transfer, result } => {
                     if let Some(shared) = core.transfers.remove(&transfer) {
                         effects.ended.push((shared, result));
@@ -186,8 +198,12 @@ impl Hub {
 
     fn perform(&self, effects: Effects) {
         // First the gates: when anybody learns of an end, no byte of it can move any more (promise P1).
-        for (shared, _) in &effects.ended {
+        let stopping = effects.stopping.iter();
+        for shared in stopping.chain(effects.ended.iter().map(|(shared, _)| shared)) {
             shared.gate.close();
+        }
+        for (link, lane, reason) in effects.fences {
+            link.fence(lane, &reason);
         }
         let completions = effects.completions.as_deref();
         let ended = effects.ended.into_iter();
@@ -320,8 +336,8 @@ impl Hub {
     }
 
     /// A lane's connection stands: the node may use it.
-    pub(super) fn lane_up(&self, peer: PeerId, lane: LaneId, setup: LaneSetup) {
-        self.with(|node, _| node.lane_up(peer, lane, setup));
+    pub(super) fn lane_up(&self, peer: PeerId, lane: LaneId, setup: LaneSetup, failures_told: u64) {
+        self.with(|node, _| node.lane_up(peer, lane, setup, failures_told));
     }
 
     /// Makes a link known. An older link of the same instance is dropped: it reconnected.

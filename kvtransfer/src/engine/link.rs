@@ -143,6 +143,14 @@ impl Link {
         }
     }
 
+    /// Destroys this end of a lane's queue pair, as soon as the thread that owns it gets to it.
+    pub(crate) fn fence(&self, id: LaneId, reason: &str) {
+        if let Some(lane) = self.lanes().iter().find(|lane| lane.id == id) {
+            tracing::info!(peer = %self.peer, lane = id.0, reason, "fencing a data connection");
+            lane.shut_down();
+        }
+    }
+
     pub(crate) fn note_path(&self, setup: &LaneSetup) {
         let mut path = self.path.lock().unwrap_or_else(PoisonError::into_inner);
         *path = (setup.path, setup.path_reason.clone());

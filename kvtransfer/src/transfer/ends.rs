@@ -2,14 +2,17 @@
 
 use crate::{
     error::TransferError,
-    ids::TransferId,
+    ids::{Epoch, PeerId, TransferId},
     time::Time,
     transfer::{
         Summary,
+        ebb::{Role, Wait},
         node::{ENDED_MAX, Node, Output},
-        send::{Orphan, SendLeg},
+        peer::Peer,
+        send::Orphan,
         timers::Due,
     },
+    wire::control::Control,
 };
 
 impl Node {
@@ -20,7 +23,7 @@ impl Node {
         };
         if room.closed && room.legs.iter().all(|leg| leg.done) {
             let (waited, moving) = spans(now, room.opened, room.first_byte);
-            let batches = room.legs.iter().map(SendLeg::batches).sum();
+            let batches = room.legs.iter().map(|leg| u64::from(leg.batches())).sum();
             let summary = Summary {
                 bytes: room.bytes,
                 batches,
@@ -44,17 +47,24 @@ impl Node {
         self.send_rooms.remove(&number);
         self.timers.clear(room.deadline);
         self.remember_send(now, &room, result.as_ref().err());
+        let mut waits = Vec::new();
         if let Err(error) = &result {
             for leg in &room.legs {
                 if let Some(peer) = self.peers.get_mut(&leg.peer) {
                     peer.purge(id);
                     *peer.failures.entry(error.name()).or_default() += 1;
-                    self.refuse(leg.peer, number, leg.epoch, error.code(), error.to_string());
+                    waits.push(Wait {
+                        peer: leg.peer,
+                        lanes: peer.lanes_reading(id),
+                        role: Role::Sends,
+                    });
+                    self.tell_failed(leg.peer, number, leg.epoch, error.code(), error.to_string());
+                    self.tell_stopped(leg.peer, number, leg.epoch, leg.batches());
                 }
             }
             *self.failures.entry(error.name()).or_default() += 1;
-            let waits = !room.is_ready() && self.orphans.len() < self.config.orphans_max;
-            if waits {
+            let is_awaited = !room.is_ready() && self.orphans.len() < self.config.orphans_max;
+            if is_awaited {
                 // A receiver's grant may still be on its way: it is answered at once instead of left to its deadline.
                 let timer = self
                     .timers
@@ -64,10 +74,26 @@ impl Node {
                     .insert(number, Orphan::SenderEnded { error, timer });
             }
         }
-        self.outputs.push_back(Output::Ended {
-            transfer: id,
-            result,
-        });
+        match result {
+            Ok(summary) => self.outputs.push_back(Output::Ended {
+                transfer: id,
+                result: Ok(summary),
+            }),
+            Err(error) => self.ebb(now, id, error, waits),
+        }
+    }
+
+    /// Tells a receiver whose pages are written by RDMA how many batches it must have heard of before they are its own
+    /// again. Where the receiver places the bytes itself it need not know.
+    pub(super) fn tell_stopped(&mut self, peer: PeerId, room: u64, epoch: Epoch, batches: u32) {
+        if self.peers.get(&peer).is_some_and(Peer::is_one_sided) {
+            let message = Control::RoomStopped {
+                room,
+                epoch,
+                batches,
+            };
+            self.outputs.push_back(Output::Control(peer, message));
+        }
     }
 
     pub(super) fn end_receive(
@@ -76,25 +102,29 @@ impl Node {
         id: TransferId,
         result: Result<Summary, TransferError>,
     ) {
-        let Some(room) = self.receives.remove(&id) else {
+        let Some(mut room) = self.receives.remove(&id) else {
             return;
         };
         let number = room.room.number();
         self.receive_rooms.remove(&number);
         self.timers.clear(room.deadline);
         self.remember_receive(now, &room, result.as_ref().err());
-        match &result {
+        match result {
             Ok(_) => {
                 if self.received.len() == ENDED_MAX {
                     self.received.pop_front();
                 }
                 self.received.push_back((number, room.epoch));
+                self.outputs.push_back(Output::Ended {
+                    transfer: id,
+                    result,
+                });
             }
             Err(error) => {
                 for peer_id in &room.told {
                     if let Some(peer) = self.peers.get_mut(peer_id) {
                         *peer.failures.entry(error.name()).or_default() += 1;
-                        self.refuse(
+                        self.tell_failed(
                             *peer_id,
                             number,
                             room.epoch,
@@ -104,12 +134,26 @@ impl Node {
                     }
                 }
                 *self.failures.entry(error.name()).or_default() += 1;
+                // A sender that has concluded has nothing on its way any more.
+                let legs = room.legs.drain(..).filter(|leg| !leg.done);
+                let waits = legs.map(|leg| Wait {
+                    peer: leg.peer,
+                    lanes: self
+                        .peers
+                        .get(&leg.peer)
+                        .map(Peer::lanes_writing)
+                        .unwrap_or_default(),
+                    role: Role::Receives {
+                        room: number,
+                        epoch: room.epoch,
+                        seen: leg.seen,
+                        batches: None,
+                    },
+                });
+                let waits = waits.collect();
+                self.ebb(now, id, error, waits);
             }
         }
-        self.outputs.push_back(Output::Ended {
-            transfer: id,
-            result,
-        });
     }
 }
 

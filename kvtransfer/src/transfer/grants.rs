@@ -1,8 +1,11 @@
 //! Grants and refusals: how a receiver's pages and a sender's room find each other, in whichever order they come.
 
+use std::sync::Arc;
+
 use crate::{
     error::TransferError,
     ids::{Epoch, PeerId, TransferId},
+    plan::{mismatch::End, stream::check_items},
     time::Time,
     transfer::{
         node::{Node, Output},
@@ -18,13 +21,18 @@ impl Node {
             return;
         };
         let (room, epoch) = (grant.room, grant.epoch);
-        let components = match &peer.outgoing {
-            Ok(pairing) => pairing.components.len(),
+        let pairing = match &peer.outgoing {
+            Ok(pairing) => pairing,
             Err(why) => {
                 let reason = why.clone();
                 return self.refuse(peer_id, room, epoch, FailureCode::ItemMismatch, reason);
             }
         };
+        let components = pairing.components.len();
+        // Also where the receiver places by its own list: a list that it could not use itself is no list.
+        let lists = pairing.components.iter().zip(&grant.items);
+        let mut outside = lists
+            .filter_map(|(paired, items)| check_items(items, paired.item_count(End::Target)).err());
         let fault = if room == 0 {
             Some("room 0 is reserved: it means \"not arrived\" in the aux row".to_owned())
         } else if grant.receivers_expected == 0 {
@@ -35,13 +43,16 @@ impl Node {
                 grant.items.len()
             ))
         } else {
-            None
+            outside
+                .next()
+                .map(|error| format!("a grant of pages that do not exist: {error}"))
         };
         if let Some(reason) = fault {
             *peer.failures.entry("bad_grant").or_default() += 1;
             return self.refuse(peer_id, room, epoch, FailureCode::Misbehaved, reason);
         }
-        let granted = grant.items.iter().map(Vec::len).collect();
+        let granted = grant.items.iter().map(|items| Arc::from(items.as_slice()));
+        let granted = granted.collect();
         let leg = SendLeg::new(peer_id, epoch, grant.dummy, granted);
         match self.send_rooms.get(&room) {
             Some(id) => {
@@ -150,6 +161,10 @@ impl Node {
         reason: String,
     ) {
         let error = TransferError::PeerFailed { code, reason };
+        if let Some(peer) = self.peers.get_mut(&peer) {
+            peer.failures_heard += 1;
+        }
+        self.open_waiting_lanes(peer);
         if let Some(room) = self
             .receive_rooms
             .get(&number)
@@ -166,13 +181,15 @@ impl Node {
             .and_then(|id| self.sends.get(id))
         {
             let id = room.id;
-            if room
+            let leg = room
                 .legs
                 .iter()
-                .any(|leg| leg.peer == peer && leg.epoch == epoch)
-            {
+                .find(|leg| leg.peer == peer && leg.epoch == epoch);
+            if leg.is_some() {
                 self.end_send(now, id, Err(error));
             } else {
+                // Of this use of the room nothing was ever sent, or its end has been told before.
+                self.tell_stopped(peer, number, epoch, 0);
                 self.late_messages += 1;
             }
             return;
@@ -198,9 +215,24 @@ impl Node {
             }
             _ => self.late_messages += 1,
         }
+        self.tell_stopped(peer, number, epoch, 0);
     }
 
+    /// Answers a grant that this side will not fill.
     pub(super) fn refuse(
+        &mut self,
+        peer: PeerId,
+        room: u64,
+        epoch: Epoch,
+        code: FailureCode,
+        reason: String,
+    ) {
+        self.tell_failed(peer, room, epoch, code, reason);
+        self.tell_stopped(peer, room, epoch, 0);
+    }
+
+    /// Tells the other side that a room failed.
+    pub(super) fn tell_failed(
         &mut self,
         peer: PeerId,
         room: u64,
@@ -214,6 +246,9 @@ impl Node {
             code,
             reason,
         };
+        if let Some(peer) = self.peers.get_mut(&peer) {
+            peer.failures_told += 1;
+        }
         self.outputs.push_back(Output::Control(peer, message));
     }
 }

@@ -37,7 +37,8 @@ impl Node {
 
     /// The connection to a peer ended: everything that needs it fails now.
     pub fn peer_down(&mut self, now: Time, id: PeerId, reason: &str) {
-        let Some(peer) = self.peers.remove(&id) else {
+        // It stays known until its rooms have ended: its lanes say what may still touch their pages.
+        let Some(peer) = self.peers.get(&id) else {
             return;
         };
         self.timers.clear(peer.heartbeat);
@@ -65,6 +66,7 @@ impl Node {
         for transfer in receives {
             self.end_receive(now, transfer, Err(lost()));
         }
+        self.peers.remove(&id);
         self.orphans.retain(|_, orphan| {
             let Orphan::Granted { legs, timer } = orphan else {
                 return true;
@@ -78,15 +80,50 @@ impl Node {
     }
 
     /// A data connection of a peer is ready.
-    pub fn lane_up(&mut self, peer: PeerId, lane: LaneId, setup: LaneSetup) {
-        if let Some(peer) = self.peers.get_mut(&peer) {
-            if let Some(slot) = peer.lanes.get_mut(usize::from(lane.0)) {
-                *slot = Some(Peer::new_lane(setup));
-            }
-            if !peer.queue.is_empty() {
-                self.outputs.push_back(Output::Work(peer.id));
+    ///
+    /// `failures_told`: how many rooms the peer had declared failed when it agreed to this connection. Batches are given to
+    /// it only when all of them have been heard of, lest a room go on over a new queue pair that ended with the old one.
+    pub fn lane_up(&mut self, peer: PeerId, lane: LaneId, setup: LaneSetup, failures_told: u64) {
+        if let Some(peer) = self.peers.get_mut(&peer)
+            && let Some(slot) = peer.lanes.get_mut(usize::from(lane.0))
+        {
+            *slot = Some(Peer::new_lane(setup, failures_told));
+        }
+        self.open_waiting_lanes(peer);
+    }
+
+    pub(super) fn open_waiting_lanes(&mut self, peer: PeerId) {
+        if let Some(peer) = self.peers.get_mut(&peer)
+            && peer.open_waiting_lanes()
+            && !peer.queue.is_empty()
+        {
+            self.outputs.push_back(Output::Work(peer.id));
+        }
+    }
+
+    /// How many rooms this side has declared failed to a peer, for [`QpTerms`](crate::wire::rdma::QpTerms).
+    pub fn failures_told(&self, peer: PeerId) -> u64 {
+        self.peers.get(&peer).map_or(0, |peer| peer.failures_told)
+    }
+
+    /// Our end of a queue pair is destroyed: nothing moves through it any more, in either direction. The batches that it
+    /// had are lost or not, which only the peer can know; they wait for [`Node::lane_down`].
+    pub fn lane_fenced(&mut self, id: PeerId, lane: LaneId, reason: &str) {
+        if let Some(peer) = self.peers.get_mut(&id) {
+            peer.lane_fenced(lane);
+            if !peer.has_lane_up() {
+                peer.trouble = Some(reason.to_owned());
             }
         }
+        self.ebb_lane_over(id, lane);
+    }
+
+    /// A lane's card is done with the first `count` batches that the lane was given.
+    pub fn reaped(&mut self, id: PeerId, lane: LaneId, count: u64) {
+        if let Some(peer) = self.peers.get_mut(&id) {
+            peer.reaped(lane, count);
+        }
+        self.ebb_progress(id, lane);
     }
 
     /// A data connection ended. Its unacknowledged batches go to the peer's other lanes; without any, the peer is lost.
@@ -167,6 +204,11 @@ impl Node {
             .ok_or("an acknowledgement from a lost peer")?;
         peer.last_heard = now;
         let settled = peer.acknowledge(now, lane, ack.room, ack.epoch(), ack.seq)?;
+        self.ebb_progress(peer_id, lane);
+        let peer = self
+            .peers
+            .get_mut(&peer_id)
+            .ok_or("an acknowledgement from a lost peer")?;
         let has_more = !peer.queue.is_empty();
         let Some(room) = self.sends.get_mut(&settled.transfer) else {
             return Ok(());
@@ -215,6 +257,7 @@ impl Node {
         let room = room.and_then(|id| self.receives.get_mut(id));
         let Some(room) = room.filter(|room| room.epoch == header.epoch()) else {
             self.late_messages += 1;
+            self.ebb_notice(peer_id, header.room, header.epoch(), header.seq);
             return Admission::Discard;
         };
         let id = room.id;
@@ -318,12 +361,21 @@ impl Node {
                 self.outputs
                     .push_back(Output::Control(peer, Control::Pong { nonce }));
             }
+            Control::RoomStopped {
+                room,
+                epoch,
+                batches,
+            } => self.ebb_stopped(peer, room, epoch, batches),
             Control::Pong { .. } => {}
             Control::Hello(_)
             | Control::Welcome(_)
             | Control::Reject { .. }
             | Control::LaneOpen { .. }
-            | Control::LaneReady { .. } => {
+            | Control::LaneReady { .. }
+            | Control::QpOpen(_)
+            | Control::QpReady(_)
+            | Control::QpUp
+            | Control::QpDown { .. } => {
                 let reason = "it introduced itself twice".to_owned();
                 self.outputs.push_back(Output::Disconnect { peer, reason });
             }
@@ -336,6 +388,7 @@ impl Node {
             match due {
                 Due::Transfer(id) => self.expire(now, id),
                 Due::Orphan(room) => self.expire_orphan(room),
+                Due::Ebb(id) => self.expire_ebb(id),
                 Due::Heartbeat(id) => self.heartbeat(now, id),
             }
         }
@@ -343,18 +396,23 @@ impl Node {
 
     fn expire(&mut self, now: Time, id: TransferId) {
         if let Some(room) = self.sends.get_mut(&id) {
-            let doom = room.doom.take();
-            let error = doom.unwrap_or_else(|| TransferError::Timeout {
-                stage: room.stage(),
-                elapsed: now.since(room.opened),
-            });
+            let (doom, stage, elapsed) = (room.doom.take(), room.stage(), now.since(room.opened));
+            let peers: Vec<PeerId> = room.legs.iter().map(|leg| leg.peer).collect();
+            let error = doom.unwrap_or_else(|| self.timeout(&peers, stage, elapsed));
             self.end_send(now, id, Err(error));
         } else if let Some(room) = self.receives.get(&id) {
-            let error = TransferError::Timeout {
-                stage: room.stage(),
-                elapsed: now.since(room.opened),
-            };
+            let peers: Vec<PeerId> = room.legs.iter().map(|leg| leg.peer).collect();
+            let error = self.timeout(&peers, room.stage(), now.since(room.opened));
             self.end_receive(now, id, Err(error));
+        }
+    }
+
+    /// A deadline that passed, with the reason if it is known that nothing could move.
+    fn timeout(&self, peers: &[PeerId], stage: &'static str, elapsed: Duration) -> TransferError {
+        let mut peers = peers.iter().filter_map(|id| self.peers.get(id));
+        match peers.find_map(|peer| peer.trouble.clone()) {
+            Some(reason) => TransferError::NoPath { elapsed, reason },
+            None => TransferError::Timeout { stage, elapsed },
         }
     }
 

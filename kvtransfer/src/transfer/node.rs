@@ -8,6 +8,7 @@ use std::{
 
 use super::{
     Chunk, ReceiveRequest, SendRequest, Summary,
+    ebb::Ebbs,
     peer::{Peer, Sends, Window},
     receive::{Owed, ReceiveLeg, ReceiveRoom, SeqSet},
     send::{Orphan, SendRoom},
@@ -15,7 +16,7 @@ use super::{
 };
 use crate::{
     error::{SubmitError, TransferError},
-    ids::{Epoch, InstanceId, PeerId, TransferId},
+    ids::{Epoch, InstanceId, LaneId, PeerId, TransferId},
     layout::ComponentKind::State,
     plan::pairing::Pairing,
     telemetry::snapshot::RoomStat,
@@ -41,6 +42,10 @@ pub struct NodeConfig {
     pub heartbeat: Duration,
     /// A peer that has been silent for so long is dropped. Default 10 s. Transfers have their own, shorter deadlines.
     pub peer_silence_max: Duration,
+    /// How long a network card may go on with the pages of a room that has failed, before the queue pairs to that peer are
+    /// destroyed and made anew. Default 10 ms: some hundred round trips, and little against the 50 ms within which a frozen
+    /// peer is reported. Paths without RDMA never wait.
+    pub ebb_max: Duration,
     /// First epoch handed out; tests start it near the wrap.
     pub first_epoch: u32,
 }
@@ -55,6 +60,7 @@ impl Default for NodeConfig {
             orphan_ttl: Duration::from_secs(30),
             heartbeat: Duration::from_secs(1),
             peer_silence_max: Duration::from_secs(10),
+            ebb_max: Duration::from_millis(10),
             first_epoch: 1,
         }
     }
@@ -87,6 +93,20 @@ pub enum Output {
         /// Tokens that the receivers already hold.
         prefix_tokens: u32,
     },
+    /// A transfer has failed but a network card may still touch its pages: its gate must be closed now, `Ended` follows.
+    Stopping {
+        /// Which.
+        transfer: TransferId,
+    },
+    /// Destroy this end of a lane's queue pair, then report [`Node::lane_fenced`].
+    Fence {
+        /// Which peer.
+        peer: PeerId,
+        /// Which of its lanes.
+        lane: LaneId,
+        /// Why, for the log and the peer.
+        reason: String,
+    },
     /// A transfer ended. Its gate must be closed before anybody is told.
     Ended {
         /// Which.
@@ -112,6 +132,8 @@ pub struct Node {
     pub(super) receives: HashMap<TransferId, ReceiveRoom>,
     pub(super) receive_rooms: HashMap<u64, TransferId>,
     pub(super) orphans: HashMap<u64, Orphan>,
+    /// Failed rooms whose pages may still be in use.
+    pub(super) ebbs: Ebbs,
     /// Rooms received to the end, oldest first: a batch repeated after a lost lane is acknowledged again.
     pub(super) received: VecDeque<(u64, Epoch)>,
     /// The last rooms that ended, oldest first, for telemetry.
@@ -140,6 +162,7 @@ impl Node {
             receives: HashMap::new(),
             receive_rooms: HashMap::new(),
             orphans: HashMap::new(),
+            ebbs: Ebbs::new(),
             received: VecDeque::new(),
             ended: VecDeque::new(),
             timers: Timers::default(),
@@ -163,7 +186,7 @@ impl Node {
 
     /// Live transfers of both roles.
     pub fn live_transfers(&self) -> usize {
-        self.sends.len() + self.receives.len()
+        self.sends.len() + self.receives.len() + self.ebbs.len()
     }
 
     /// Messages and batches about rooms that are over, since the start.

@@ -6,6 +6,7 @@ use std::{
     sync::Arc,
 };
 
+use super::ebb::LaneSet;
 use crate::{
     error::SubmitError,
     ids::{Epoch, InstanceId, LaneId, PeerId, TransferId},
@@ -34,7 +35,7 @@ pub(super) type Sends = HashMap<TransferId, SendRoom>;
 pub struct LaneSetup {
     /// How payload reaches the peer.
     pub mode: PayloadMode,
-    /// Name of the path in telemetry: `tcp`, `shm-pull`, `shm-ring`, `sim`.
+    /// Name of the path in telemetry: `tcp`, `shm-pull`, `shm-ring`, `verbs`, `sim`.
     pub path: &'static str,
     /// Why it is not a better one; empty if it is the best.
     pub path_reason: String,
@@ -68,7 +69,13 @@ pub(super) struct Window {
 
 impl Window {
     /// What a lane needs to know of a window that is one batch.
-    fn to_batch(&self, seq: u32, mode: PayloadMode, pairing: Arc<Pairing>) -> BatchOut {
+    fn to_batch(
+        &self,
+        seq: u32,
+        mode: PayloadMode,
+        pairing: Arc<Pairing>,
+        targets: Arc<[i32]>,
+    ) -> BatchOut {
         BatchOut {
             transfer: self.transfer,
             fields: BatchFields {
@@ -88,6 +95,7 @@ impl Window {
             pairing,
             items: Arc::clone(&self.items),
             part: self.part.clone(),
+            targets,
         }
     }
 
@@ -123,6 +131,8 @@ pub struct BatchOut {
     pub items: Arc<[i32]>,
     /// See `items`.
     pub part: Range<usize>,
+    /// Items that the receiver granted for this component; the batch's are `fields.window_start` and the following.
+    pub targets: Arc<[i32]>,
 }
 
 #[derive(Debug)]
@@ -130,6 +140,18 @@ struct InFlight {
     window: Window,
     seq: u32,
     sent_at: Time,
+}
+
+/// Whether batches may be given to a lane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum LaneState {
+    /// Not before so many failures of rooms have been heard of the peer, see
+    /// [`QpTerms::failures_told`](crate::wire::rdma::QpTerms::failures_told).
+    Waiting(u64),
+    /// Yes.
+    Up,
+    /// Our end of its queue pair is destroyed. Its batches wait for the peer to say the same.
+    Fenced,
 }
 
 impl InFlight {
@@ -142,12 +164,31 @@ impl InFlight {
 #[derive(Debug)]
 pub(super) struct Lane {
     pub(super) setup: LaneSetup,
+    state: LaneState,
     in_flight: VecDeque<InFlight>,
+    /// Batches given to it so far.
+    given: u64,
+    /// Of these, how many its card is done with. Counted by paths that do not hold the gate while bytes move.
+    reaped: u64,
     pub(super) in_flight_bytes: u64,
     pub(super) bytes_total: u64,
     pub(super) batches_total: u64,
     pub(super) rate: RateEstimator,
     pub(super) latency: LatencyWindow,
+}
+
+impl Lane {
+    fn is_one_sided(&self) -> bool {
+        self.setup.mode == PayloadMode::Write
+    }
+
+    /// Transfers of the batches that were given to the lane and that its card may still read.
+    fn unreaped(&self) -> impl Iterator<Item = TransferId> {
+        let oldest = self.given - self.in_flight.len() as u64;
+        let done = usize::try_from(self.reaped.saturating_sub(oldest)).unwrap_or(usize::MAX);
+        let rest = self.in_flight.iter().skip(done);
+        rest.map(|batch| batch.window.transfer)
+    }
 }
 
 #[cfg(feature = "testing")]
@@ -176,6 +217,11 @@ pub(super) struct Peer {
     pub(super) lanes: [Option<Lane>; LANES_MAX as usize],
     pub(super) queue: VecDeque<Window>,
     pub(super) queued_bytes: u64,
+    /// `RoomFailed` messages queued for it, and received from it.
+    pub(super) failures_told: u64,
+    pub(super) failures_heard: u64,
+    /// Why its last lane went down, until one is up again.
+    pub(super) trouble: Option<String>,
     pub(super) last_heard: Time,
     pub(super) heartbeat: TimerKey,
     pub(super) failures: BTreeMap<&'static str, u64>,
@@ -192,6 +238,9 @@ impl Peer {
             lanes: [const { None }; LANES_MAX as usize],
             queue: VecDeque::new(),
             queued_bytes: 0,
+            failures_told: 0,
+            failures_heard: 0,
+            trouble: None,
             last_heard: now,
             heartbeat,
             failures: BTreeMap::new(),
@@ -328,7 +377,7 @@ impl Peer {
     ) -> Option<BatchOut> {
         let at = usize::from(lane_id.0);
         let lane = self.lanes.get_mut(at)?.as_mut()?;
-        if lane.in_flight.len() >= lane.setup.window {
+        if lane.state != LaneState::Up || lane.in_flight.len() >= lane.setup.window {
             return None;
         }
         let pairing = Arc::clone(self.outgoing.as_ref().ok()?);
@@ -366,7 +415,10 @@ impl Peer {
         let seq = sent.resend.unwrap_or_else(|| leg.take_seq());
         leg.sent_on(lane_id);
         lane.in_flight_bytes += len;
-        let batch = sent.to_batch(seq, lane.setup.mode, pairing);
+        lane.given += 1;
+        let targets = leg.granted.get(usize::from(sent.component)).cloned();
+        let targets = targets.unwrap_or_else(|| Arc::from([]));
+        let batch = sent.to_batch(seq, lane.setup.mode, pairing, targets);
         lane.in_flight.push_back(InFlight {
             window: sent,
             seq,
@@ -425,9 +477,11 @@ impl Peer {
         })
     }
 
-    /// Takes a lane away and queues its unacknowledged batches again, first ones first. Returns whether lanes are left.
+    /// Takes a lane away and queues its unacknowledged batches again, first ones first. Returns whether the peer can still
+    /// be sent to, or will be: lanes are left, or a lost queue pair is made anew.
     pub(super) fn lane_down(&mut self, id: LaneId, sends: &mut Sends) -> bool {
         let taken = self.lanes.get_mut(usize::from(id.0)).and_then(Option::take);
+        let is_made_anew = taken.as_ref().is_some_and(Lane::is_one_sided);
         for lost in taken.into_iter().flat_map(|lane| lane.in_flight).rev() {
             let room = sends.get_mut(&lost.window.transfer);
             if let Some(leg) = room.and_then(|room| room.leg_mut(self.id)) {
@@ -439,12 +493,85 @@ impl Peer {
                 });
             }
         }
-        self.lanes.iter().any(Option::is_some)
+        is_made_anew || self.lanes.iter().any(Option::is_some)
     }
 
-    pub(super) fn new_lane(setup: LaneSetup) -> Lane {
+    /// Our end of a lane is gone: nothing is given to it any more, and its batches wait until the peer's end is gone too.
+    pub(super) fn lane_fenced(&mut self, id: LaneId) {
+        if let Some(Some(lane)) = self.lanes.get_mut(usize::from(id.0)) {
+            lane.state = LaneState::Fenced;
+        }
+    }
+
+    /// Opens the lanes that waited for a failure which has been heard now. Whether there were any.
+    pub(super) fn open_waiting_lanes(&mut self) -> bool {
+        let heard = self.failures_heard;
+        let lanes = self.lanes.iter_mut().flatten();
+        let waiting = lanes.filter(|lane| match lane.state {
+            LaneState::Waiting(wanted) => wanted <= heard,
+            LaneState::Up | LaneState::Fenced => false,
+        });
+        let opened = waiting.map(|lane| lane.state = LaneState::Up).count();
+        if opened > 0 {
+            self.trouble = None;
+        }
+        opened > 0
+    }
+
+    /// A lane's card is done with so many of the batches that it was given.
+    pub(super) fn reaped(&mut self, id: LaneId, count: u64) {
+        if let Some(Some(lane)) = self.lanes.get_mut(usize::from(id.0)) {
+            lane.reaped = lane.reaped.max(count.min(lane.given));
+        }
+    }
+
+    /// Whether network cards write this peer's pages, and it ours.
+    pub(super) fn is_one_sided(&self) -> bool {
+        self.lanes.iter().flatten().any(Lane::is_one_sided)
+    }
+
+    /// Whether batches can go to the peer now.
+    pub(super) fn has_lane_up(&self) -> bool {
+        let mut lanes = self.lanes.iter().flatten();
+        lanes.any(|lane| lane.state == LaneState::Up)
+    }
+
+    /// Lanes through which the peer's card may write to our pages.
+    pub(super) fn lanes_writing(&self) -> LaneSet {
+        self.lanes_where(|lane| lane.is_one_sided() && lane.state != LaneState::Fenced)
+    }
+
+    /// Lanes through which our card may still read pages of a transfer.
+    pub(super) fn lanes_reading(&self, transfer: TransferId) -> LaneSet {
+        self.lanes_where(|lane| {
+            let is_alive = lane.is_one_sided() && lane.state != LaneState::Fenced;
+            is_alive && lane.unreaped().any(|id| id == transfer)
+        })
+    }
+
+    fn lanes_where(&self, holds: impl Fn(&Lane) -> bool) -> LaneSet {
+        let mut set = LaneSet::default();
+        for (number, lane) in (0..LANES_MAX).zip(&self.lanes) {
+            if lane.as_ref().is_some_and(&holds) {
+                set.insert(LaneId(number));
+            }
+        }
+        set
+    }
+
+    /// Transfers with batches on a lane that its card may still read.
+    pub(super) fn busy_on(&self, id: LaneId) -> Vec<TransferId> {
+        let lane = self.lanes.get(usize::from(id.0)).and_then(Option::as_ref);
+        lane.map_or_else(Vec::new, |lane| lane.unreaped().collect())
+    }
+
+    /// `failures_wanted`: how many failures must have been heard of the peer before batches may be given to the lane.
+    pub(super) fn new_lane(setup: LaneSetup, failures_wanted: u64) -> Lane {
         Lane {
             setup,
+            state: LaneState::Waiting(failures_wanted),
+            given: 0,
+            reaped: 0,
             in_flight: VecDeque::new(),
             in_flight_bytes: 0,
             bytes_total: 0,

@@ -1,5 +1,7 @@
 //! The sending side of a room: grants in, chunks out, acknowledgements counted.
 
+use std::sync::Arc;
+
 use crate::{
     error::TransferError,
     ids::{Epoch, LaneId, PeerId, Room, TransferId},
@@ -14,8 +16,9 @@ pub(super) struct SendLeg {
     pub(super) peer: PeerId,
     pub(super) epoch: Epoch,
     pub(super) dummy: bool,
-    /// Granted items per component.
-    pub(super) granted: Vec<usize>,
+    /// Granted items per component, checked against the receiver's layout: where its pages are written by RDMA, this side
+    /// names the addresses.
+    pub(super) granted: Vec<Arc<[i32]>>,
     next_seq: u32,
     unacked: u32,
     unacked_on: [u32; LANES_MAX as usize],
@@ -23,7 +26,7 @@ pub(super) struct SendLeg {
 }
 
 impl SendLeg {
-    pub(super) fn new(peer: PeerId, epoch: Epoch, dummy: bool, granted: Vec<usize>) -> Self {
+    pub(super) fn new(peer: PeerId, epoch: Epoch, dummy: bool, granted: Vec<Arc<[i32]>>) -> Self {
         let unacked_on = [0; LANES_MAX as usize];
         Self {
             peer,
@@ -65,8 +68,9 @@ impl SendLeg {
         self.unacked = self.unacked.saturating_sub(1);
     }
 
-    pub(super) fn batches(&self) -> u64 {
-        self.next_seq.into()
+    /// Batches handed to lanes so far.
+    pub(super) fn batches(&self) -> u32 {
+        self.next_seq
     }
 }
 
@@ -122,7 +126,7 @@ impl SendRoom {
         for leg in self.legs.iter().filter(|leg| !leg.dummy) {
             for (component, more) in more.iter().enumerate() {
                 let pushed = self.pushed.get(component).copied().unwrap_or(0) + more;
-                let granted = leg.granted.get(component).copied().unwrap_or(0);
+                let granted = leg.granted.get(component).map_or(0, |items| items.len());
                 if pushed > granted {
                     return Err(format!(
                         "component {component}: the sender pushes {pushed} items, the receiver granted {granted}"

@@ -42,7 +42,7 @@ fn node(peers: u64, config: NodeConfig) -> Node {
         };
         node.peer_up(NOW, PeerId(peer), setup);
         for lane in 0..2 {
-            node.lane_up(PeerId(peer), LaneId(lane), lane_setup(1 << 20));
+            node.lane_up(PeerId(peer), LaneId(lane), lane_setup(1 << 20), 0);
         }
     }
     node
@@ -325,8 +325,8 @@ fn a_large_last_batch_sent_again_waits_for_the_others() {
         "the last batch must follow the first on its lane"
     );
     sender.next_batch(NOW, PEER, LaneId(0)).unwrap();
-    sender.lane_up(PEER, LaneId(1), lane_setup(16));
-    sender.lane_up(PEER, LaneId(2), lane_setup(16));
+    sender.lane_up(PEER, LaneId(1), lane_setup(16), 0);
+    sender.lane_up(PEER, LaneId(2), lane_setup(16), 0);
     sender.lane_down(PEER, LaneId(0), "reset");
     let again = sender.next_batch(NOW, PEER, LaneId(1)).unwrap();
     assert_eq!(again.fields.seq, first.fields.seq);

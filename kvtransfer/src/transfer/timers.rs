@@ -14,6 +14,8 @@ pub(super) enum Due {
     Transfer(TransferId),
     /// A grant or cancellation kept for a room whose sender is not open.
     Orphan(u64),
+    /// A failed transfer's pages must not be in use any longer.
+    Ebb(TransferId),
     /// A peer's heartbeat.
     Heartbeat(PeerId),
 }

@@ -290,6 +290,11 @@ impl Inbound {
                 discard(context, &header, out);
                 Expect::Frame
             }
+            (PayloadMode::Write, _) => {
+                let what =
+                    "a batch written by RDMA, announced on a connection that is not a queue pair";
+                return Err(LaneError::Protocol(what.into()));
+            }
         };
         Ok(Step::Again)
     }

@@ -15,7 +15,7 @@ use crate::{
         mismatch::End,
     },
     transfer::BatchOut,
-    wire::lane::{Ack, BatchHeader, PayloadMode, Seal},
+    wire::lane::{Ack, BatchHeader, PayloadMode, Seal, VOID_PLACE},
 };
 
 /// Unsent acknowledgements at which a lane stops reading: a peer that sends batches but never reads answers.
@@ -167,6 +167,10 @@ impl Outbound {
                 head.extend_from_slice(&BatchHeader::new(fields).to_bytes());
                 None
             }
+            PayloadMode::Write => {
+                let what = "a batch for a queue pair was given to a stream";
+                return Err(LaneError::Protocol(what.into()));
+            }
         };
         self.writing = Some(Writing {
             gate,
@@ -317,9 +321,6 @@ impl Outbound {
         }
     }
 }
-
-/// The ring place of a batch whose room ended before it was copied.
-pub(super) const VOID_PLACE: u64 = u64::MAX;
 
 fn missing_ring(who: &str) -> LaneError {
     LaneError::Protocol(format!("a ring batch, but the {who} side has no ring"))

@@ -4,6 +4,7 @@ use super::{
     WireError,
     codec::{Reader, Writer},
     hello::{COMPONENTS_MAX, Hello, LANES_MAX, TOKEN_BYTES_MAX},
+    rdma::{QpOpen, QpTerms, read_terms, write_terms},
 };
 use crate::ids::{Epoch, InstanceId};
 
@@ -146,6 +147,27 @@ pub enum Control {
         /// The same in words.
         reason: String,
     },
+    /// A sender has ended a room, or was told that it ended: how many batches it ever handed to its data connections.
+    /// When the receiver has seen them all, no write of the room is on its way any more.
+    RoomStopped {
+        /// The room.
+        room: u64,
+        /// Which use of it.
+        epoch: Epoch,
+        /// Batches 0 to this number, exclusive.
+        batches: u32,
+    },
+    /// First message on the connection beside a queue pair.
+    QpOpen(Box<QpOpen>),
+    /// Answers [`Control::QpOpen`].
+    QpReady(QpTerms),
+    /// The opener's end of the queue pair is connected.
+    QpUp,
+    /// This end of the queue pair is destroyed: nothing can land through it any more. The connection ends.
+    QpDown {
+        /// Why, in words.
+        reason: String,
+    },
     /// Are you there?
     Ping {
         /// Returned in the pong.
@@ -220,6 +242,29 @@ impl Control {
                 w.u64(*nonce);
                 9
             }
+            Self::RoomStopped {
+                room,
+                epoch,
+                batches,
+            } => {
+                w.u64(*room);
+                w.u32(epoch.0);
+                w.u32(*batches);
+                10
+            }
+            Self::QpOpen(open) => {
+                open.write(&mut w);
+                11
+            }
+            Self::QpReady(terms) => {
+                write_terms(&mut w, terms);
+                12
+            }
+            Self::QpUp => 13,
+            Self::QpDown { reason } => {
+                w.text(bounded(reason));
+                14
+            }
         };
         let len = out.len() - start - HEAD_LEN;
         let len = u32::try_from(len).expect("invariant: local messages are bounded below 2^32");
@@ -257,6 +302,17 @@ impl Control {
             },
             8 => Self::Ping { nonce: r.u64()? },
             9 => Self::Pong { nonce: r.u64()? },
+            10 => Self::RoomStopped {
+                room: r.u64()?,
+                epoch: Epoch(r.u32()?),
+                batches: r.u32()?,
+            },
+            11 => Self::QpOpen(Box::new(QpOpen::read(&mut r)?)),
+            12 => Self::QpReady(read_terms(&mut r)?),
+            13 => Self::QpUp,
+            14 => Self::QpDown {
+                reason: r.text("reason", REASON_BYTES_MAX)?,
+            },
             got => {
                 return Err(WireError::Value {
                     what: "message kind",

@@ -3,6 +3,7 @@
 use super::{
     WireError,
     codec::{Reader, Writer},
+    rdma::{RAILS_MAX, RailOffer},
 };
 use crate::{
     ids::InstanceId,
@@ -63,8 +64,10 @@ pub struct Hello {
     pub host: HostIdentity,
     /// Its regions, indexed by [`RegionId`].
     pub regions: Vec<RegionAddress>,
-    /// What lies in them.
+    /// What lies in the regions.
     pub layout: Layout,
+    /// Its RDMA devices, empty if it uses none.
+    pub rails: Vec<RailOffer>,
 }
 
 impl Hello {
@@ -84,6 +87,10 @@ impl Hello {
         for region in &self.regions {
             w.u64(region.base);
             w.u64(region.len);
+        }
+        w.count(self.rails.len());
+        for rail in &self.rails {
+            rail.write(w);
         }
         write_layout(w, &self.layout);
     }
@@ -115,6 +122,9 @@ impl Hello {
                 })
             })
             .collect::<Result<_, WireError>>()?;
+        let rails = (0..r.count("rail count", RAILS_MAX, 22)?)
+            .map(|_| RailOffer::read(r))
+            .collect::<Result<_, WireError>>()?;
         let layout = read_layout(r)?;
         Ok(Self {
             instance,
@@ -124,6 +134,7 @@ impl Hello {
             token,
             host,
             regions,
+            rails,
             layout,
         })
     }

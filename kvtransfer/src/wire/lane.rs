@@ -23,6 +23,9 @@ pub const WINDOW_ITEMS_MAX: u32 = 4096;
 /// Most batches of one room and one peer: bounds the receiver's record of what it has seen (128 KiB of bits).
 pub const BATCHES_MAX: u32 = 1 << 20;
 
+/// The place of a ring or write batch whose room ended before all of it was copied or posted.
+pub const VOID_PLACE: u64 = u64::MAX;
+
 /// How the payload of a batch reaches the receiver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PayloadMode {
@@ -32,6 +35,8 @@ pub enum PayloadMode {
     Pull,
     /// It lies in the sender's shared ring at [`BatchHeader::place`].
     Ring,
+    /// The sender's network card has written it to the target pages before the header (RDMA WRITE).
+    Write,
 }
 
 /// Announces one batch.
@@ -57,7 +62,8 @@ pub struct BatchHeader {
     pub offset: u64,
     /// Bytes carried.
     pub len: u64,
-    /// Pull: address of the sender's validity cell. Ring: offset of the payload in the ring. Inline: 0.
+    /// Pull: address of the sender's validity cell. Ring: offset of the payload in the ring. Write: [`VOID_PLACE`] if the
+    /// room ended while the batch was being written. Otherwise 0.
     pub place: u64,
     reserved: u32,
     check: u32,
@@ -111,6 +117,7 @@ impl BatchHeader {
             PayloadMode::Inline => 0,
             PayloadMode::Pull => 1,
             PayloadMode::Ring => 2,
+            PayloadMode::Write => 3,
         };
         let mut header = Self {
             magic: BATCH_MAGIC,
@@ -164,7 +171,7 @@ impl BatchHeader {
                 got: header.check,
             });
         }
-        if header.mode > 2 {
+        if header.mode > 3 {
             return Err(WireError::Value {
                 what: "payload mode",
                 got: header.mode.into(),
@@ -194,7 +201,8 @@ impl BatchHeader {
         match self.mode {
             0 => PayloadMode::Inline,
             1 => PayloadMode::Pull,
-            _ => PayloadMode::Ring,
+            2 => PayloadMode::Ring,
+            _ => PayloadMode::Write,
         }
     }
 

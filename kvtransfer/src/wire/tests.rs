@@ -12,6 +12,7 @@ use crate::{
             Ack, AckStatus, BATCH_BYTES_MAX, BATCHES_MAX, BatchFields, BatchHeader, PayloadMode,
             Seal, WINDOW_ITEMS_MAX,
         },
+        rdma::{Connector, Endpoint, Frame, Immediate, QpEnd, QpOpen, QpTerms, RailOffer},
     },
 };
 
@@ -39,6 +40,27 @@ fn hello() -> Hello {
             })
             .collect(),
         layout,
+        rails: vec![rail()],
+    }
+}
+
+fn rail() -> RailOffer {
+    RailOffer {
+        name: "erdma_0".into(),
+        connector: Connector::Standard,
+        imm: true,
+        message_bytes_max: u64::MAX,
+        chunk_bytes: 1 << 31,
+        rkeys: vec![0, u32::MAX],
+    }
+}
+
+fn terms(end: QpEnd) -> QpTerms {
+    QpTerms {
+        end,
+        receives: 64,
+        slots: (u64::MAX, 7),
+        failures_told: 9,
     }
 }
 
@@ -91,6 +113,35 @@ fn messages() -> Vec<Control> {
         Control::LaneReady { can_pull: false },
         grant(vec![vec![0, -1, i32::MAX], vec![], vec![7]]),
         grant(Vec::new()),
+        Control::RoomStopped {
+            room: 2,
+            epoch: Epoch(u32::MAX),
+            batches: 3,
+        },
+        Control::QpOpen(Box::new(QpOpen {
+            instance: InstanceId([9; 16]),
+            link: 8,
+            lane: 15,
+            token: vec![0, 255],
+            rail: 7,
+            peer_rail: 0,
+            terms: terms(QpEnd::Standard {
+                address: [10, 0, 0, 1],
+                port: 0,
+                token: 0,
+            }),
+        })),
+        Control::QpReady(terms(QpEnd::Compat(Endpoint {
+            qpn: (1 << 24) - 1,
+            psn: 0,
+            gid: [3; 16],
+            lid: 4,
+            mtu: 5,
+        }))),
+        Control::QpUp,
+        Control::QpDown {
+            reason: "transport retry counter exceeded".into(),
+        },
         Control::Ping { nonce: 1 },
         Control::Pong { nonce: u64::MAX },
     ];
@@ -252,4 +303,73 @@ fn header_lengths_are_bounded() {
             "{refused:?}"
         );
     }
+}
+
+fn batch_header() -> BatchHeader {
+    BatchHeader::new(BatchFields {
+        mode: PayloadMode::Write,
+        last: true,
+        component: 1,
+        room: 5,
+        epoch: Epoch(6),
+        seq: 7,
+        window_start: 8,
+        window_len: 9,
+        offset: 10,
+        len: 11,
+        place: 0,
+    })
+}
+
+#[test]
+fn frames_of_a_queue_pair_survive_and_damaged_ones_are_refused() {
+    let header = batch_header();
+    let frames = [
+        (Frame::Hello, 8),
+        (Frame::Batch(header), 72),
+        (Frame::Ack(Ack::new(&header, AckStatus::Discarded)), 40),
+        (Frame::Credit, 8),
+        (Frame::Heartbeat, 8),
+    ];
+    for (frame, len) in frames {
+        let mut bytes = [0; Frame::LEN_MAX];
+        assert_eq!(frame.encode(513, &mut bytes), len);
+        assert_eq!(Frame::parse(&bytes[..len]), Ok((frame, 513)));
+        for cut in (0..Frame::LEN_MAX).filter(|cut| *cut != len) {
+            assert!(
+                Frame::parse(&bytes[..cut]).is_err(),
+                "{frame:?} cut at {cut}"
+            );
+        }
+        for bit in 0..64 {
+            let mut damaged = bytes;
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            // Whatever it is taken for, it is not an accident: a kind of the same length, or other credits.
+            let _ = Frame::parse(&damaged[..len]);
+        }
+    }
+}
+
+#[test]
+fn immediate_data_holds_a_slot_and_credits() {
+    for (slot, credits) in [(0, 0), (1, 2), (u16::MAX, 0), (0, u16::MAX)] {
+        let immediate = Immediate { slot, credits };
+        assert_eq!(Immediate::from_bits(immediate.to_bits()), immediate);
+    }
+}
+
+#[test]
+fn a_rail_must_offer_a_key_for_every_chunk() {
+    let lengths = [1, 1 << 31, (1 << 31) + 1, 0];
+    let mut offer = rail();
+    offer.rkeys = vec![0; 4];
+    assert_eq!(offer.check(lengths.into_iter()), Ok(()));
+    offer.rkeys.push(0);
+    assert!(offer.check(lengths.into_iter()).is_err());
+    offer.rkeys.truncate(4);
+    offer.chunk_bytes += 1;
+    assert!(
+        offer.check(lengths.into_iter()).is_err(),
+        "not a power of two"
+    );
 }

@@ -108,6 +108,7 @@ pub(crate) fn hello(instance: u8, lanes: u8) -> Hello {
             len(rig::ROWS * rig::AUX),
         ],
         layout: rig::layout(),
+        rails: Vec::new(),
     }
 }
 

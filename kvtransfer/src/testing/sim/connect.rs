@@ -89,7 +89,7 @@ impl World {
                 batch_bytes: spec.batch_bytes,
                 window: spec.window,
             };
-            rank.node.lane_up(peer, lane_id(lane), setup);
+            rank.node.lane_up(peer, lane_id(lane), setup, 0);
         }
         self.settle(index);
     }

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use super::{
     network::LaneAt,
-    outbound::VOID_PLACE,
     rank::Handle,
     world::{Event, Notice, PlacedBytes, World},
 };
@@ -19,7 +18,7 @@ use crate::{
         stream::check_items,
     },
     transfer::{Admission, BatchIn, Placement},
-    wire::lane::{ACK_MAGIC, Ack, AckStatus, BatchHeader, PayloadMode, Seal},
+    wire::lane::{ACK_MAGIC, Ack, AckStatus, BatchHeader, PayloadMode, Seal, VOID_PLACE},
 };
 
 /// Most places filled by one call of a copying thread.
@@ -255,6 +254,7 @@ impl World {
                 self.refuse_batch(at, &header);
                 Expect::Frame
             }
+            (PayloadMode::Write, _) => return Err("a batch that this lane cannot carry".into()),
         };
         Ok(Step::Again)
     }

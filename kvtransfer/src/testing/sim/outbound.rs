@@ -14,11 +14,8 @@ use crate::{
         mismatch::End,
     },
     transfer::BatchOut,
-    wire::lane::{BatchHeader, PayloadMode, Seal},
+    wire::lane::{BatchHeader, PayloadMode, Seal, VOID_PLACE},
 };
-
-/// The ring place of a batch whose room ended before it was copied, as in the engine's transport.
-pub(super) const VOID_PLACE: u64 = u64::MAX;
 
 /// What a lane has begun to write.
 #[derive(Debug)]
@@ -146,6 +143,9 @@ impl World {
                 }
             }
             PayloadMode::Ring => fields.place = self.copy_to_ring(at, &batch, &gate),
+            PayloadMode::Write => {
+                self.protocol(index, "a batch that no lane here can carry".into())
+            }
         }
         let mut head = BatchHeader::new(fields).to_bytes().to_vec();
         head.extend(tail);

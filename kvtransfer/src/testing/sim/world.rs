@@ -450,6 +450,10 @@ impl World {
                         prefix_tokens,
                     });
                 }
+                Output::Stopping { transfer } => self.ranks[index].close_gate(transfer),
+                Output::Fence { lane, reason, .. } => {
+                    self.protocol(index, format!("a fence of {lane:?}: {reason}"));
+                }
                 Output::Ended {
                     transfer: id,
                     result,

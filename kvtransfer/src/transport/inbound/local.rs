@@ -18,10 +18,10 @@ use crate::{
     transport::{
         LaneError,
         lane::LaneContext,
-        outbound::{VOID_PLACE, len_of, range_of},
+        outbound::{len_of, range_of},
         sys::{self, IOV_MAX, IoRange},
     },
-    wire::lane::BatchHeader,
+    wire::lane::{BatchHeader, VOID_PLACE},
 };
 
 /// Most bytes of one pull: bounds how long closing the gate can take.
