@@ -6,7 +6,7 @@ use std::{net::SocketAddr, time::Duration};
 use crate::{
     serve::{bootstrap::BootstrapConfig, telemetry::TelemetryConfig},
     transfer::NodeConfig,
-    wire::hello::LANES_MAX,
+    wire::{hello::LANES_MAX, rdma::Connector},
 };
 
 /// Which same-host paths may be used when two engines run under one kernel and one user.
@@ -24,6 +24,71 @@ pub enum SameHost {
     Off,
 }
 
+/// Whether RDMA is used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RdmaUse {
+    /// No. Nothing is registered, libibverbs is not opened.
+    #[default]
+    Off,
+    /// To peers on other hosts that have it too; else tcp, and the peer's path says why.
+    Auto,
+    /// Nothing else: the engine does not start without a usable device, and does not talk to peers by another path.
+    Required,
+}
+
+/// How an engine uses RDMA devices. Start from `default()` and assign.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct RdmaConfig {
+    /// Default [`RdmaUse::Off`]: all registered memory is pinned, which needs an unlimited memlock limit.
+    pub usage: RdmaUse,
+    /// Which devices, as SGLang's `--disaggregation-ib-device` says it: `"a"`, `"a,b"`, a JSON map from GPU to devices, or
+    /// the path of a JSON file. Default empty: every usable device.
+    pub devices: String,
+    /// The GPU whose entry of a JSON map applies. Default 0.
+    pub gpu: u32,
+    /// How queue pairs are connected. Default `None`: as the device's transport type asks for.
+    pub connector: Option<Connector>,
+    /// Queue pairs per peer and rail that this side opens when it dials. Default 4; at most 16 per peer over all rails.
+    pub queue_pairs: u8,
+    /// Whether the notice of a batch is a WRITE_WITH_IMM where both sides' devices can do it. Default false: a SEND costs as
+    /// much, carries more, and exists everywhere.
+    pub immediate: bool,
+    /// Most bytes of one batch. Default 2 MiB.
+    pub batch_bytes: u64,
+    /// Most unacknowledged batches per queue pair. Default 8: with 4 queue pairs, 64 MiB on the wire.
+    pub window: usize,
+    /// Work requests that one queue pair holds. Default 256, of which a chain has at most 64.
+    pub send_queue: u32,
+    /// How long the rail's thread looks for work before it sleeps. Default 50 µs.
+    pub spin: Duration,
+    /// How long a failed queue pair may take to give back its work requests before it is destroyed. Default 20 ms.
+    pub drain: Duration,
+    /// An idle queue pair says so often that it works; after three such spans of silence it is taken for dead.
+    /// Default 2 s.
+    pub heartbeat: Duration,
+}
+
+impl Default for RdmaConfig {
+    fn default() -> Self {
+        Self {
+            usage: RdmaUse::Off,
+            devices: String::new(),
+            gpu: 0,
+            connector: None,
+            queue_pairs: 4,
+            immediate: false,
+            batch_bytes: 2 << 20,
+            window: 8,
+            send_queue: 256,
+            spin: Duration::from_micros(50),
+            drain: Duration::from_millis(20),
+            heartbeat: Duration::from_secs(2),
+        }
+    }
+}
+
 /// Configuration of an [`Engine`](crate::engine::Engine). Start from `default()` and assign.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -38,6 +103,8 @@ pub struct EngineConfig {
     pub lanes: u8,
     /// Same-host paths. Default [`SameHost::Auto`].
     pub same_host: SameHost,
+    /// RDMA. Default off.
+    pub rdma: RdmaConfig,
     /// Most bytes of one batch on TCP. Default 1 MiB: large enough that its header and acknowledgement (about 5 µs)
     /// vanish, small enough that lanes share a transfer evenly.
     pub batch_bytes: u64,
@@ -78,6 +145,7 @@ impl Default for EngineConfig {
             token: None,
             lanes: 2,
             same_host: SameHost::Auto,
+            rdma: RdmaConfig::default(),
             batch_bytes: 1 << 20,
             lane_window: 32,
             pull_batch_bytes: 8 << 20,
@@ -112,6 +180,12 @@ impl EngineConfig {
                 BATCH_BYTES_MAX,
             ),
             ("lane_window", self.lane_window as u64, 1, 4096),
+            ("rdma.queue_pairs", self.rdma.queue_pairs.into(), 1, u64::from(LANES_MAX)),
+            ("rdma.batch_bytes", self.rdma.batch_bytes, 4096, BATCH_BYTES_MAX),
+            ("rdma.window", self.rdma.window as u64, 1, 256),
+            ("rdma.send_queue", self.rdma.send_queue.into(), 16, 8192),
+            ("rdma.drain in ms", millis(self.rdma.drain), 0, 200),
+            ("rdma.heartbeat in ms", millis(self.rdma.heartbeat), 10, 60_000),
             (
                 "ring_bytes",
                 self.ring_bytes as u64,
@@ -136,6 +210,10 @@ impl EngineConfig {
         }
         Ok(())
     }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Slots of a ring: two would let both sides work at once, more smooth the hand-over.

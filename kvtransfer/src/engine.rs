@@ -307,7 +307,7 @@ impl Engine {
     pub fn reset_lane(&self, peer: PeerId, lane: u8) -> bool {
         let link = self.hub.link(peer);
         let lanes = link.map(|link| link.lanes()).unwrap_or_default();
-        let found = lanes.iter().find(|known| known.id.0 == lane);
+        let found = lanes.iter().find(|known| known.id().0 == lane);
         found.inspect(|lane| lane.shut_down()).is_some()
     }
 

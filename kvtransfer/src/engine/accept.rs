@@ -156,7 +156,7 @@ fn find(hub: &Hub, instance: InstanceId, link: u64, lane: u8) -> Result<Arc<Link
             link.agreement.lanes
         ));
     }
-    if link.lanes().iter().any(|known| known.id.0 == lane) {
+    if link.lanes().iter().any(|known| known.id().0 == lane) {
         return Err(format!("data connection {lane} is open already"));
     }
     Ok(link)

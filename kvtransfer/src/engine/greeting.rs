@@ -28,6 +28,7 @@ use crate::{
     time::Time,
     transfer::LaneSetup,
     transport::{
+        DataLane,
         lane::{Lane, LaneContext, Ring},
         sys,
     },
@@ -68,7 +69,7 @@ pub(super) fn introduce(hub: &Hub, link: u64, lanes: u8) -> Hello {
             })
             .collect(),
         layout: hub.layout.clone(),
-        rails: Vec::new(),
+        rails: hub.rails.offers(),
     }
 }
 
@@ -105,6 +106,10 @@ pub(super) fn agree(hub: &Hub, peer: Hello, address: String) -> Result<Agreement
         .map_err(|error| format!("the peer's layout: {error}"))?;
     let lengths: Vec<u64> = peer.regions.iter().map(|region| region.len).collect();
     check_regions(&peer.layout, &lengths).map_err(|why| format!("the peer's layout: {why}"))?;
+    for rail in &peer.rails {
+        rail.check(lengths.iter().copied())
+            .map_err(|why| format!("the peer's {why}"))?;
+    }
     let outgoing = pair(&hub.layout, &peer.layout)
         .map(Arc::new)
         .map_err(|e| e.to_string());
@@ -122,6 +127,7 @@ pub(super) fn agree(hub: &Hub, peer: Hello, address: String) -> Result<Agreement
         address,
         host: peer.host,
         regions: peer.regions.into(),
+        rails: peer.rails.into(),
         outgoing,
         incoming,
     })
@@ -383,7 +389,7 @@ pub(super) fn start_lane(hub: &Arc<Hub>, link: &Link, start: LaneStart) -> io::R
     // Streams carry nothing of a room that has failed: there is no failure to wait for.
     hub.lane_up(link.peer, start.lane, setup, 0);
     let lane = Lane::start(start.socket, context, &start.rest)?;
-    link.add_lane(Arc::clone(&lane));
+    link.add_lane(DataLane::Stream(Arc::clone(&lane)));
     // It may have ended before the link knew it.
     if lane.is_over() {
         link.remove_lane(lane.id);

@@ -24,7 +24,7 @@ use crate::{
     memory::Gate,
     plan::stream::check_items,
     transfer::{Chunk, ReceiveRequest, SendRequest, Summary},
-    transport::lane::Lane,
+    transport::DataLane,
 };
 
 /// SGLang's `KVPoll` (`srt/disaggregation/base/conn.py:123-128`), with its numbers: several ranks' states are combined by
@@ -54,7 +54,7 @@ struct State {
     ready_callback: Option<ReadyCallback>,
     waker: Option<Waker>,
     /// The lane that took the last small push.
-    lane: Option<Arc<Lane>>,
+    lane: Option<DataLane>,
     /// Threads asleep on `changed`: waking nobody would cost a system call.
     sleepers: u32,
 }

@@ -31,7 +31,7 @@ use crate::{
     transfer::{
         Admission, BatchIn, BatchOut, Chunk, LaneSetup, Node, Output, PeerSetup, Placement, Summary,
     },
-    transport::lane::Lane,
+    transport::{DataLane, rail::Rails},
     wire::lane::{Ack, AckStatus, BatchHeader},
 };
 
@@ -238,7 +238,7 @@ impl Hub {
         &self,
         transfer: TransferId,
         chunk: &Chunk,
-    ) -> Result<Option<Arc<Lane>>, SubmitError> {
+    ) -> Result<Option<DataLane>, SubmitError> {
         let now = clock::now();
         let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
         core.node.push(now, transfer, chunk)?;

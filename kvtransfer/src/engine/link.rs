@@ -13,10 +13,11 @@ use crate::{
     ids::{InstanceId, LaneId, PeerId},
     plan::pairing::Pairing,
     transfer::LaneSetup,
-    transport::lane::Lane,
+    transport::DataLane,
     wire::{
         control::Control,
         hello::{HostIdentity, RegionAddress},
+        rdma::RailOffer,
     },
 };
 
@@ -34,6 +35,8 @@ pub(crate) struct Agreement {
     pub(crate) address: String,
     pub(crate) host: HostIdentity,
     pub(crate) regions: Arc<[RegionAddress]>,
+    /// Its RDMA devices.
+    pub(crate) rails: Arc<[RailOffer]>,
     pub(crate) outgoing: Result<Arc<Pairing>, String>,
     pub(crate) incoming: Result<Arc<Pairing>, String>,
 }
@@ -52,7 +55,7 @@ pub(crate) struct Link {
     pub(crate) handshake: Duration,
     control: OwnedFd,
     outbox: Mutex<Outbox>,
-    lanes: Mutex<Vec<Arc<Lane>>>,
+    lanes: Mutex<Vec<DataLane>>,
 }
 
 /// The control stream's peer has not read for too long.
@@ -104,7 +107,7 @@ impl Link {
         Ok(())
     }
 
-    pub(crate) fn add_lane(&self, lane: Arc<Lane>) {
+    pub(crate) fn add_lane(&self, lane: DataLane) {
         self.lanes
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -116,10 +119,10 @@ impl Link {
         self.lanes
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .retain(|lane| lane.id != id);
+            .retain(|lane| lane.id() != id);
     }
 
-    pub(crate) fn lanes(&self) -> Vec<Arc<Lane>> {
+    pub(crate) fn lanes(&self) -> Vec<DataLane> {
         self.lanes
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -127,7 +130,7 @@ impl Link {
     }
 
     /// The first lane, the one that small transfers take.
-    pub(crate) fn first_lane(&self) -> Option<Arc<Lane>> {
+    pub(crate) fn first_lane(&self) -> Option<DataLane> {
         self.lanes
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -145,9 +148,9 @@ impl Link {
 
     /// Destroys this end of a lane's queue pair, as soon as the thread that owns it gets to it.
     pub(crate) fn fence(&self, id: LaneId, reason: &str) {
-        if let Some(lane) = self.lanes().iter().find(|lane| lane.id == id) {
+        if let Some(lane) = self.lanes().iter().find(|lane| lane.id() == id) {
             tracing::info!(peer = %self.peer, lane = id.0, reason, "fencing a data connection");
-            lane.shut_down();
+            lane.fence(reason);
         }
     }
 

@@ -1,0 +1,187 @@
+//! One queue pair to one peer, as the thread of its rail sees it.
+
+use std::{
+    collections::VecDeque,
+    os::fd::OwnedFd,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use super::{
+    Rail,
+    buffers::Buffers,
+    credits::Credits,
+    requests::{Key, Request},
+    targets::Targets,
+};
+use crate::{
+    engine::{hub::Hub, link::Link},
+    ids::LaneId,
+    memory::Gate,
+    plan::descriptor::{Descriptor, PairCursor},
+    time::Time,
+    transfer::{BatchOut, LaneSetup},
+    transport::verbs::{
+        chain::Chain,
+        cm::Connection,
+        cq::Cq,
+        qp::Qp,
+        slots::SendSlots,
+    },
+    wire::{control::ControlDecoder, lane::Ack},
+};
+
+/// What the engine holds of a queue pair.
+pub(crate) struct QueuePairLane {
+    pub(crate) id: LaneId,
+    pub(super) key: Key,
+    pub(super) rail: Arc<Rail>,
+    /// Work was announced and not looked at yet.
+    pub(super) kicked: AtomicBool,
+    pub(super) over: AtomicBool,
+}
+
+impl QueuePairLane {
+    /// There is work: the rail's thread is woken if it sleeps.
+    pub(crate) fn kick(&self) {
+        if !self.kicked.swap(true, Ordering::SeqCst) {
+            self.rail.request(Request::Kick(self.key));
+        }
+    }
+
+    /// Destroys this end, tells the peer, and has a new queue pair made.
+    pub(crate) fn fence(&self, reason: &str) {
+        let reason = reason.to_owned();
+        self.rail.request(Request::Fence(self.key, reason));
+    }
+
+    /// Destroys this end for good: the peer is gone or no longer wanted.
+    pub(crate) fn close(&self) {
+        self.rail.request(Request::Close(self.key));
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.over.load(Ordering::SeqCst)
+    }
+}
+
+/// Where a queue pair is in its life.
+#[derive(Debug)]
+pub(super) enum Phase {
+    /// Connected, but no frame has come yet: the path is not proven.
+    Greeting {
+        /// This side speaks first.
+        is_active: bool,
+        /// It has spoken.
+        has_spoken: bool,
+        until: Time,
+    },
+    /// Batches flow.
+    Up,
+    /// In the error state: its work requests come back until `until`, then it is destroyed.
+    Draining { until: Time, reason: String },
+    /// This end is destroyed. The peer's may not be.
+    Fenced { reason: String },
+}
+
+/// A batch being posted.
+pub(super) struct Writing {
+    pub(super) batch: BatchOut,
+    pub(super) gate: Arc<Gate>,
+    pub(super) cursor: PairCursor,
+    /// The room ended meanwhile: only the notice is left to send.
+    pub(super) is_void: bool,
+}
+
+/// The verbs objects of a queue pair, in the order in which they must go.
+pub(super) struct Wires {
+    pub(super) qp: Qp,
+    /// `rdma_cm`'s side of it, for the standard connector.
+    pub(super) connection: Option<Connection>,
+    pub(super) cq: Arc<Cq>,
+    pub(super) buffers: Buffers,
+}
+
+/// What is agreed with the peer about a queue pair.
+pub(super) struct Terms {
+    pub(super) setup: LaneSetup,
+    /// See [`QpTerms::failures_told`](crate::wire::rdma::QpTerms::failures_told), of the peer.
+    pub(super) failures_told: u64,
+    pub(super) targets: Targets,
+    /// Where batch headers are written when notices travel as immediate data.
+    pub(super) slots: Option<(u64, u32)>,
+    /// Receives that the peer has posted.
+    pub(super) peer_receives: u16,
+    /// Receives that this end has posted.
+    pub(super) receives: u16,
+    pub(super) is_active: bool,
+}
+
+/// The connection beside a queue pair.
+pub(super) struct Side {
+    pub(super) socket: OwnedFd,
+    pub(super) decoder: ControlDecoder,
+    /// The peer has said that its end is destroyed.
+    pub(super) peer_is_down: bool,
+}
+
+/// One queue pair, owned by whoever holds the rail's core.
+pub(super) struct LaneIo {
+    pub(super) handle: Arc<QueuePairLane>,
+    pub(super) hub: Arc<Hub>,
+    /// Not kept alive by its own lanes.
+    pub(super) link: Weak<Link>,
+    /// Gone when the queue pair is destroyed.
+    pub(super) wires: Option<Wires>,
+    pub(super) terms: Terms,
+    pub(super) side: Side,
+    pub(super) phase: Phase,
+    /// Closed for good: nothing is waited for when the queue pair is gone.
+    pub(super) is_closing: bool,
+    pub(super) credits: Credits,
+    pub(super) sends: SendSlots,
+    pub(super) chain: Chain,
+    pub(super) descriptors: Box<[Descriptor]>,
+    /// The unsent part of `descriptors`.
+    pub(super) descriptor_at: usize,
+    pub(super) descriptor_end: usize,
+    pub(super) writing: Option<Writing>,
+    pub(super) acks: VecDeque<Ack>,
+    /// Batches given to this lane; of these, acknowledged, and done with by the card.
+    pub(super) given: u64,
+    pub(super) acked: u64,
+    pub(super) reaped: u64,
+    pub(super) reported: u64,
+    pub(super) last_sent: Time,
+    pub(super) last_heard: Time,
+    /// When something last happened: afterwards it is looked at for a while, then it sleeps.
+    pub(super) last_active: Time,
+    /// Its completion queue will wake us.
+    pub(super) is_armed: bool,
+    /// The thread that opened it waits for the outcome.
+    pub(super) opened: Option<crossbeam_channel::Sender<Result<(), String>>>,
+}
+
+impl LaneIo {
+    /// Whether its completion queue must be looked at all the time.
+    pub(super) fn is_busy(&self) -> bool {
+        self.wires.is_some() && (self.sends.outstanding() > 0 && !self.is_idle_waiting() || self.given > self.acked)
+    }
+
+    /// Whether only the peer can do something now.
+    fn is_idle_waiting(&self) -> bool {
+        false
+    }
+
+    /// When it must be looked at even if nothing happens.
+    pub(super) fn next_timeout(&self, heartbeat: Duration) -> Time {
+        match &self.phase {
+            Phase::Greeting { until, .. } | Phase::Draining { until, .. } => *until,
+            Phase::Up => self.last_sent + heartbeat,
+            Phase::Fenced { .. } => Time::NEVER,
+        }
+    }
+}

@@ -1,0 +1,322 @@
+//! The sending half of a queue pair: chains of WRITEs straight from the pages, and the frames after them.
+
+use std::{num::NonZeroU64, sync::Arc};
+
+use super::{
+    Rail,
+    buffers::slot_address,
+    lane::{LaneIo, Phase, Terms, Writing},
+};
+use crate::{
+    plan::descriptor::{Descriptor, Limits, PairCursor, Place},
+    time::Time,
+    transport::verbs::chain::{CHAIN_SGES_MAX, ChainError, Flags, RemotePlace, Sge},
+    wire::{
+        lane::{BatchHeader, VOID_PLACE},
+        rdma::{Frame, Immediate},
+    },
+};
+
+/// Places of the send queue that pages leave to frames, so that answers are never behind a full queue of pages.
+const FRAMES_RESERVED: u32 = 4;
+
+/// Whether all that was to be added to a chain is in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Added {
+    All,
+    /// The chain or the send queue is full.
+    Some,
+}
+
+impl LaneIo {
+    /// Posts what there is to post, chain by chain. Returns whether anything was.
+    ///
+    /// # Errors
+    /// Why the queue pair cannot be used any more, in words.
+    pub(super) fn pump(&mut self, rail: &Rail, now: Time) -> Result<bool, String> {
+        let mut has_posted = false;
+        while self.pump_once(rail, now)? {
+            has_posted = true;
+        }
+        if has_posted {
+            self.last_active = now;
+        }
+        Ok(has_posted)
+    }
+
+    fn pump_once(&mut self, rail: &Rail, now: Time) -> Result<bool, String> {
+        if self.wires.is_none() || self.sends.free() == 0 {
+            return Ok(false);
+        }
+        self.chain.clear();
+        match &mut self.phase {
+            Phase::Greeting {
+                is_active: true,
+                has_spoken,
+                ..
+            } if !*has_spoken => {
+                *has_spoken = true;
+                self.add_frame(Frame::Hello)?;
+            }
+            Phase::Up => self.add_work(rail, now)?,
+            Phase::Greeting { .. } | Phase::Draining { .. } | Phase::Fenced { .. } => {}
+        }
+        if self.chain.is_empty() {
+            return Ok(false);
+        }
+        self.post(now)
+    }
+
+    fn post(&mut self, now: Time) -> Result<bool, String> {
+        let Some(wires) = &mut self.wires else {
+            return Ok(false);
+        };
+        let count = u32::try_from(self.chain.len()).unwrap_or(u32::MAX);
+        // What is done with when this chain is: every batch before the one that is being written.
+        let done = self.given - u64::from(self.writing.is_some());
+        let id = self.sends.enter(count, done).map_err(|e| e.to_string())?;
+        self.chain.seal(id);
+        wires.qp.post(&mut self.chain).map_err(|error| error.to_string())?;
+        self.last_sent = now;
+        Ok(true)
+    }
+
+    /// Fills a chain: answers, then pages and their notices, then returned credits if nothing else carries them.
+    fn add_work(&mut self, rail: &Rail, now: Time) -> Result<(), String> {
+        while let Some(ack) = self.acks.front().copied() {
+            if !self.has_place_for_frame() || !self.credits.can_send(self.promised()) {
+                break;
+            }
+            self.add_frame(Frame::Ack(ack))?;
+            self.acks.pop_front();
+        }
+        while self.begin(rail)? {
+            if self.add_writes(rail)? == Added::Some || !self.add_notice()? {
+                break;
+            }
+        }
+        let is_idle = now >= self.last_sent + rail.settings.heartbeat;
+        if self.chain.is_empty() && self.has_place_for_frame() {
+            if self.credits.must_return() {
+                self.add_frame(Frame::Credit)?;
+            } else if is_idle && self.credits.can_send(0) {
+                self.add_frame(Frame::Heartbeat)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Credits that are spoken for: the notice of the batch that is being written.
+    fn promised(&self) -> u16 {
+        u16::from(self.writing.is_some())
+    }
+
+    fn has_place_for_frame(&self) -> bool {
+        let used = u32::try_from(self.chain.len()).unwrap_or(u32::MAX);
+        let has_inline = !self.is_inline || self.chain.inline_room() >= Frame::LEN_MAX;
+        self.chain.room() > 0 && has_inline && self.sends.free() > used
+    }
+
+    /// Makes sure that there is a batch being written. Returns whether there is.
+    fn begin(&mut self, rail: &Rail) -> Result<bool, String> {
+        if self.writing.is_some() {
+            return Ok(true);
+        }
+        if !self.credits.can_send(0) || !self.has_place_for_pages() {
+            return Ok(false);
+        }
+        let (peer, lane) = (self.peer, self.handle.id);
+        let Some((batch, gate)) = self.hub.next_batch(peer, lane) else {
+            return Ok(false);
+        };
+        self.given += 1;
+        let fields = &batch.fields;
+        let chunk = NonZeroU64::new(rail.chunk_bytes);
+        let limits = Limits {
+            len_max: NonZeroU64::new(self.terms.message_bytes_max),
+            source_chunk: chunk,
+            target_chunk: NonZeroU64::new(self.terms.peer_chunk_bytes),
+        };
+        let cursor = PairCursor::new(
+            Arc::clone(&batch.pairing),
+            usize::from(fields.component),
+            batch.part.len(),
+            fields.offset..fields.offset + fields.len,
+            &limits,
+        );
+        self.descriptor_at = 0;
+        self.descriptor_end = 0;
+        self.writing = Some(Writing {
+            cursor: cursor.map_err(|error| error.to_string())?,
+            batch,
+            gate,
+            is_void: false,
+        });
+        Ok(true)
+    }
+
+    fn has_place_for_pages(&self) -> bool {
+        let used = u32::try_from(self.chain.len()).unwrap_or(u32::MAX);
+        self.chain.room() > 0 && self.sends.free() > used.saturating_add(FRAMES_RESERVED)
+    }
+
+    /// Adds WRITEs of the batch that is being written, sources gathered where their targets touch.
+    ///
+    /// The gate is held meanwhile: after it has been closed no page is handed to the card.
+    fn add_writes(&mut self, rail: &Rail) -> Result<Added, String> {
+        let Some(mut writing) = self.writing.take() else {
+            return Ok(Added::All);
+        };
+        let gate = Arc::clone(&writing.gate);
+        let pass = gate.pass();
+        let added = if pass.is_some() && !writing.is_void {
+            self.add_pages(rail, &mut writing)
+        } else {
+            writing.is_void = true;
+            Ok(Added::All)
+        };
+        // The chain is posted after this, but before anybody can learn that the room ended: whoever closes the gate then
+        // waits for this queue pair (the node's ebb), because the batch is among those that it was given.
+        drop(pass);
+        self.writing = Some(writing);
+        added
+    }
+
+    fn add_pages(&mut self, rail: &Rail, writing: &mut Writing) -> Result<Added, String> {
+        while self.has_place_for_pages() {
+            if self.descriptor_at == self.descriptor_end {
+                let BatchRanges { sources, targets } = ranges(writing)?;
+                let filled = writing.cursor.fill(sources, targets, &mut self.descriptors);
+                (self.descriptor_at, self.descriptor_end) = (0, filled);
+                if filled == 0 {
+                    return Ok(Added::All);
+                }
+            }
+            let left = &self.descriptors[self.descriptor_at..self.descriptor_end];
+            let (sges, count) = gather(rail, left, self.sges_max, &self.terms)?;
+            let to = left.first().and_then(|first| self.terms.targets.place(first.target));
+            let to = to.ok_or("the peer granted pages of a region that it did not offer")?;
+            let flags = Flags::default();
+            match self.chain.write(0, &sges[..count], to, flags) {
+                Ok(()) => self.descriptor_at += count,
+                Err(ChainError::Full) => return Ok(Added::Some),
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+        let is_done = self.descriptor_at == self.descriptor_end && writing.cursor.remaining() == 0;
+        Ok(if is_done { Added::All } else { Added::Some })
+    }
+
+    /// Adds the notice of the batch that was written. Returns false if there is no place for it now.
+    fn add_notice(&mut self) -> Result<bool, String> {
+        if !self.has_place_for_frame() {
+            return Ok(false);
+        }
+        let Some(writing) = self.writing.take() else {
+            return Ok(false);
+        };
+        let mut fields = writing.batch.fields;
+        fields.place = if writing.is_void { VOID_PLACE } else { 0 };
+        let header = BatchHeader::new(fields);
+        match self.terms.slots {
+            Some(slots) => self.add_immediate(slots, &header)?,
+            None => self.add_frame(Frame::Batch(header))?,
+        }
+        Ok(true)
+    }
+
+    /// Adds a frame as a SEND. A credit for it must be there.
+    fn add_frame(&mut self, frame: Frame) -> Result<(), String> {
+        let mut bytes = [0; Frame::LEN_MAX];
+        let len = frame.encode(self.credits.send(), &mut bytes);
+        let flags = Flags {
+            signalled: false,
+            solicited: true,
+        };
+        let added = if self.is_inline {
+            self.chain.send_inline(0, &bytes[..len], flags)
+        } else {
+            let sge = self.stage(&bytes[..len])?;
+            self.chain.send(0, &[sge], flags)
+        };
+        added.map_err(|error| error.to_string())
+    }
+
+    /// Adds a WRITE of the header to the peer's next slot, with the slot's number as immediate data.
+    fn add_immediate(&mut self, slots: (u64, u32), header: &BatchHeader) -> Result<(), String> {
+        let slot = u16::try_from((self.given - 1) % u64::from(self.terms.peer_receives))
+            .expect("invariant: a remainder of a u16");
+        let credits = self.credits.send();
+        let sge = self.stage(&header.to_bytes())?;
+        let to = RemotePlace {
+            address: slot_address(slots.0, slot),
+            rkey: slots.1,
+        };
+        let flags = Flags {
+            signalled: false,
+            solicited: true,
+        };
+        let imm = Immediate { slot, credits }.to_bits();
+        self.chain
+            .write_with_imm(0, &[sge], to, imm, flags)
+            .map_err(|error| error.to_string())
+    }
+
+    fn stage(&mut self, bytes: &[u8]) -> Result<Sge, String> {
+        let wires = self.wires.as_ref().ok_or("the queue pair is gone")?;
+        self.frames_sent += 1;
+        Ok(wires.buffers.stage(self.frames_sent, bytes))
+    }
+}
+
+struct BatchRanges<'a> {
+    sources: &'a [i32],
+    targets: &'a [i32],
+}
+
+/// The items of a batch on both sides.
+fn ranges(writing: &Writing) -> Result<BatchRanges<'_>, String> {
+    let batch = &writing.batch;
+    let (start, len) = (batch.fields.window_start, batch.fields.window_len);
+    let (start, len) = (start as usize, len as usize);
+    let targets = batch.targets.get(start..start.saturating_add(len));
+    // What was pushed was compared with what was granted, so this does not happen; if it does, only the lane ends.
+    let targets = targets.ok_or("a batch for more pages than were granted")?;
+    Ok(BatchRanges {
+        sources: &batch.items[batch.part.clone()],
+        targets,
+    })
+}
+
+/// The sources of one WRITE: those from the front whose targets lie one behind the other, at most `most` of them.
+fn gather(
+    rail: &Rail,
+    descriptors: &[Descriptor],
+    most: usize,
+    terms: &Terms,
+) -> Result<([Sge; CHAIN_SGES_MAX], usize), String> {
+    const EMPTY: Sge = Sge {
+        address: 0,
+        bytes: 0,
+        lkey: 0,
+    };
+    let mut sges = [EMPTY; CHAIN_SGES_MAX];
+    let (mut count, mut bytes) = (0, 0);
+    let mut next: Option<Place> = None;
+    for descriptor in descriptors.iter().take(most.min(CHAIN_SGES_MAX)) {
+        // A WRITE has one remote key, so it does not go on into the peer's next chunk.
+        let starts_chunk = descriptor.target.offset % terms.peer_chunk_bytes == 0;
+        let touches = next.is_none_or(|next| next == descriptor.target && !starts_chunk);
+        if !touches || bytes + descriptor.len > terms.message_bytes_max {
+            break;
+        }
+        sges[count] = rail.source(descriptor.source, descriptor.len)?;
+        count += 1;
+        bytes += descriptor.len;
+        next = Some(Place {
+            offset: descriptor.target.offset + descriptor.len,
+            ..descriptor.target
+        });
+    }
+    Ok((sges, count))
+}
