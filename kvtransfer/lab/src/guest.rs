@@ -7,6 +7,7 @@ mod process;
 use std::{
     fs::{self, File},
     io::Write as _,
+    iter,
     path::Path,
     process::{Command, Stdio},
     sync::Mutex,
@@ -89,8 +90,9 @@ fn start_and_run(reporter: &Reporter) -> Result<()> {
     let watch = Stopwatch::start();
     let modules = fs::read_to_string(MODULES).context("reading the list of modules")?;
     for module in modules.lines() {
-        // dummy would make a device of its own; the others do not mind a parameter that they do not know.
-        command("busybox", &["insmod", module, "numdummies=0"])?;
+        // A module's file, and its parameters if it has any.
+        let arguments: Vec<&str> = iter::once("insmod").chain(module.split(' ')).collect();
+        command("busybox", &arguments)?;
     }
     reporter.stage("modules", watch.seconds());
 

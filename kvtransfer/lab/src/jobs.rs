@@ -43,29 +43,29 @@ pub(crate) const JOBS: [Job; 7] = [
     },
     Job {
         name: "rping-siw",
-        about: "iWARP connects and moves bytes through the connection manager",
+        about: "iWARP connects siw1 to siw0 through the connection manager",
         source: Source::Line(
             "rdma-lab pair --ready cm:7174 --server 'rping -s -a 10.77.0.1 -C 3' \
-             --client 'rping -c -v -a 10.77.0.1 -C 3 -S 32'",
+             --client 'rping -c -v -a 10.77.0.1 -I 10.77.1.1 -C 3 -S 32'",
         ),
         binaries: &[],
         limit_s: 60,
     },
     Job {
         name: "perftest-siw",
-        about: "RDMA writes from siw1 to siw0: bandwidth, then latency",
+        about: "iWARP writes: bandwidth, then latency",
         source: Source::Line(
             "rdma-lab pair --ready cm:18515 --server 'ib_write_bw -R -d siw0 -s 65536 -n 200 -F' \
-             --client 'ib_write_bw -R -d siw1 -s 65536 -n 200 -F 10.77.0.1' && \
+             --client 'ib_write_bw -R -d siw0 -s 65536 -n 200 -F 10.77.0.1' && \
              rdma-lab pair --ready cm:18515 --server 'ib_write_lat -R -d siw0 -s 64 -n 200 -F' \
-             --client 'ib_write_lat -R -d siw1 -s 64 -n 200 -F 10.77.0.1'",
+             --client 'ib_write_lat -R -d siw0 -s 64 -n 200 -F 10.77.0.1'",
         ),
         binaries: &[],
         limit_s: 90,
     },
     Job {
         name: "perftest-rxe",
-        about: "RDMA writes from rxe1 to rxe0, connected out of band: bandwidth, then latency",
+        about: "RoCE writes from rxe1 to rxe0, connected out of band: bandwidth, then latency",
         source: Source::Line(
             "rdma-lab pair --ready tcp:18515 --server 'ib_write_bw -d rxe0 -x 1 -s 65536 -n 100 -F' \
              --client 'ib_write_bw -d rxe1 -x 1 -s 65536 -n 100 -F 10.77.2.1' && \
@@ -77,7 +77,7 @@ pub(crate) const JOBS: [Job; 7] = [
     },
     Job {
         name: "rping-rxe",
-        about: "RoCE connects between two devices through the connection manager",
+        about: "RoCE connects rxe1 to rxe0 through the connection manager",
         source: Source::Line(
             "rdma-lab pair --ready cm:7174 --server 'rping -s -a 10.77.2.1 -C 3' \
              --client 'rping -c -v -a 10.77.2.1 -I 10.77.2.2 -C 3 -S 32'",

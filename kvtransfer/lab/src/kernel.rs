@@ -24,6 +24,9 @@ const MODULES: [&str; 10] = [
     "rdma_rxe",
 ];
 
+/// Parameters of modules: without it, dummy makes a device of its own.
+pub(crate) const PARAMETERS: [(&str, &str); 1] = [("dummy.ko", "numdummies=0")];
+
 /// The folder of siw in the kernel's source.
 const SIW_SOURCE: &str = "drivers/infiniband/sw/siw";
 

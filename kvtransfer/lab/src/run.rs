@@ -13,7 +13,7 @@ use crate::{
     clock::Stopwatch,
     guest,
     image::Image,
-    kernel::Kernel,
+    kernel::{Kernel, PARAMETERS},
     machine::Machine,
     packages,
     plan::{self, Plan},
@@ -224,7 +224,12 @@ fn modules(image: &mut Image, kernel: &Kernel, siw: &Path) -> Result<()> {
         let place = Path::new("/lab").join(name);
         // A module is no program: the loader cannot say what it needs.
         image.data(path, &place)?;
-        list.push_str(&format!("{}\n", place.display()));
+        list.push_str(&place.to_string_lossy());
+        for (_, parameter) in PARAMETERS.iter().filter(|(module, _)| name == *module) {
+            list.push(' ');
+            list.push_str(parameter);
+        }
+        list.push('\n');
     }
     image.text(guest::MODULES, &list, 0o644);
     Ok(())
