@@ -42,6 +42,13 @@ pub(crate) fn workspace() -> PathBuf {
 fn cargo() -> Command {
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(program);
+    // `cargo run` describes the package that it runs. Build scripts that watch these would run again each time.
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+            command.env_remove(&name);
+        }
+    }
     command
         .current_dir(workspace())
         .stdin(Stdio::null())
@@ -167,12 +174,12 @@ pub(crate) fn tests_in(program: &Path, filter: Option<&str>, ignored_only: bool)
         .count())
 }
 
-/// Copies a program without what only a debugger reads.
+/// Copies a program without what only a debugger reads; backtraces keep their names.
 pub(crate) fn stripped(program: &Path, folder: &Path) -> Result<PathBuf> {
     let name = program.file_name().context("a program without a name")?;
     let target = folder.join(name);
     let ended = Command::new("strip")
-        .arg("-o")
+        .args(["--strip-debug", "-o"])
         .arg(&target)
         .arg(program)
         .status()

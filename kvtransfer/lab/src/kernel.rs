@@ -38,7 +38,7 @@ pub(crate) struct Kernel {
 }
 
 impl Kernel {
-    /// The newest kernel below `/boot` whose modules and headers are installed too.
+    /// The newest kernel below `/boot` whose modules, headers and source are installed too.
     pub(crate) fn newest() -> Result<Self> {
         let mut found: Vec<String> = Vec::new();
         for entry in fs::read_dir("/boot").context("reading /boot")? {
@@ -46,17 +46,39 @@ impl Kernel {
             let Some(release) = name.strip_prefix("vmlinuz-") else {
                 continue;
             };
-            let folder = Path::new("/lib/modules").join(release);
-            if folder.join("modules.dep").exists() && folder.join("build").exists() {
+            let kernel = Self {
+                release: release.to_owned(),
+            };
+            if kernel.is_complete() {
                 found.push(release.to_owned());
             }
         }
         let release = found.into_iter().max_by_key(|release| numbers(release));
         let release = release.context(
-            "no kernel in /boot has its modules and headers; \
-             install linux-image-amd64 and linux-headers-amd64 of the same version",
+            "no kernel in /boot has rdma_rxe, its headers and its source; \
+             install linux-image-amd64, linux-headers-amd64 and linux-source-6.1 of the same version",
         )?;
         Ok(Self { release })
+    }
+
+    /// Whether it has rxe (cloud kernels do not), headers to build siw, and siw's source.
+    fn is_complete(&self) -> bool {
+        let listing = fs::read_to_string(self.folder().join("modules.dep")).unwrap_or_default();
+        listing.contains("/rdma_rxe.ko")
+            && self.folder().join("build").exists()
+            && self.source().0.exists()
+    }
+
+    /// The archive of its source, and the folder in it.
+    fn source(&self) -> (PathBuf, String) {
+        let version: Vec<String> = numbers(&self.release)
+            .iter()
+            .take(2)
+            .map(u64::to_string)
+            .collect();
+        let tree = format!("linux-source-{}", version.join("."));
+        let archive = Path::new("/usr/src").join(format!("{tree}.tar.xz"));
+        (archive, tree)
     }
 
     /// The file to boot.
@@ -96,20 +118,15 @@ impl Kernel {
     }
 
     fn build_siw(&self, folder: &Path) -> Result<PathBuf> {
-        let version: Vec<String> = numbers(&self.release)
-            .iter()
-            .take(2)
-            .map(u64::to_string)
-            .collect();
-        let tree = format!("linux-source-{}", version.join("."));
-        let archive = format!("/usr/src/{tree}.tar.xz");
+        let (archive, tree) = self.source();
         crate::say(&format!(
             "building siw for {} (once, about 35 s)",
             self.release
         ));
         quiet(
             Command::new("tar")
-                .args(["--extract", "--strip-components=5", "--file", &archive])
+                .args(["--extract", "--strip-components=5", "--file"])
+                .arg(&archive)
                 .arg("--directory")
                 .arg(folder)
                 .arg(format!("{tree}/{SIW_SOURCE}")),

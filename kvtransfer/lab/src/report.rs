@@ -8,7 +8,10 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::protocol::{Ended, Report};
+use crate::{
+    jobs::SELF_TEST,
+    protocol::{Ended, Report},
+};
 
 /// How a job came out.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,7 +30,7 @@ pub(crate) struct Results {
     jobs: Vec<(String, Outcome)>,
     /// Where files of jobs go.
     outputs: PathBuf,
-    files: usize,
+    has_files: bool,
 }
 
 impl Results {
@@ -36,7 +39,7 @@ impl Results {
         Self {
             jobs,
             outputs,
-            files: 0,
+            has_files: false,
         }
     }
 
@@ -84,7 +87,7 @@ impl Results {
             .with_context(|| format!("opening {}", path.display()))?;
         file.write_all(bytes)
             .with_context(|| format!("writing {}", path.display()))?;
-        self.files += 1;
+        self.has_files = true;
         Ok(())
     }
 
@@ -110,8 +113,16 @@ impl Results {
             is_missing |= which == 2 && asked.contains(name);
             table.push_str(&format!("  {name:width$}  {}\n", outcome.words()));
         }
-        if self.files > 0 {
+        if self.has_files {
             table.push_str(&format!("files of jobs: {}\n", self.outputs.display()));
+        }
+        let words = self.kinds().into_iter().map(|(kind, is_ok)| {
+            let word = if is_ok { "ok" } else { "BROKEN" };
+            format!("{kind} {word}")
+        });
+        let words: Vec<String> = words.collect();
+        if !words.is_empty() {
+            table.push_str(&format!("lab: {}\n", words.join(", ")));
         }
         let [passed, failed, skipped] = counts;
         if is_missing {
@@ -124,6 +135,25 @@ impl Results {
             "{passed} passed, {failed} failed, {skipped} skipped"
         ));
         (table, passed > 0 && failed == 0 && !is_missing)
+    }
+
+    /// Whether the self-test of each kind of device passed, of the kinds whose self-test was run as a whole.
+    fn kinds(&self) -> Vec<(&'static str, bool)> {
+        let mut kinds = Vec::new();
+        for kind in ["siw", "rxe"] {
+            let tests: Vec<_> = SELF_TEST
+                .iter()
+                .filter(|name| name.ends_with(kind))
+                .collect();
+            let of_kind = |(name, _): &&(String, Outcome)| tests.iter().any(|test| *test == name);
+            let ran: Vec<_> = self.jobs.iter().filter(of_kind).collect();
+            if ran.len() == tests.len() {
+                let is_ok =
+                    |outcome: &Outcome| matches!(outcome, Outcome::Ran(Ended::Exited(0), _));
+                kinds.push((kind, ran.iter().all(|(_, outcome)| is_ok(outcome))));
+            }
+        }
+        kinds
     }
 }
 
@@ -183,6 +213,22 @@ mod tests {
         let (table, is_passed) = skipped.table(&["b".to_owned()]);
         assert!(!is_passed, "a job asked for by name did not run: {table}");
         assert!(table.ends_with("1 passed, 0 failed, 1 skipped"), "{table}");
+    }
+
+    #[test]
+    fn the_self_test_says_which_kind_of_device_works() {
+        let with = |name: &str| {
+            let code = i32::from(name == "perftest-rxe");
+            (name.to_owned(), passed(code))
+        };
+        let mut results = Results::new(SELF_TEST.map(with).to_vec(), PathBuf::from("/nowhere"));
+        assert_eq!(results.kinds(), [("siw", true), ("rxe", false)]);
+        results.jobs.remove(0);
+        assert_eq!(
+            results.kinds(),
+            [("rxe", false)],
+            "half a self-test says nothing"
+        );
     }
 
     #[test]

@@ -45,10 +45,14 @@ const APPLETS: [&str; 36] = [
 const PROVIDERS: [&str; 2] = ["siw", "rxe"];
 const PROVIDER_FOLDER: &str = "/usr/lib/x86_64-linux-gnu/libibverbs";
 
+/// A run's own folder is named so, and after its process.
+const SCRATCH: &str = "run-";
+
 /// The guest's first process. The shell also waits for orphans, as a first process must.
 const INIT: &str = "#!/bin/busybox sh
 export PATH=/usr/bin
 ulimit -l unlimited
+ulimit -n 65536
 ulimit -c 0
 /usr/bin/rdma-lab guest
 /bin/busybox poweroff -f
@@ -72,11 +76,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<bool> {
         return Ok(false);
     }
 
-    let scratch = folder.join(format!("run-{}", std::process::id()));
+    remove_abandoned(&folder)?;
+    let scratch = folder.join(format!("{SCRATCH}{}", std::process::id()));
     fs::create_dir_all(&scratch).with_context(|| format!("making {}", scratch.display()))?;
     let done = in_machine(arguments, &kernel, &siw, &plan, &scratch, whole);
     if arguments.keep {
-        crate::say(&format!("image and logs: {}", scratch.display()));
+        let kept = folder.join(format!("kept-{}", std::process::id()));
+        fs::rename(&scratch, &kept).with_context(|| format!("making {}", kept.display()))?;
+        crate::say(&format!("image and logs: {}", kept.display()));
     } else {
         fs::remove_dir_all(&scratch).with_context(|| format!("removing {}", scratch.display()))?;
     }
@@ -85,6 +92,20 @@ pub(crate) fn run(arguments: &Arguments) -> Result<bool> {
 
 fn stage(name: &str, watch: Stopwatch) {
     crate::say(&format!("{:5.1} s  {name}", watch.seconds()));
+}
+
+/// Removes the folders of runs that were killed.
+fn remove_abandoned(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder).context("reading the lab's folder")? {
+        let entry = entry.context("reading the lab's folder")?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let is_alive = |id: &str| Path::new("/proc").join(id).exists();
+        if name.strip_prefix(SCRATCH).is_some_and(|id| !is_alive(id)) {
+            let path = entry.path();
+            fs::remove_dir_all(&path).with_context(|| format!("removing {}", path.display()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Below cargo's target folder, where this program lies.
