@@ -1,7 +1,7 @@
 //! The Debian packages that the lab needs, installed if they are missing.
 
 use std::{
-    path::Path,
+    fs,
     process::{Command, Stdio},
 };
 
@@ -32,10 +32,9 @@ const PACKAGES: [&str; 16] = [
 
 /// Installs what is missing; says which. Errors carry the command to run by hand.
 pub(crate) fn ensure() -> Result<()> {
-    if !Path::new("/etc/debian_version").exists() || !cfg!(target_arch = "x86_64") {
-        bail!(
-            "the lab needs Debian 12 on x86-64: its kernel, its kernel's source and its packages"
-        );
+    let version = fs::read_to_string("/etc/debian_version").unwrap_or_default();
+    if !version.starts_with("12") || !cfg!(target_arch = "x86_64") {
+        bail!("the lab needs Debian 12 on x86-64, for its kernel and that kernel's source");
     }
     let missing = missing(&installed()?);
     if missing.is_empty() {
