@@ -1,11 +1,12 @@
 //! What an engine can be told. Every field says its default, its unit and what it costs.
 #![forbid(unsafe_code)]
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use crate::{
     serve::{bootstrap::BootstrapConfig, telemetry::TelemetryConfig},
     transfer::NodeConfig,
+    transport::verbs::library::Library,
     wire::{hello::LANES_MAX, rdma::Connector},
 };
 
@@ -86,6 +87,13 @@ impl Default for RdmaConfig {
             drain: Duration::from_millis(20),
             heartbeat: Duration::from_secs(2),
         }
+    }
+}
+
+impl RdmaConfig {
+    /// The libraries, or why they cannot be had.
+    pub(crate) fn open_library(&self) -> Result<Arc<Library>, String> {
+        Library::open().map_err(|error| error.to_string())
     }
 }
 
@@ -180,12 +188,27 @@ impl EngineConfig {
                 BATCH_BYTES_MAX,
             ),
             ("lane_window", self.lane_window as u64, 1, 4096),
-            ("rdma.queue_pairs", self.rdma.queue_pairs.into(), 1, u64::from(LANES_MAX)),
-            ("rdma.batch_bytes", self.rdma.batch_bytes, 4096, BATCH_BYTES_MAX),
+            (
+                "rdma.queue_pairs",
+                self.rdma.queue_pairs.into(),
+                1,
+                u64::from(LANES_MAX),
+            ),
+            (
+                "rdma.batch_bytes",
+                self.rdma.batch_bytes,
+                4096,
+                BATCH_BYTES_MAX,
+            ),
             ("rdma.window", self.rdma.window as u64, 1, 256),
             ("rdma.send_queue", self.rdma.send_queue.into(), 16, 8192),
             ("rdma.drain in ms", millis(self.rdma.drain), 0, 200),
-            ("rdma.heartbeat in ms", millis(self.rdma.heartbeat), 10, 60_000),
+            (
+                "rdma.heartbeat in ms",
+                millis(self.rdma.heartbeat),
+                10,
+                60_000,
+            ),
             (
                 "ring_bytes",
                 self.ring_bytes as u64,

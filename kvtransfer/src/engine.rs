@@ -10,7 +10,9 @@ mod dial;
 mod greeting;
 mod handle;
 pub(crate) mod hub;
-mod link;
+pub(crate) mod link;
+mod queue_pairs;
+pub(crate) mod redial;
 
 pub use dial::ConnectError;
 pub use handle::{CompletionQueue, Poll, Transfer};
@@ -28,7 +30,7 @@ use thiserror::Error;
 
 use crate::{
     clock,
-    config::EngineConfig,
+    config::{EngineConfig, RdmaConfig, RdmaUse},
     error::SubmitError,
     ids::{InstanceId, PeerId},
     layout::{Layout, RegionId},
@@ -40,6 +42,7 @@ use crate::{
     },
     telemetry::snapshot::Snapshot,
     transfer::{ReceiveRequest, SendRequest},
+    transport::rail::Rails,
 };
 
 /// Why an engine could not start.
@@ -52,6 +55,9 @@ pub enum BuildError {
     /// The layout contradicts itself or the regions.
     #[error("layout: {0}")]
     Layout(String),
+    /// RDMA is required, but cannot be used here.
+    #[error("RDMA: {0}")]
+    Rdma(String),
     /// The address cannot be listened on.
     #[error("cannot listen on {address}: {source}{}", fix(.source))]
     Listen {
@@ -175,7 +181,8 @@ impl Engine {
             .transpose()?;
         let (bootstrap, telemetry) = (config.bootstrap.clone(), config.telemetry.clone());
         let bootstrap = bootstrap.map(BootstrapServer::start).transpose()?;
-        let (hub, waker) = hub::Hub::new(config, memory.regions, layout)?;
+        let rails = open_rails(&config.rdma, &memory.regions)?;
+        let (hub, waker) = hub::Hub::new(config, memory.regions, layout, rails)?;
         let hub = Arc::new(hub);
         let telemetry = telemetry
             .map(|config| TelemetryServer::start(config, snapshot_source(&hub)))
@@ -299,6 +306,7 @@ impl Engine {
         if let Some(control) = control {
             let _ = control.join();
         }
+        self.hub.rails.stop();
         self.hub.join_lanes();
     }
 
@@ -308,7 +316,7 @@ impl Engine {
         let link = self.hub.link(peer);
         let lanes = link.map(|link| link.lanes()).unwrap_or_default();
         let found = lanes.iter().find(|known| known.id().0 == lane);
-        found.inspect(|lane| lane.shut_down()).is_some()
+        found.inspect(|lane| lane.fence("reset")).is_some()
     }
 
     /// Messages and batches about rooms that are over, since the start.
@@ -325,6 +333,22 @@ impl Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         self.shut_down();
+    }
+}
+
+fn open_rails(config: &RdmaConfig, regions: &[Arc<Region>]) -> Result<Rails, BuildError> {
+    if config.usage == RdmaUse::Off {
+        return Ok(Rails::none("RDMA is switched off here".into()));
+    }
+    let library = config.open_library();
+    let opened = library.and_then(|library| Rails::open(config, &library, regions));
+    match opened {
+        Ok(rails) => Ok(rails),
+        Err(reason) if config.usage == RdmaUse::Required => Err(BuildError::Rdma(reason)),
+        Err(reason) => {
+            tracing::info!(reason, "RDMA is not used");
+            Ok(Rails::none(reason))
+        }
     }
 }
 

@@ -11,9 +11,11 @@ use super::{
     greeting::{LaneStart, LocalPath, Talk, agree, check_token, introduce, start_lane},
     hub::Hub,
     link::Link,
+    queue_pairs,
 };
 use crate::{
     clock,
+    config::RdmaUse,
     ids::{InstanceId, LaneId, PeerId},
     wire::{
         control::{Control, ControlDecoder},
@@ -67,8 +69,22 @@ fn converse(hub: &Arc<Hub>, stranger: Stranger) -> io::Result<()> {
             can_pull,
         } => {
             let opened = check_token(hub, &token).and_then(|()| find(hub, instance, link, lane));
+            let opened = opened.and_then(|link| may_be_stream(hub, link, lane, stranger.is_local));
             match opened {
                 Ok(link) => lane_ready(hub, stranger, talk, &link, LaneId(lane), can_pull),
+                Err(reason) => reject(&mut talk, reason),
+            }
+        }
+        Control::QpOpen(open) if !stranger.is_local => {
+            let found = check_token(hub, &open.token)
+                .and_then(|()| find(hub, open.instance, open.link, open.lane));
+            match found {
+                Ok(link) => {
+                    let (socket, timeout) =
+                        (stranger.socket.try_clone()?, hub.config.handshake_timeout);
+                    let accepted = queue_pairs::accept(hub, &link, stranger, talk, &open);
+                    accepted.or_else(|reason| reject(&mut Talk::new(&socket, timeout), reason))
+                }
                 Err(reason) => reject(&mut talk, reason),
             }
         }
@@ -120,6 +136,7 @@ fn welcome(hub: &Arc<Hub>, stranger: Stranger, mut talk: Talk<'_>, hello: Hello)
         agreement,
         writer,
         clock::now().since(started),
+        None,
     ));
     // Queued before anybody else can queue: the first message on the stream.
     let _ = link.queue(&Control::Welcome(Box::new(introduce(hub, number, lanes))));
@@ -150,14 +167,25 @@ fn find(hub: &Hub, instance: InstanceId, link: u64, lane: u8) -> Result<Arc<Link
     let link = hub
         .find_link(instance, link)
         .ok_or("a data connection without a control stream")?;
-    if lane >= link.agreement.lanes {
-        return Err(format!(
-            "data connection {lane} of {} agreed",
-            link.agreement.lanes
-        ));
-    }
     if link.lanes().iter().any(|known| known.id().0 == lane) {
         return Err(format!("data connection {lane} is open already"));
+    }
+    Ok(link)
+}
+
+/// Whether a lane may be a stream: within the number agreed, and not where RDMA is required.
+fn may_be_stream(
+    hub: &Hub,
+    link: Arc<Link>,
+    lane: u8,
+    is_local: bool,
+) -> Result<Arc<Link>, String> {
+    let agreed = link.agreement.lanes;
+    if lane >= agreed {
+        return Err(format!("data connection {lane} of {agreed} agreed"));
+    }
+    if hub.config.rdma.usage == RdmaUse::Required && !is_local {
+        return Err("this engine moves data by RDMA only".into());
     }
     Ok(link)
 }

@@ -19,10 +19,11 @@ use super::{
     greeting::{LaneStart, LocalPath, Talk, agree, introduce, start_lane, token_of},
     hub::{Hub, peer_info},
     link::Link,
+    queue_pairs, redial,
 };
 use crate::{
     clock,
-    config::SameHost,
+    config::{RdmaUse, SameHost},
     ids::LaneId,
     time::Time,
     wire::{control::Control, hello::HostIdentity},
@@ -118,7 +119,8 @@ pub(super) fn dial(
     let writer = control
         .try_clone()
         .map_err(broken("duplicating a descriptor"))?;
-    let link = Link::new(peer, agreement, writer, clock::now().since(started));
+    let took = clock::now().since(started);
+    let link = Link::new(peer, agreement, writer, took, Some(address));
     let link = Arc::new(link);
     hub.add_link(&link);
     let opened = open_lanes(hub, &link, &host, address, lanes, deadline);
@@ -155,13 +157,22 @@ fn connect(address: SocketAddr, timeout: Duration) -> Result<TcpStream, ConnectE
 
 fn open_lanes(
     hub: &Arc<Hub>,
-    link: &Link,
+    link: &Arc<Link>,
     host: &HostIdentity,
     address: SocketAddr,
     lanes: u8,
     deadline: Time,
 ) -> io::Result<()> {
     let mut reason = same_host_refusal(hub, host);
+    if let Some(refused) = &reason {
+        match open_queue_pairs(hub, link, address, deadline, refused) {
+            Ok(()) => return Ok(()),
+            Err(why) if hub.config.rdma.usage == RdmaUse::Required => {
+                return Err(io::Error::other(format!("RDMA is required: {why}")));
+            }
+            Err(why) => reason = Some(format!("{refused}; {why}")),
+        }
+    }
     for lane in (0..lanes).map(LaneId) {
         let mut start = None;
         if reason.is_none() {
@@ -184,6 +195,48 @@ fn open_lanes(
     }
     Ok(())
 }
+
+/// Opens queue pairs over every rail. One that works is enough; the others are tried again later.
+///
+/// # Errors
+/// Why there is none, in words.
+fn open_queue_pairs(
+    hub: &Arc<Hub>,
+    link: &Arc<Link>,
+    address: SocketAddr,
+    deadline: Time,
+    refused: &str,
+) -> Result<(), String> {
+    let mut failed = Vec::new();
+    let tracks = queue_pairs::tracks(hub, link)?;
+    let count = tracks.len();
+    for track in tracks {
+        // One that does not answer must leave time for another path.
+        let share =
+            Duration::from_nanos(u64::try_from(left(deadline).as_nanos()).unwrap_or(u64::MAX) / 2);
+        let until = clock::now() + share;
+        if let Err(reason) = queue_pairs::open(hub, link, address, track, until, refused) {
+            failed.push((track.lane, reason));
+            if failed.len() == count.min(FAILURES_MAX) {
+                break;
+            }
+        }
+    }
+    let Some((_, reason)) = failed.first() else {
+        return Ok(());
+    };
+    if link.lanes().is_empty() {
+        return Err(reason.clone());
+    }
+    for (lane, reason) in &failed {
+        tracing::warn!(peer = %link.peer, lane = lane.0, reason, "a queue pair is missing; it is tried again");
+        redial::lane_lost(hub, link, *lane);
+    }
+    Ok(())
+}
+
+/// Queue pairs that may fail before the path is given up.
+const FAILURES_MAX: usize = 2;
 
 /// Why no same-host path is tried, if none is.
 fn same_host_refusal(hub: &Hub, host: &HostIdentity) -> Option<String> {

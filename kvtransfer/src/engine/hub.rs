@@ -53,6 +53,10 @@ pub(crate) struct Hub {
     pub(crate) generation: u64,
     /// What a same-host peer reads to prove that it can.
     pub(crate) probe_cookie: Box<[u8; 16]>,
+    /// The RDMA devices.
+    pub(crate) rails: Rails,
+    /// Some failed room waits for a network card.
+    is_ebbing: AtomicBool,
     regions: Vec<Arc<Region>>,
     core: Mutex<Core>,
     waker: Waker,
@@ -86,6 +90,7 @@ impl Hub {
         config: EngineConfig,
         regions: Vec<Arc<Region>>,
         layout: Layout,
+        rails: Rails,
     ) -> io::Result<(Self, mio::Poll)> {
         let poll = mio::Poll::new()?;
         let waker = Waker::new(poll.registry(), super::control::WAKE)?;
@@ -103,6 +108,8 @@ impl Hub {
             instance: InstanceId(random()?),
             generation,
             probe_cookie: Box::new(random()?),
+            rails,
+            is_ebbing: AtomicBool::new(false),
             regions,
             core: Mutex::new(core),
             waker,
@@ -127,6 +134,8 @@ impl Hub {
         let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
         let result = f(&mut core, now);
         let effects = self.collect(&mut core);
+        self.is_ebbing
+            .store(core.node.is_ebbing(), Ordering::SeqCst);
         drop(core);
         if let Some(effects) = effects {
             self.perform(effects);
@@ -327,6 +336,27 @@ impl Hub {
         self.with(|node, _| node.discarded(header))
     }
 
+    /// Whether lanes should report what their cards are done with.
+    pub(crate) fn is_ebbing(&self) -> bool {
+        self.is_ebbing.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn reaped(&self, peer: PeerId, lane: LaneId, count: u64) {
+        self.with(|node, _| node.reaped(peer, lane, count));
+    }
+
+    pub(crate) fn lane_fenced(&self, peer: PeerId, lane: LaneId, reason: &str) {
+        // First the link forgets it, as when it goes down.
+        if let Some(link) = self.link(peer) {
+            link.remove_lane(lane);
+        }
+        self.with(|node, _| node.lane_fenced(peer, lane, reason));
+    }
+
+    pub(crate) fn failures_told(&self, peer: PeerId) -> u64 {
+        self.with(|node, _| node.failures_told(peer))
+    }
+
     pub(crate) fn lane_down(&self, peer: PeerId, lane: LaneId, reason: &str) {
         // First the link forgets it: work must not be given to a lane that has no thread any more.
         if let Some(link) = self.link(peer) {
@@ -336,7 +366,7 @@ impl Hub {
     }
 
     /// A lane's connection stands: the node may use it.
-    pub(super) fn lane_up(&self, peer: PeerId, lane: LaneId, setup: LaneSetup, failures_told: u64) {
+    pub(crate) fn lane_up(&self, peer: PeerId, lane: LaneId, setup: LaneSetup, failures_told: u64) {
         self.with(|node, _| node.lane_up(peer, lane, setup, failures_told));
     }
 
@@ -398,7 +428,7 @@ impl Hub {
     }
 
     /// Ends a peer: its transfers fail, its connections close.
-    pub(super) fn drop_peer(&self, peer: PeerId, reason: &str) {
+    pub(crate) fn drop_peer(&self, peer: PeerId, reason: &str) {
         let link = self.with_core(|core, now| {
             core.node.peer_down(now, peer, reason);
             core.links.remove(&peer)
@@ -527,7 +557,7 @@ pub(super) fn peer_info(link: &Link) -> PeerInfo {
     }
 }
 
-pub(super) fn random<const N: usize>() -> io::Result<[u8; N]> {
+pub(crate) fn random<const N: usize>() -> io::Result<[u8; N]> {
     let mut bytes = [0; N];
     getrandom::fill(&mut bytes).map_err(|error| io::Error::other(error.to_string()))?;
     Ok(bytes)

@@ -2,11 +2,16 @@
 
 use std::{
     io,
+    net::SocketAddr,
     os::fd::OwnedFd,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
+use super::redial::Redial;
 use rustix::net::{SendFlags, Shutdown, send, shutdown};
 
 use crate::{
@@ -56,6 +61,10 @@ pub(crate) struct Link {
     control: OwnedFd,
     outbox: Mutex<Outbox>,
     lanes: Mutex<Vec<DataLane>>,
+    /// Where this side dialled it; `None` if the peer dialled.
+    pub(crate) dialled: Option<SocketAddr>,
+    pub(super) redial: Mutex<Redial>,
+    is_closed: AtomicBool,
 }
 
 /// The control stream's peer has not read for too long.
@@ -67,6 +76,7 @@ impl Link {
         agreement: Agreement,
         control: OwnedFd,
         handshake: Duration,
+        dialled: Option<SocketAddr>,
     ) -> Self {
         Self {
             peer,
@@ -76,6 +86,9 @@ impl Link {
             control,
             outbox: Mutex::default(),
             lanes: Mutex::default(),
+            dialled,
+            redial: Mutex::default(),
+            is_closed: AtomicBool::new(false),
         }
     }
 
@@ -159,8 +172,14 @@ impl Link {
         *path = (setup.path, setup.path_reason.clone());
     }
 
+    /// Whether it has been shut down: lanes that come now are not wanted.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.is_closed.load(Ordering::SeqCst)
+    }
+
     /// Ends every connection. Threads that own them notice.
     pub(crate) fn shut_down(&self) {
+        self.is_closed.store(true, Ordering::SeqCst);
         let _ = shutdown(&self.control, Shutdown::Both);
         for lane in self.lanes() {
             lane.shut_down();

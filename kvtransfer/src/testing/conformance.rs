@@ -362,11 +362,11 @@ impl<F: Fabric> Bench<F> {
 /// The prefix that every receiver of the suite holds.
 pub const PREFIX: u32 = 5;
 
-/// Makes a module of tests: every case of the suite over one fabric.
+/// Makes a module of tests: every case of the suite over one fabric. Attributes in front of the name go to every test.
 #[macro_export]
 macro_rules! conformance_cases {
-    ($name:ident, $fabric:ty) => {
-        $crate::conformance_cases!(@list $name, $fabric,
+    ($(#[$attribute:meta])* $name:ident, $fabric:ty) => {
+        $crate::conformance_cases!(@list [$(#[$attribute])*] $name, $fabric,
             bytes: contiguous, scattered, page_sizes, many_chunks, zero_page_last_chunk, states_and_aux_in_order,
                 latent, heads_two_to_one, heads_one_to_two, stages_two_to_one, replicas_with_dummies, larger_than_a_batch;
             rooms: cancelled_by_the_sender, cancelled_by_the_receiver, deadline_without_sender, deadline_without_pages,
@@ -375,14 +375,18 @@ macro_rules! conformance_cases {
             peers: path_is_named, wrong_layouts, reconnect, restart, shutdown, rooms_after_a_lost_lane, lost_lane, lost_lane_of_the_receiver;
         );
     };
-    (@list $name:ident, $fabric:ty, $($group:ident: $($case:ident),* ;)*) => {
+    (@list $attributes:tt $name:ident, $fabric:ty, $($group:ident: $($case:ident),* ;)*) => {
         mod $name {
             $($(
-                #[test]
-                fn $case() {
-                    $crate::testing::conformance::$group::$case::<$fabric>();
-                }
+                $crate::conformance_cases!(@case $attributes $group $case $fabric);
             )*)*
+        }
+    };
+    (@case [$($attributes:tt)*] $group:ident $case:ident $fabric:ty) => {
+        #[test]
+        $($attributes)*
+        fn $case() {
+            $crate::testing::conformance::$group::$case::<$fabric>();
         }
     };
 }

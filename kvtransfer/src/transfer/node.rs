@@ -189,6 +189,11 @@ impl Node {
         self.sends.len() + self.receives.len() + self.ebbs.len()
     }
 
+    /// Whether failed rooms wait for a network card.
+    pub fn is_ebbing(&self) -> bool {
+        !self.ebbs.is_empty()
+    }
+
     /// Messages and batches about rooms that are over, since the start.
     pub fn late_messages(&self) -> u64 {
         self.late_messages

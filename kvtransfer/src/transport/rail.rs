@@ -37,11 +37,7 @@ use crate::{
     memory::Region,
     plan::descriptor::Place,
     transport::verbs::{
-        chain::Sge,
-        context::Context,
-        device::GidEntry,
-        mr::RegisteredRegion,
-        pd::Pd,
+        chain::Sge, context::Context, device::GidEntry, mr::RegisteredRegion, pd::Pd,
         probe::Capabilities,
     },
     wire::rdma::{Connector, RailOffer},
@@ -81,15 +77,23 @@ pub(crate) struct Rail {
 impl Rail {
     /// What peers must know of it.
     pub(crate) fn offer(&self) -> RailOffer {
-        let rkeys = self.regions.iter().flatten().flat_map(RegisteredRegion::rkeys);
+        let rkeys = self
+            .regions
+            .iter()
+            .flatten()
+            .flat_map(RegisteredRegion::rkeys);
         RailOffer {
             name: self.name.clone(),
             connector: self.connector,
-            imm: self.settings.immediate && self.capabilities.immediate.value,
+            imm: self.offers_immediate(),
             message_bytes_max: self.capabilities.wr_bytes_max.value,
             chunk_bytes: self.chunk_bytes,
             rkeys: rkeys.collect(),
         }
+    }
+
+    fn offers_immediate(&self) -> bool {
+        self.settings.immediate && self.capabilities.immediate.value
     }
 
     /// A piece of our memory as a WRITE names it.
@@ -135,11 +139,6 @@ impl Rails {
         self.rails.iter().map(|rail| rail.offer()).collect()
     }
 
-    /// Why there are none.
-    pub(crate) fn refusal(&self) -> &str {
-        &self.refusal
-    }
-
     pub(crate) fn get(&self, number: u8) -> Option<&Arc<Rail>> {
         self.rails.get(usize::from(number))
     }
@@ -160,7 +159,9 @@ impl Rails {
         for connector in [Connector::Compat, Connector::Standard] {
             let ours = self.rails.iter().filter(|rail| rail.connector == connector);
             let ours: Vec<u8> = ours.map(|rail| rail.number).collect();
-            let theirs = (0_u8..).zip(offers).filter(|(_, offer)| offer.connector == connector);
+            let theirs = (0_u8..)
+                .zip(offers)
+                .filter(|(_, offer)| offer.connector == connector);
             let theirs: Vec<u8> = theirs.map(|(number, _)| number).collect();
             if !ours.is_empty() && !theirs.is_empty() {
                 let count = ours.len().max(theirs.len());

@@ -13,6 +13,7 @@ pub(crate) mod context;
 pub(crate) mod cq;
 pub(crate) mod device;
 pub(crate) mod error;
+pub(crate) mod events;
 pub(crate) mod library;
 pub(crate) mod mr;
 pub(crate) mod pd;

@@ -185,20 +185,40 @@ impl Control {
     pub fn encode(&self, out: &mut Vec<u8>) {
         let start = out.len();
         out.extend_from_slice(&[0; HEAD_LEN]);
-        let mut w = Writer(out);
-        let kind: u8 = match self {
-            Self::Hello(hello) => {
-                hello.write(&mut w);
-                1
-            }
-            Self::Welcome(hello) => {
-                hello.write(&mut w);
-                2
-            }
-            Self::Reject { reason } => {
-                w.text(bounded(reason));
-                3
-            }
+        self.write_body(&mut Writer(out));
+        let len = out.len() - start - HEAD_LEN;
+        let len = u32::try_from(len).expect("invariant: local messages are bounded below 2^32");
+        let head = &mut out[start..start + HEAD_LEN];
+        head[..4].copy_from_slice(&CONTROL_MAGIC.to_le_bytes());
+        head[4] = VERSION;
+        head[5] = self.kind();
+        head[8..].copy_from_slice(&len.to_le_bytes());
+    }
+
+    /// Numbers are part of the wire format and never re-used.
+    fn kind(&self) -> u8 {
+        match self {
+            Self::Hello(_) => 1,
+            Self::Welcome(_) => 2,
+            Self::Reject { .. } => 3,
+            Self::LaneOpen { .. } => 4,
+            Self::LaneReady { .. } => 5,
+            Self::Grant(_) => 6,
+            Self::RoomFailed { .. } => 7,
+            Self::Ping { .. } => 8,
+            Self::Pong { .. } => 9,
+            Self::RoomStopped { .. } => 10,
+            Self::QpOpen(_) => 11,
+            Self::QpReady(_) => 12,
+            Self::QpUp => 13,
+            Self::QpDown { .. } => 14,
+        }
+    }
+
+    fn write_body(&self, w: &mut Writer<'_>) {
+        match self {
+            Self::Hello(hello) | Self::Welcome(hello) => hello.write(w),
+            Self::Reject { reason } | Self::QpDown { reason } => w.text(bounded(reason)),
             Self::LaneOpen {
                 instance,
                 link,
@@ -212,16 +232,9 @@ impl Control {
                 w.count(token.len());
                 w.raw(token);
                 w.u8(u8::from(*can_pull));
-                4
             }
-            Self::LaneReady { can_pull } => {
-                w.u8(u8::from(*can_pull));
-                5
-            }
-            Self::Grant(grant) => {
-                write_grant(&mut w, grant);
-                6
-            }
+            Self::LaneReady { can_pull } => w.u8(u8::from(*can_pull)),
+            Self::Grant(grant) => write_grant(w, grant),
             Self::RoomFailed {
                 room,
                 epoch,
@@ -232,15 +245,6 @@ impl Control {
                 w.u32(epoch.0);
                 w.u16(code.number());
                 w.text(bounded(reason));
-                7
-            }
-            Self::Ping { nonce } => {
-                w.u64(*nonce);
-                8
-            }
-            Self::Pong { nonce } => {
-                w.u64(*nonce);
-                9
             }
             Self::RoomStopped {
                 room,
@@ -250,29 +254,12 @@ impl Control {
                 w.u64(*room);
                 w.u32(epoch.0);
                 w.u32(*batches);
-                10
             }
-            Self::QpOpen(open) => {
-                open.write(&mut w);
-                11
-            }
-            Self::QpReady(terms) => {
-                write_terms(&mut w, terms);
-                12
-            }
-            Self::QpUp => 13,
-            Self::QpDown { reason } => {
-                w.text(bounded(reason));
-                14
-            }
-        };
-        let len = out.len() - start - HEAD_LEN;
-        let len = u32::try_from(len).expect("invariant: local messages are bounded below 2^32");
-        let head = &mut out[start..start + HEAD_LEN];
-        head[..4].copy_from_slice(&CONTROL_MAGIC.to_le_bytes());
-        head[4] = VERSION;
-        head[5] = kind;
-        head[8..].copy_from_slice(&len.to_le_bytes());
+            Self::QpOpen(open) => open.write(w),
+            Self::QpReady(terms) => write_terms(w, terms),
+            Self::QpUp => {}
+            Self::Ping { nonce } | Self::Pong { nonce } => w.u64(*nonce),
+        }
     }
 
     fn decode(kind: u8, body: &[u8]) -> Result<Self, WireError> {

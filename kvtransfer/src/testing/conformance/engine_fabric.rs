@@ -5,7 +5,7 @@ use std::{marker::PhantomData, net::SocketAddr, sync::Arc, time::Duration};
 use super::{Fabric, Outcome, PREFIX, Receive, SOON, room};
 use crate::{
     clock,
-    config::{EngineConfig, SameHost},
+    config::{EngineConfig, RdmaConfig, SameHost},
     engine::{Engine, Memory, Transfer},
     error::{SubmitError, TransferError},
     ids::PeerId,
@@ -21,6 +21,10 @@ pub trait Path {
     const SAME_HOST: SameHost;
     /// The name that the engine must report.
     const NAME: &'static str;
+    /// How the rank of that index uses RDMA.
+    fn rdma(_rank: usize) -> RdmaConfig {
+        RdmaConfig::default()
+    }
 }
 
 /// Loopback TCP.
@@ -57,7 +61,7 @@ pub struct EngineFabric<P> {
     path: PhantomData<P>,
 }
 
-fn start<P: Path>(spec: &RankSpec, address: SocketAddr) -> Engine {
+fn start<P: Path>(rank: usize, spec: &RankSpec, address: SocketAddr) -> Engine {
     let mut memory = Memory::new();
     for len in &spec.regions {
         memory.add(Region::heap(*len).expect("this host has memory"));
@@ -65,6 +69,7 @@ fn start<P: Path>(spec: &RankSpec, address: SocketAddr) -> Engine {
     let config = EngineConfig {
         listen: Some(address),
         same_host: P::SAME_HOST,
+        rdma: P::rdma(rank),
         batch_bytes: 64 << 10,
         pull_batch_bytes: 64 << 10,
         ring_bytes: 512 << 10,
@@ -94,8 +99,8 @@ impl<P: Path> Fabric for EngineFabric<P> {
 
     fn start(ranks: Vec<RankSpec>) -> Self {
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        let ranks = ranks.into_iter().map(|spec| {
-            let engine = start::<P>(&spec, any);
+        let ranks = ranks.into_iter().enumerate().map(|(rank, spec)| {
+            let engine = start::<P>(rank, &spec, any);
             let address = engine.local_addr().expect("it listens");
             Rank {
                 spec,
@@ -200,9 +205,10 @@ impl<P: Path> Fabric for EngineFabric<P> {
     }
 
     fn restart(&mut self, rank: usize) {
-        let rank = &mut self.ranks[rank];
+        let index = rank;
+        let rank = &mut self.ranks[index];
         rank.engine.shut_down();
-        rank.engine = start::<P>(&rank.spec, rank.address);
+        rank.engine = start::<P>(index, &rank.spec, rank.address);
     }
 
     fn late_messages(&mut self, rank: usize) -> u64 {

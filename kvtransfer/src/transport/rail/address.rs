@@ -1,10 +1,31 @@
-//! The IPv4 address of a network interface.
+//! The IPv4 address of the network interface behind a device.
 #![expect(unsafe_code, reason = "getifaddrs gives a linked list")]
 
-use std::{ffi::CStr, mem, net::Ipv4Addr, ptr};
+use std::{ffi::CStr, fs, mem, net::Ipv4Addr, path::Path, ptr};
 
 /// Most addresses of a host that are looked at.
 const ADDRESSES_MAX: usize = 4096;
+
+/// The interface whose hardware address an iWARP GID holds: siw and eRDMA's standard mode put it into the first six bytes
+/// and nothing into the others, and the kernel does not name the interface there (erdma.md §1.1).
+pub(super) fn interface_of(sysfs: &Path, gid: [u8; 16]) -> Option<String> {
+    let (address, rest) = gid.split_at(6);
+    if rest.iter().any(|byte| *byte != 0) || address.iter().all(|byte| *byte == 0) {
+        return None;
+    }
+    let bytes: Vec<String> = address.iter().map(|byte| format!("{byte:02x}")).collect();
+    let wanted = bytes.join(":");
+    let interfaces = fs::read_dir(sysfs.join("class/net")).ok()?;
+    let mut names = interfaces
+        .take(ADDRESSES_MAX)
+        .flatten()
+        .filter_map(|entry| {
+            let text = fs::read_to_string(entry.path().join("address")).ok()?;
+            let is_it = text.trim().eq_ignore_ascii_case(&wanted);
+            is_it.then(|| entry.file_name().to_string_lossy().into_owned())
+        });
+    names.next()
+}
 
 /// The first IPv4 address of an interface; `None` if it has none or is not there.
 pub(super) fn ipv4_of(interface: &str) -> Option<Ipv4Addr> {

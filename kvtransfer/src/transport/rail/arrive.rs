@@ -1,6 +1,6 @@
 //! The receiving half of a queue pair: completions, the frames they bring, and what the connection beside it says.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::Arc;
 
 use super::lane::{LaneIo, Phase};
 use crate::{
@@ -149,7 +149,8 @@ impl LaneIo {
             link.note_path(&setup);
         }
         let (peer, lane) = (self.peer, self.handle.id);
-        self.hub.lane_up(peer, lane, setup, self.terms.failures_told);
+        self.hub
+            .lane_up(peer, lane, setup, self.terms.failures_told);
         if let Some(opened) = self.opened.take() {
             // Whoever opened it may have given up waiting.
             let _ = opened.try_send(Ok(()));
@@ -185,8 +186,8 @@ impl LaneIo {
     }
 
     /// Tells the node how far the card has come, if a failed room may wait for it.
-    pub(super) fn report(&mut self) {
-        if self.reaped > self.reported && (self.hub.is_ebbing() || self.handle.kicked.load(Ordering::SeqCst)) {
+    pub(super) fn report(&mut self, is_asked: bool) {
+        if self.reaped > self.reported && (is_asked || self.hub.is_ebbing()) {
             self.reported = self.reaped;
             let hub = Arc::clone(&self.hub);
             hub.reaped(self.peer, self.handle.id, self.reaped);
@@ -220,6 +221,28 @@ impl LaneIo {
                 Err(rustix::io::Errno::AGAIN) => return Ok(()),
                 Err(error) => return Err(format!("the connection beside a queue pair: {error}")),
             }
+        }
+    }
+
+    /// What rdma_cm says of the connection.
+    pub(super) fn on_connection(&mut self, now: Time, drain: std::time::Duration) {
+        let mut ended = None;
+        while let Some(connection) = self.wires.as_ref().and_then(|w| w.connection.as_ref()) {
+            match connection.channel.next_event() {
+                Ok(Some(event)) if event.id == connection.id.key() => {
+                    ended = Some(format!("rdma_cm: {}", event.words()));
+                }
+                Ok(Some(_)) => {}
+                Ok(None) => break,
+                Err(error) => {
+                    ended = Some(error.to_string());
+                    break;
+                }
+            }
+        }
+        if let Some(reason) = ended {
+            let name = self.handle.rail.name.clone();
+            self.drain(now, drain, format!("{name}: {reason}"));
         }
     }
 }

@@ -118,7 +118,10 @@ mod tests {
         fn hear(&mut self, end: usize) {
             let from = 1 - end;
             if let Some(returned) = self.wires[from].pop_front() {
-                assert!(self.wires[from].len() < usize::from(self.posted[end]), "no receive was posted");
+                assert!(
+                    self.wires[from].len() < usize::from(self.posted[end]),
+                    "no receive was posted"
+                );
                 self.ends[end].received(returned).expect("honest credits");
             }
         }

@@ -19,17 +19,17 @@ use super::{
 };
 use crate::{
     engine::{hub::Hub, link::Link},
-    ids::LaneId,
+    ids::{LaneId, PeerId},
     memory::Gate,
     plan::descriptor::{Descriptor, PairCursor},
     time::Time,
     transfer::{BatchOut, LaneSetup},
     transport::verbs::{
         chain::Chain,
-        cm::Connection,
+        cm::{CmId, EventChannel},
         cq::Cq,
         qp::Qp,
-        slots::SendSlots,
+        slots::Slots,
     },
     wire::{control::ControlDecoder, lane::Ack},
 };
@@ -105,6 +105,12 @@ pub(super) struct Wires {
     pub(super) buffers: Buffers,
 }
 
+/// An rdma_cm connection, which says when the peer has left.
+pub(super) struct Connection {
+    pub(super) id: CmId,
+    pub(super) channel: Arc<EventChannel>,
+}
+
 /// What is agreed with the peer about a queue pair.
 pub(super) struct Terms {
     pub(super) setup: LaneSetup,
@@ -115,8 +121,10 @@ pub(super) struct Terms {
     pub(super) slots: Option<(u64, u32)>,
     /// Receives that the peer has posted.
     pub(super) peer_receives: u16,
-    /// Receives that this end has posted.
-    pub(super) receives: u16,
+    /// Bytes that one WRITE may have.
+    pub(super) message_bytes_max: u64,
+    /// The peer's regions are registered in chunks of so many bytes.
+    pub(super) peer_chunk_bytes: u64,
     pub(super) is_active: bool,
 }
 
@@ -132,6 +140,7 @@ pub(super) struct Side {
 pub(super) struct LaneIo {
     pub(super) handle: Arc<QueuePairLane>,
     pub(super) hub: Arc<Hub>,
+    pub(super) peer: PeerId,
     /// Not kept alive by its own lanes.
     pub(super) link: Weak<Link>,
     /// Gone when the queue pair is destroyed.
@@ -141,8 +150,11 @@ pub(super) struct LaneIo {
     pub(super) phase: Phase,
     /// Closed for good: nothing is waited for when the queue pair is gone.
     pub(super) is_closing: bool,
+    /// The active side has said hello, and is not answered yet.
+    pub(super) answer_hello: bool,
     pub(super) credits: Credits,
-    pub(super) sends: SendSlots,
+    /// Chains that were posted; each says how many batches are done with when it is.
+    pub(super) sends: Slots<u64>,
     pub(super) chain: Chain,
     pub(super) descriptors: Box<[Descriptor]>,
     /// The unsent part of `descriptors`.
@@ -150,6 +162,11 @@ pub(super) struct LaneIo {
     pub(super) descriptor_end: usize,
     pub(super) writing: Option<Writing>,
     pub(super) acks: VecDeque<Ack>,
+    /// Whether frames travel in the work request itself.
+    pub(super) is_inline: bool,
+    pub(super) sges_max: usize,
+    /// Frames that did not travel inline, so far.
+    pub(super) frames_sent: u64,
     /// Batches given to this lane; of these, acknowledged, and done with by the card.
     pub(super) given: u64,
     pub(super) acked: u64,
@@ -159,6 +176,8 @@ pub(super) struct LaneIo {
     pub(super) last_heard: Time,
     /// When something last happened: afterwards it is looked at for a while, then it sleeps.
     pub(super) last_active: Time,
+    /// When the clock was last looked at for it.
+    pub(super) last_timed: Time,
     /// Its completion queue will wake us.
     pub(super) is_armed: bool,
     /// The thread that opened it waits for the outcome.
@@ -168,19 +187,27 @@ pub(super) struct LaneIo {
 impl LaneIo {
     /// Whether its completion queue must be looked at all the time.
     pub(super) fn is_busy(&self) -> bool {
-        self.wires.is_some() && (self.sends.outstanding() > 0 && !self.is_idle_waiting() || self.given > self.acked)
+        match self.phase {
+            Phase::Draining { .. } => true,
+            Phase::Greeting { .. } | Phase::Up => {
+                self.sends.outstanding() > 0 || self.given > self.acked || !self.acks.is_empty()
+            }
+            Phase::Fenced { .. } => false,
+        }
     }
 
-    /// Whether only the peer can do something now.
-    fn is_idle_waiting(&self) -> bool {
-        false
+    /// Whether it must be looked at although nothing woke it.
+    pub(super) fn is_due(&self, now: Time, heartbeat: Duration) -> bool {
+        matches!(self.phase, Phase::Draining { .. })
+            || self.is_settled()
+            || now >= self.next_timeout(heartbeat)
     }
 
     /// When it must be looked at even if nothing happens.
     pub(super) fn next_timeout(&self, heartbeat: Duration) -> Time {
         match &self.phase {
             Phase::Greeting { until, .. } | Phase::Draining { until, .. } => *until,
-            Phase::Up => self.last_sent + heartbeat,
+            Phase::Up => self.last_sent.max(self.last_timed) + heartbeat,
             Phase::Fenced { .. } => Time::NEVER,
         }
     }

@@ -21,7 +21,7 @@ impl LaneIo {
         }
         tracing::info!(peer = %self.peer, lane = self.handle.id.0, rail = self.handle.rail.name, reason, "queue pair ends");
         if let Some(wires) = &mut self.wires
-            && let Err(error) = wires.qp.to_error()
+            && let Err(error) = wires.qp.enter_error()
         {
             // It is destroyed all the same, which is what counts.
             tracing::debug!(%error, "error state");
@@ -94,6 +94,7 @@ impl LaneIo {
 
     /// Looks at the clock.
     pub(super) fn on_time(&mut self, now: Time, heartbeat: Duration, drain: Duration) {
+        self.last_timed = now;
         match &self.phase {
             Phase::Greeting { until, .. } if now >= *until => {
                 let name = &self.handle.rail.name;

@@ -6,6 +6,7 @@ use std::{
     collections::VecDeque,
     net::{Ipv4Addr, SocketAddr},
     os::fd::{AsFd, OwnedFd},
+    path::Path,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU32, Ordering},
@@ -17,7 +18,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{
     Rail, Rails,
-    address::ipv4_of,
+    address::{interface_of, ipv4_of},
     arrive::receive_id,
     buffers::Buffers,
     credits::Credits,
@@ -44,8 +45,8 @@ use crate::{
         library::Library,
         mr::{Access, CHUNK_BYTES_MAX, RegisteredRegion},
         pd::Pd,
-        probe::{self},
-        qp::{LocalPath, Qp, QpAddress, QpCaps},
+        probe,
+        qp::{LocalPath, PSN_MASK, Qp, QpAddress, QpCaps},
         select::{Candidate, Chosen, HostLimits, IbDevice, choose},
         slots::Slots,
         sys,
@@ -53,7 +54,7 @@ use crate::{
     wire::{
         control::ControlDecoder,
         lane::PayloadMode,
-        rdma::{Connector, Endpoint, Frame, QpEnd, QpTerms, RAILS_MAX, RailOffer, RKEYS_MAX},
+        rdma::{Connector, Endpoint, Frame, QpEnd, QpTerms, RAILS_MAX, RKEYS_MAX, RailOffer},
     },
 };
 
@@ -137,32 +138,33 @@ impl Rail {
         let words = |error: crate::transport::verbs::error::VerbsError| error.to_string();
         let candidate = candidates.iter().find(|known| known.name == chosen.name);
         let candidate = candidate.ok_or("it has gone")?;
-        let connector = config.connector.unwrap_or(match candidate.transport {
-            Transport::Iwarp => Connector::Standard,
-            Transport::Ib | Transport::Other(_) => Connector::Compat,
-        });
-        if connector == Connector::Compat && candidate.transport == Transport::Iwarp {
-            return Err("an iWARP device connects through rdma_cm only: leave the connector to the device".into());
-        }
+        let connector = connector_of(config, candidate.transport)?;
         let context = match connector {
             Connector::Standard => Context::open_for_cm(library, &chosen.name),
             Connector::Compat => Context::open(library, &chosen.name),
         };
         let context = context.map_err(words)?;
         let capabilities = probe::capabilities(&context, PORT).map_err(words)?;
-        let (port, limits) = (context.port(PORT).map_err(words)?, context.limits().map_err(words)?);
+        let (port, limits) = (
+            context.port(PORT).map_err(words)?,
+            context.limits().map_err(words)?,
+        );
         let pd = Pd::create(&context).map_err(words)?;
         let regions = memory.iter().map(|region| register(&pd, region));
         let regions = regions.collect::<Result<Vec<_>, _>>()?;
         let keys = regions.iter().flatten().map(|region| region.rkeys().len());
         if keys.sum::<usize>() > RKEYS_MAX {
-            return Err(format!("the memory has more than {RKEYS_MAX} chunks; use fewer, larger regions"));
+            return Err(format!(
+                "the memory has more than {RKEYS_MAX} chunks; use fewer, larger regions"
+            ));
         }
         let poll = mio::Poll::new().map_err(|error| error.to_string())?;
         let waker = mio::Waker::new(poll.registry(), WAKE).map_err(|error| error.to_string())?;
-        let address = address_of(candidate, chosen);
+        let address = address_of(&library.sysfs, candidate, chosen);
         if connector == Connector::Standard && address.is_none() {
-            return Err("its network interface has no IPv4 address, which rdma_cm connects by".into());
+            return Err(
+                "its network interface has no IPv4 address, which rdma_cm connects by".into(),
+            );
         }
         let rail = Arc::new(Self {
             name: chosen.name.clone(),
@@ -189,7 +191,9 @@ impl Rail {
         });
         let worker = Arc::clone(&rail);
         let name = format!("kvt-rail-{}", rail.name);
-        let started = std::thread::Builder::new().name(name).spawn(move || worker.run(poll));
+        let started = std::thread::Builder::new()
+            .name(name)
+            .spawn(move || worker.run(poll));
         started.map_err(|error| format!("no thread for the rail: {error}"))?;
         tracing::info!(
             rail = rail.name, connector = connector.name(), address = %rail.address,
@@ -219,6 +223,21 @@ impl Rail {
     }
 }
 
+/// As the device's transport asks for, or the configuration says.
+fn connector_of(config: &RdmaConfig, transport: Transport) -> Result<Connector, String> {
+    let by_device = match transport {
+        Transport::Iwarp => Connector::Standard,
+        Transport::Ib | Transport::Other(_) => Connector::Compat,
+    };
+    match config.connector {
+        Some(Connector::Compat) if transport == Transport::Iwarp => Err(
+            "an iWARP device connects through rdma_cm only; leave the connector to the device"
+                .into(),
+        ),
+        chosen => Ok(chosen.unwrap_or(by_device)),
+    }
+}
+
 /// Registers a region with a device, in chunks.
 fn register(pd: &Arc<Pd>, region: &Arc<Region>) -> Result<Option<RegisteredRegion>, String> {
     let len = region.len() as u64;
@@ -235,11 +254,14 @@ fn register(pd: &Arc<Pd>, region: &Arc<Region>) -> Result<Option<RegisteredRegio
     }
 }
 
-fn address_of(candidate: &Candidate, chosen: &Chosen) -> Option<Ipv4Addr> {
+fn address_of(sysfs: &Path, candidate: &Candidate, chosen: &Chosen) -> Option<Ipv4Addr> {
     let by_gid = chosen.gid.as_ref().and_then(device::GidEntry::ipv4);
     by_gid.or_else(|| {
-        let netdevs = candidate.gids.iter().filter_map(|gid| gid.netdev.as_deref());
-        netdevs.filter_map(ipv4_of).next()
+        let interfaces = candidate.gids.iter().filter_map(|gid| {
+            let named = gid.netdev.clone();
+            named.or_else(|| interface_of(sysfs, gid.gid))
+        });
+        interfaces.filter_map(|name| ipv4_of(&name)).next()
     })
 }
 
@@ -247,6 +269,9 @@ fn address_of(candidate: &Candidate, chosen: &Chosen) -> Option<Ipv4Addr> {
 pub(crate) struct Prepared {
     rail: Arc<Rail>,
     key: Key,
+    /// Until they are the queue pair's.
+    buffers: Option<Buffers>,
+    slots: (u64, u32),
     wires: Option<Wires>,
     psn: u32,
 }
@@ -277,34 +302,43 @@ impl Prepared {
     /// The device's answer, in words.
     pub(crate) fn compat(rail: &Arc<Rail>) -> Result<Self, String> {
         let words = |error: crate::transport::verbs::error::VerbsError| error.to_string();
-        let mut prepared = Self::reserve(rail);
+        let mut prepared = Self::reserve(rail)?;
         let caps = rail.caps();
-        let cq = Cq::create(&rail.context, caps.completions(), true, prepared.key.place).map_err(words)?;
+        let cq = Cq::create(&rail.context, caps.completions(), true, prepared.key.place)
+            .map_err(words)?;
         let mut qp = Qp::create(&rail.pd, &cq, &cq, caps).map_err(words)?;
-        qp.to_init(PORT).map_err(words)?;
+        qp.enter_init(PORT).map_err(words)?;
         prepared.fill(qp, None, cq)?;
         Ok(prepared)
     }
 
-    fn reserve(rail: &Arc<Rail>) -> Self {
-        let key = rail.lock().reserve();
-        let psn = u32::from_le_bytes(crate::engine::hub::random().unwrap_or([1; 4])) & 0x00ff_ffff;
-        Self {
+    fn reserve(rail: &Arc<Rail>) -> Result<Self, String> {
+        let psn = crate::engine::hub::random().map_err(|error| error.to_string())?;
+        let sends = u16::try_from(rail.send_queue).unwrap_or(u16::MAX);
+        let buffers = Buffers::new(&rail.pd, RECEIVES, sends).map_err(|e| e.to_string())?;
+        Ok(Self {
             rail: Arc::clone(rail),
-            key,
+            key: rail.lock().reserve(),
+            slots: buffers.slots(),
+            buffers: Some(buffers),
             wires: None,
-            psn,
-        }
+            psn: u32::from_le_bytes(psn) & PSN_MASK,
+        })
     }
 
     /// Adds frames' memory and posts every receive: the peer may send as soon as it is connected.
-    fn fill(&mut self, mut qp: Qp, connection: Option<Connection>, cq: Arc<Cq>) -> Result<(), String> {
-        let sends = u16::try_from(self.rail.send_queue).unwrap_or(u16::MAX);
-        let buffers = Buffers::new(&self.rail.pd, RECEIVES, sends).map_err(|e| e.to_string())?;
+    fn fill(
+        &mut self,
+        mut qp: Qp,
+        connection: Option<Connection>,
+        cq: Arc<Cq>,
+    ) -> Result<(), String> {
+        let buffers = self.buffers.take().ok_or("a queue pair is made once")?;
         for index in 0..RECEIVES {
             let (address, bytes, lkey) = buffers.receive(index);
             let id = receive_id(self.key.life, index);
-            qp.post_recv(id, address, bytes, lkey).map_err(|e| e.to_string())?;
+            qp.post_recv(id, address, bytes, lkey)
+                .map_err(|e| e.to_string())?;
         }
         self.wires = Some(Wires {
             qp,
@@ -326,11 +360,7 @@ impl Prepared {
                 token: 0,
             },
         };
-        terms(end, self.slots(), failures_told)
-    }
-
-    fn slots(&self) -> (u64, u32) {
-        self.wires.as_ref().map_or((0, 0), |wires| wires.buffers.slots())
+        terms(end, self.slots, failures_told)
     }
 
     fn endpoint(&self) -> Endpoint {
@@ -365,12 +395,18 @@ impl Prepared {
             psn: peer.psn,
         };
         let wires = self.wires.as_mut().ok_or("the queue pair is gone")?;
-        let connected = wires.qp.to_rtr(&path, &to).and_then(|()| wires.qp.to_rts(&path));
+        let connected = wires
+            .qp
+            .enter_rtr(&path, &to)
+            .and_then(|()| wires.qp.enter_rts(&path));
         connected.map_err(|error| format!("{}: {error}", rail.name))
     }
 
     /// Before the peer's listener is known: nothing but a place.
-    pub(crate) fn standard(rail: &Arc<Rail>) -> Self {
+    ///
+    /// # Errors
+    /// No memory for frames.
+    pub(crate) fn standard(rail: &Arc<Rail>) -> Result<Self, String> {
         Self::reserve(rail)
     }
 
@@ -378,29 +414,39 @@ impl Prepared {
     ///
     /// # Errors
     /// What rdma_cm said, in words.
-    pub(crate) fn dial(&mut self, address: [u8; 4], port: u16, token: u64, deadline: Time) -> Result<(), String> {
+    pub(crate) fn dial(
+        &mut self,
+        address: [u8; 4],
+        port: u16,
+        token: u64,
+        deadline: Time,
+    ) -> Result<(), String> {
         let rail = Arc::clone(&self.rail);
-        let fail = |error: crate::transport::verbs::error::VerbsError| format!("{}: {error}", rail.name);
+        let fail =
+            |error: crate::transport::verbs::error::VerbsError| format!("{}: {error}", rail.name);
         let channel = EventChannel::open(rail.context.library()).map_err(fail)?;
         let mut id = CmId::create(&channel).map_err(fail)?;
         let from = SocketAddr::from((rail.address, 0));
         let to = SocketAddr::from((address, port));
-        id.resolve_addr(Some(from), to, RESOLVE_TIMEOUT).map_err(fail)?;
+        id.resolve_addr(Some(from), to, RESOLVE_TIMEOUT)
+            .map_err(fail)?;
         await_event(&channel, sys::RDMA_CM_EVENT_ADDR_RESOLVED, deadline)?;
         id.resolve_route(RESOLVE_TIMEOUT).map_err(fail)?;
         await_event(&channel, sys::RDMA_CM_EVENT_ROUTE_RESOLVED, deadline)?;
-        self.make(&mut id, &channel)?;
-        id.connect(&request_data(token).map_err(fail)?).map_err(fail)?;
+        self.make(&mut id)?;
+        id.connect(&request_data(token).map_err(fail)?)
+            .map_err(fail)?;
         await_event(&channel, sys::RDMA_CM_EVENT_ESTABLISHED, deadline)?;
         self.keep(id, channel);
         Ok(())
     }
 
     /// Makes the queue pair of an rdma_cm id.
-    fn make(&mut self, id: &mut CmId, _channel: &Arc<EventChannel>) -> Result<(), String> {
+    fn make(&mut self, id: &mut CmId) -> Result<(), String> {
         let (rail, caps) = (Arc::clone(&self.rail), self.rail.caps());
         let words = |error: crate::transport::verbs::error::VerbsError| error.to_string();
-        let cq = Cq::create(&rail.context, caps.completions(), true, self.key.place).map_err(words)?;
+        let cq =
+            Cq::create(&rail.context, caps.completions(), true, self.key.place).map_err(words)?;
         let qp = id.create_qp(&rail.pd, &cq, &cq, caps).map_err(words)?;
         self.fill(qp, None, cq)
     }
@@ -442,7 +488,7 @@ impl Drop for Prepared {
 
 fn lane_io(rail: &Arc<Rail>, handle: &Arc<QueuePairLane>, wires: Wires, parts: QpParts) -> LaneIo {
     let (now, config) = (clock::now(), &rail.settings);
-    let ours = rail.offer_imm();
+    let ours = rail.offers_immediate();
     let setup = LaneSetup {
         mode: PayloadMode::Write,
         path: "verbs",
@@ -456,7 +502,11 @@ fn lane_io(rail: &Arc<Rail>, handle: &Arc<QueuePairLane>, wires: Wires, parts: Q
         targets: Targets::new(&parts.link.agreement.regions, &parts.offer),
         slots: (ours && parts.offer.imm).then_some(parts.terms.slots),
         peer_receives: parts.terms.receives,
-        message_bytes_max: rail.capabilities.wr_bytes_max.value.min(parts.offer.message_bytes_max),
+        message_bytes_max: rail
+            .capabilities
+            .wr_bytes_max
+            .value
+            .min(parts.offer.message_bytes_max),
         peer_chunk_bytes: parts.offer.chunk_bytes,
         is_active: parts.is_active,
     };
@@ -518,14 +568,17 @@ impl Listening {
     /// # Errors
     /// What rdma_cm said, in words.
     pub(crate) fn start(rail: &Arc<Rail>) -> Result<Self, String> {
-        let fail = |error: crate::transport::verbs::error::VerbsError| format!("{}: {error}", rail.name);
+        let fail =
+            |error: crate::transport::verbs::error::VerbsError| format!("{}: {error}", rail.name);
         let token = crate::engine::hub::random().map_err(|error| error.to_string())?;
         let channel = EventChannel::open(rail.context.library()).map_err(fail)?;
         let mut listener = CmId::create(&channel).map_err(fail)?;
-        listener.bind(SocketAddr::from((rail.address, 0))).map_err(fail)?;
+        listener
+            .bind(SocketAddr::from((rail.address, 0)))
+            .map_err(fail)?;
         listener.listen(BACKLOG).map_err(fail)?;
         Ok(Self {
-            prepared: Prepared::reserve(rail),
+            prepared: Prepared::reserve(rail)?,
             channel,
             listener,
             token: u64::from_le_bytes(token),
@@ -539,8 +592,7 @@ impl Listening {
             port: self.listener.local_port(),
             token: self.token,
         };
-        // Frames' memory comes with the connection, so headers travel as SEND with this connector.
-        terms(end, (0, 0), failures_told)
+        terms(end, self.prepared.slots, failures_told)
     }
 
     /// Takes the announced connection, and no other.
@@ -556,15 +608,19 @@ impl Listening {
             if event.kind == sys::RDMA_CM_EVENT_CONNECT_REQUEST
                 && let Some(id) = event.request
             {
-                if event.private_data.as_ref().map(PrivateData::as_slice) == Some(expected.as_slice()) {
+                if event.private_data.as_ref().map(PrivateData::as_slice)
+                    == Some(expected.as_slice())
+                {
                     break id;
                 }
                 tracing::info!(rail = name, "a connection request that nobody announced");
-                id.reject(&PrivateData::new(b"").map_err(fail)?).map_err(fail)?;
+                id.reject(&PrivateData::new(b"").map_err(fail)?)
+                    .map_err(fail)?;
             }
         };
-        self.prepared.make(&mut id, &self.channel)?;
-        id.accept(&request_data(self.token).map_err(fail)?).map_err(fail)?;
+        self.prepared.make(&mut id)?;
+        id.accept(&request_data(self.token).map_err(fail)?)
+            .map_err(fail)?;
         await_event(&self.channel, sys::RDMA_CM_EVENT_ESTABLISHED, deadline)?;
         self.prepared.keep(id, self.channel);
         Ok(self.prepared)

@@ -10,6 +10,7 @@ use super::{
 use crate::{
     plan::descriptor::{Descriptor, Limits, PairCursor, Place},
     time::Time,
+    transfer::BatchOut,
     transport::verbs::chain::{CHAIN_SGES_MAX, ChainError, Flags, RemotePlace, Sge},
     wire::{
         lane::{BatchHeader, VOID_PLACE},
@@ -58,6 +59,10 @@ impl LaneIo {
                 *has_spoken = true;
                 self.add_frame(Frame::Hello)?;
             }
+            Phase::Up if self.answer_hello => {
+                self.answer_hello = false;
+                self.add_frame(Frame::Hello)?;
+            }
             Phase::Up => self.add_work(rail, now)?,
             Phase::Greeting { .. } | Phase::Draining { .. } | Phase::Fenced { .. } => {}
         }
@@ -76,7 +81,10 @@ impl LaneIo {
         let done = self.given - u64::from(self.writing.is_some());
         let id = self.sends.enter(count, done).map_err(|e| e.to_string())?;
         self.chain.seal(id);
-        wires.qp.post(&mut self.chain).map_err(|error| error.to_string())?;
+        wires
+            .qp
+            .post(&mut self.chain)
+            .map_err(|error| error.to_string())?;
         self.last_sent = now;
         Ok(true)
     }
@@ -185,8 +193,9 @@ impl LaneIo {
     fn add_pages(&mut self, rail: &Rail, writing: &mut Writing) -> Result<Added, String> {
         while self.has_place_for_pages() {
             if self.descriptor_at == self.descriptor_end {
-                let BatchRanges { sources, targets } = ranges(writing)?;
-                let filled = writing.cursor.fill(sources, targets, &mut self.descriptors);
+                let Writing { batch, cursor, .. } = writing;
+                let (sources, targets) = ranges(batch)?;
+                let filled = cursor.fill(sources, targets, &mut self.descriptors);
                 (self.descriptor_at, self.descriptor_end) = (0, filled);
                 if filled == 0 {
                     return Ok(Added::All);
@@ -194,7 +203,9 @@ impl LaneIo {
             }
             let left = &self.descriptors[self.descriptor_at..self.descriptor_end];
             let (sges, count) = gather(rail, left, self.sges_max, &self.terms)?;
-            let to = left.first().and_then(|first| self.terms.targets.place(first.target));
+            let to = left
+                .first()
+                .and_then(|first| self.terms.targets.place(first.target));
             let to = to.ok_or("the peer granted pages of a region that it did not offer")?;
             let flags = Flags::default();
             match self.chain.write(0, &sges[..count], to, flags) {
@@ -269,23 +280,14 @@ impl LaneIo {
     }
 }
 
-struct BatchRanges<'a> {
-    sources: &'a [i32],
-    targets: &'a [i32],
-}
-
-/// The items of a batch on both sides.
-fn ranges(writing: &Writing) -> Result<BatchRanges<'_>, String> {
-    let batch = &writing.batch;
+/// The items of a batch, here and at the peer.
+fn ranges(batch: &BatchOut) -> Result<(&[i32], &[i32]), String> {
     let (start, len) = (batch.fields.window_start, batch.fields.window_len);
     let (start, len) = (start as usize, len as usize);
     let targets = batch.targets.get(start..start.saturating_add(len));
     // What was pushed was compared with what was granted, so this does not happen; if it does, only the lane ends.
     let targets = targets.ok_or("a batch for more pages than were granted")?;
-    Ok(BatchRanges {
-        sources: &batch.items[batch.part.clone()],
-        targets,
-    })
+    Ok((&batch.items[batch.part.clone()], targets))
 }
 
 /// The sources of one WRITE: those from the front whose targets lie one behind the other, at most `most` of them.

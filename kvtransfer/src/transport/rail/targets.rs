@@ -80,10 +80,16 @@ mod tests {
             targets.place(Place { region, offset }).map(|at| at.rkey)
         };
         assert_eq!([key(0, 0), key(0, 4095)], [Some(10); 2]);
-        assert_eq!([key(1, 0), key(1, 4096), key(1, 9999)], [20, 21, 22].map(Some));
+        assert_eq!(
+            [key(1, 0), key(1, 4096), key(1, 9999)],
+            [20, 21, 22].map(Some)
+        );
         assert_eq!([key(2, 4095), key(2, 4096)], [Some(30), Some(31)]);
         assert_eq!(key(3, 0), None);
-        let at = targets.place(Place { region: RegionId(1), offset: 5 });
+        let at = targets.place(Place {
+            region: RegionId(1),
+            offset: 5,
+        });
         assert_eq!(at.map(|at| at.address), Some(0x9005));
     }
 }

@@ -22,7 +22,7 @@ use super::{
 use crate::{
     clock,
     time::Time,
-    transport::verbs::{context::EventTarget, sys},
+    transport::verbs::{context::EventTarget, events},
 };
 
 pub(super) const WAKE: Token = Token(0);
@@ -60,7 +60,9 @@ struct Turn {
 
 impl Core {
     fn lanes(&mut self) -> impl Iterator<Item = &mut Box<LaneIo>> {
-        self.places.iter_mut().filter_map(|place| place.lane.as_mut())
+        self.places
+            .iter_mut()
+            .filter_map(|place| place.lane.as_mut())
     }
 
     fn find(&mut self, key: Key) -> Option<&mut Box<LaneIo>> {
@@ -80,7 +82,8 @@ impl Core {
         // Odd while it is taken.
         place.life = place.life.wrapping_add(1);
         Key {
-            place: u32::try_from(index).expect("invariant: devices have fewer than 2^32 queue pairs"),
+            place: u32::try_from(index)
+                .expect("invariant: devices have fewer than 2^32 queue pairs"),
             life: place.life,
         }
     }
@@ -109,16 +112,16 @@ impl Core {
             let Some(lane) = &mut place.lane else {
                 continue;
             };
-            lane.on_time(now, rail.settings.heartbeat, drain);
             let kicked = lane.handle.kicked.swap(false, Ordering::SeqCst);
-            if lane.is_armed && !kicked && !lane.wants_attention(now) {
+            let is_due = lane.is_due(now, rail.settings.heartbeat);
+            if lane.is_armed && !kicked && !is_due {
                 continue;
             }
+            if is_due {
+                lane.on_time(now, rail.settings.heartbeat, drain);
+            }
             let moved = lane.poll(now).and_then(|polled| {
-                if kicked {
-                    lane.report_now();
-                }
-                lane.report();
+                lane.report(kicked);
                 Ok(lane.pump(rail, now)? || polled)
             });
             match moved {
@@ -170,7 +173,9 @@ impl Rail {
     pub(super) fn run(self: &Arc<Self>, mut poll: Poll) {
         let mut events = Events::with_capacity(256);
         let event_fd = self.context.async_fd().as_raw_fd();
-        let listened = poll.registry().register(&mut SourceFd(&event_fd), EVENTS, Interest::READABLE);
+        let listened =
+            poll.registry()
+                .register(&mut SourceFd(&event_fd), EVENTS, Interest::READABLE);
         if let Err(error) = listened {
             tracing::warn!(rail = self.name, %error, "events of the device are not seen");
         }
@@ -266,16 +271,18 @@ impl Rail {
                     return;
                 }
             };
-            let words = sys::event_words(event.kind);
+            let words = events::words(event.kind);
             tracing::info!(rail = self.name, kind = event.kind, target = ?event.target, words, "device event");
             let reason = format!("{}: {words}", self.name);
             let is_hit = |lane: &LaneIo| match (event.target, &lane.wires) {
                 (_, None) => false,
                 (EventTarget::Qp(number), Some(wires)) => {
-                    sys::event_kills_qp(event.kind) && wires.qp.qp_num() == number
+                    events::kills_queue_pair(event.kind) && wires.qp.qp_num() == number
                 }
                 (EventTarget::Cq(key), Some(wires)) => wires.cq.key() == key,
-                (EventTarget::Port(_) | EventTarget::Device, Some(_)) => sys::event_kills_device(event.kind),
+                (EventTarget::Port(_) | EventTarget::Device, Some(_)) => {
+                    events::kills_device(event.kind)
+                }
             };
             for lane in core.lanes().filter(|lane| is_hit(lane)) {
                 lane.is_armed = false;
@@ -344,7 +351,7 @@ fn adopt(core: &mut Core, poll: &Poll, lane: Box<LaneIo>) {
             listen(fd.as_raw_fd(), first);
         }
         if let Some(connection) = &wires.connection {
-            listen(connection.fd().as_raw_fd(), first + 2);
+            listen(connection.channel.fd().as_raw_fd(), first + 2);
         }
     }
     listen(lane.side.socket.as_fd().as_raw_fd(), first + 1);

@@ -155,6 +155,22 @@ impl Chain {
         self.wrs.len() - self.wr_count
     }
 
+    /// How many more inline bytes fit.
+    pub(crate) fn inline_room(&self) -> usize {
+        CHAIN_INLINE_MAX - self.inline_count
+    }
+
+    /// Gives every request the id of the whole, and makes the last one signalled: one completion tells of all of them.
+    pub(crate) fn seal(&mut self, wr_id: u64) {
+        let wrs = &mut self.wrs[..self.wr_count];
+        for wr in wrs.iter_mut() {
+            wr.wr_id = wr_id;
+        }
+        if let Some(last) = wrs.last_mut() {
+            last.send_flags |= sys::IBV_SEND_SIGNALED;
+        }
+    }
+
     /// Empties it, to build the next.
     pub(crate) fn clear(&mut self) {
         self.wr_count = 0;
