@@ -188,3 +188,46 @@ fn wait_until(what: &str, limit: Duration, mut is_there: impl FnMut() -> bool) -
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_files_leave_the_guest_whole_and_others_are_named() {
+        let folder = std::env::temp_dir().join(format!("rdma-lab-{}", std::process::id()));
+        let outputs = folder.join("outputs");
+        fs::create_dir_all(outputs.join("a-folder")).expect("a temporary folder");
+        let data: Vec<u8> = (0..PART_BYTES * 2 + 5)
+            .map(|at| at.to_le_bytes()[0])
+            .collect();
+        fs::write(outputs.join("data.json"), &data).expect("writable");
+        fs::write(outputs.join("empty"), b"").expect("writable");
+        let large = File::create(outputs.join("large")).expect("writable");
+        large.set_len(FILE_BYTES_MAX + 1).expect("sparse");
+        let port = folder.join("port");
+        let reporter = Reporter(Mutex::new(File::create(&port).expect("writable")));
+        send_files(&reporter, "job", &outputs).expect("readable");
+
+        let sent = fs::read_to_string(&port).expect("text");
+        fs::remove_dir_all(&folder).expect("ours");
+        let mut received = Vec::new();
+        let mut kept_back = Vec::new();
+        let mut has_empty = false;
+        for report in sent.lines().filter_map(Report::parse) {
+            match report {
+                Report::File { name, bytes, .. } if name == "data.json" => received.extend(bytes),
+                Report::File { name, bytes, .. } => {
+                    has_empty |= name == "empty" && bytes.is_empty()
+                }
+                Report::Output { text, .. } => kept_back.push(text),
+                report => panic!("unexpected: {report:?}"),
+            }
+        }
+        assert_eq!(received, data);
+        assert!(has_empty);
+        kept_back.sort();
+        assert_eq!(kept_back.len(), 2, "{kept_back:?}");
+        assert!(kept_back[0].contains("a-folder") && kept_back[1].contains("large"));
+    }
+}
