@@ -472,7 +472,10 @@ impl CmId {
         })
     }
 
-    /// Ends the connection: both sides see `DISCONNECTED`, and the queue pair goes to the error state.
+    /// Ends the connection: the queue pair goes to the error state, and the peer sees `DISCONNECTED`.
+    ///
+    /// A side that sees `DISCONNECTED` must call this too: on InfiniBand and RoCE that is the answer that the other
+    /// side waits for before it sees the event itself. On iWARP there may be nothing left to do (`EINVAL`).
     pub(crate) fn disconnect(&mut self) -> Result<(), VerbsError> {
         self.call("rdma_disconnect", |cm, id| {
             // SAFETY: the id is alive under the gate.
