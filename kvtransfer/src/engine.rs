@@ -10,6 +10,7 @@ mod dial;
 mod greeting;
 mod handle;
 pub(crate) mod hub;
+pub(crate) mod lanes;
 pub(crate) mod link;
 mod queue_pairs;
 pub(crate) mod redial;
@@ -314,7 +315,7 @@ impl Engine {
     #[cfg(feature = "testing")]
     pub fn reset_lane(&self, peer: PeerId, lane: u8) -> bool {
         let link = self.hub.link(peer);
-        let lanes = link.map(|link| link.lanes()).unwrap_or_default();
+        let lanes = link.map(|link| link.lanes.all()).unwrap_or_default();
         let found = lanes.iter().find(|known| known.id().0 == lane);
         found.inspect(|lane| lane.fence("reset")).is_some()
     }

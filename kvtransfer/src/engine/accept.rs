@@ -167,7 +167,7 @@ fn find(hub: &Hub, instance: InstanceId, link: u64, lane: u8) -> Result<Arc<Link
     let link = hub
         .find_link(instance, link)
         .ok_or("a data connection without a control stream")?;
-    if link.lanes().iter().any(|known| known.id().0 == lane) {
+    if link.lanes.has(LaneId(lane)) {
         return Err(format!("data connection {lane} is open already"));
     }
     Ok(link)

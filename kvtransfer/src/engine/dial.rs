@@ -225,7 +225,7 @@ fn open_queue_pairs(
     let Some((_, reason)) = failed.first() else {
         return Ok(());
     };
-    if link.lanes().is_empty() {
+    if !link.lanes.has_up() {
         return Err(reason.clone());
     }
     for (lane, reason) in &failed {

@@ -16,6 +16,7 @@ use subtle::ConstantTimeEq;
 
 use super::{
     hub::Hub,
+    lanes::Stage,
     link::{Agreement, Link},
 };
 use crate::{
@@ -389,10 +390,11 @@ pub(super) fn start_lane(hub: &Arc<Hub>, link: &Link, start: LaneStart) -> io::R
     // Streams carry nothing of a room that has failed: there is no failure to wait for.
     hub.lane_up(link.peer, start.lane, setup, 0);
     let lane = Lane::start(start.socket, context, &start.rest)?;
-    link.add_lane(DataLane::Stream(Arc::clone(&lane)));
+    link.lanes
+        .add(DataLane::Stream(Arc::clone(&lane)), Stage::Up);
     // It may have ended before the link knew it.
     if lane.is_over() {
-        link.remove_lane(lane.id);
+        link.lanes.remove(lane.id);
     }
     // Pages pushed after its thread had looked for work, but before the link knew it, kicked nobody.
     lane.kick();

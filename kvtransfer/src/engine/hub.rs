@@ -17,6 +17,7 @@ use super::{
     PeerInfo,
     control::Adopted,
     handle::{CompletionQueue, Shared},
+    lanes::Stage,
     link::Link,
 };
 use crate::{
@@ -229,7 +230,7 @@ impl Hub {
             }
         }
         for (link, wanted, _) in effects.work {
-            link.kick(wanted);
+            link.lanes.kick(wanted);
         }
         for (peer, reason) in effects.disconnect {
             self.drop_peer(peer, &reason);
@@ -257,7 +258,8 @@ impl Hub {
         if let Some(mut effects) = effects {
             effects.work.retain(|(link, _, bytes)| {
                 let lane = link
-                    .first_lane()
+                    .lanes
+                    .first_up()
                     .filter(|_| *bytes <= self.config.inline_bytes);
                 let pumped = lane.filter(|lane| lane.try_pump());
                 let is_left = pumped.is_none();
@@ -346,9 +348,9 @@ impl Hub {
     }
 
     pub(crate) fn lane_fenced(&self, peer: PeerId, lane: LaneId, reason: &str) {
-        // First the link forgets it, as when it goes down.
+        // First the link: work must not be given to a lane that cannot take it any more.
         if let Some(link) = self.link(peer) {
-            link.remove_lane(lane);
+            link.lanes.advance(lane, Stage::Ending);
         }
         self.with(|node, _| node.lane_fenced(peer, lane, reason));
     }
@@ -360,7 +362,7 @@ impl Hub {
     pub(crate) fn lane_down(&self, peer: PeerId, lane: LaneId, reason: &str) {
         // First the link forgets it: work must not be given to a lane that has no thread any more.
         if let Some(link) = self.link(peer) {
-            link.remove_lane(lane);
+            link.lanes.remove(lane);
         }
         self.with(|node, _| node.lane_down(peer, lane, reason));
     }

@@ -11,14 +11,13 @@ use std::{
     time::Duration,
 };
 
-use super::redial::Redial;
+use super::{lanes::Lanes, redial::Redial};
 use rustix::net::{SendFlags, Shutdown, send, shutdown};
 
 use crate::{
     ids::{InstanceId, LaneId, PeerId},
     plan::pairing::Pairing,
     transfer::LaneSetup,
-    transport::DataLane,
     wire::{
         control::Control,
         hello::{HostIdentity, RegionAddress},
@@ -60,7 +59,7 @@ pub(crate) struct Link {
     pub(crate) handshake: Duration,
     control: OwnedFd,
     outbox: Mutex<Outbox>,
-    lanes: Mutex<Vec<DataLane>>,
+    pub(crate) lanes: Lanes,
     /// Where this side dialled it; `None` if the peer dialled.
     pub(crate) dialled: Option<SocketAddr>,
     pub(super) redial: Mutex<Redial>,
@@ -85,7 +84,7 @@ impl Link {
             handshake,
             control,
             outbox: Mutex::default(),
-            lanes: Mutex::default(),
+            lanes: Lanes::default(),
             dialled,
             redial: Mutex::default(),
             is_closed: AtomicBool::new(false),
@@ -120,48 +119,9 @@ impl Link {
         Ok(())
     }
 
-    pub(crate) fn add_lane(&self, lane: DataLane) {
-        self.lanes
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(lane);
-    }
-
-    /// Forgets a lane whose connection ended.
-    pub(crate) fn remove_lane(&self, id: LaneId) {
-        self.lanes
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .retain(|lane| lane.id() != id);
-    }
-
-    pub(crate) fn lanes(&self) -> Vec<DataLane> {
-        self.lanes
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-    }
-
-    /// The first lane, the one that small transfers take.
-    pub(crate) fn first_lane(&self) -> Option<DataLane> {
-        self.lanes
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .first()
-            .cloned()
-    }
-
-    /// Wakes as many lanes as there is work for.
-    pub(crate) fn kick(&self, wanted: usize) {
-        let lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
-        for lane in lanes.iter().take(wanted.max(1)) {
-            lane.kick();
-        }
-    }
-
     /// Destroys this end of a lane's queue pair, as soon as the thread that owns it gets to it.
     pub(crate) fn fence(&self, id: LaneId, reason: &str) {
-        if let Some(lane) = self.lanes().iter().find(|lane| lane.id() == id) {
+        if let Some(lane) = self.lanes.all().iter().find(|lane| lane.id() == id) {
             tracing::info!(peer = %self.peer, lane = id.0, reason, "fencing a data connection");
             lane.fence(reason);
         }
@@ -181,7 +141,7 @@ impl Link {
     pub(crate) fn shut_down(&self) {
         self.is_closed.store(true, Ordering::SeqCst);
         let _ = shutdown(&self.control, Shutdown::Both);
-        for lane in self.lanes() {
+        for lane in self.lanes.all() {
             lane.shut_down();
         }
     }

@@ -20,6 +20,7 @@ use super::{
     accept::Stranger,
     greeting::{Talk, token_of},
     hub::Hub,
+    lanes::Stage,
     link::Link,
 };
 use crate::{
@@ -159,12 +160,11 @@ fn prepare(rail: &Arc<Rail>, offer: &RailOffer) -> Result<Prepared, String> {
 }
 
 fn adopt(link: &Arc<Link>, prepared: Prepared, parts: QpParts) -> Result<(), String> {
-    let lane = prepared.adopt(parts)?;
-    link.add_lane(DataLane::QueuePair(Arc::clone(&lane)));
-    // It may have ended before the link knew it; or the link may have closed its lanes before it knew of this one.
-    if lane.is_over() {
-        link.remove_lane(lane.id);
-    }
+    let lane = prepared.adopt(parts, |lane| {
+        link.lanes
+            .add(DataLane::QueuePair(Arc::clone(lane)), Stage::Opening);
+    })?;
+    // The link may have closed its lanes before it knew of this one.
     if link.is_closed() {
         lane.close();
     }

@@ -87,6 +87,10 @@ impl Node {
         if let Some(peer) = self.peers.get_mut(&peer)
             && let Some(slot) = peer.lanes.get_mut(usize::from(lane.0))
         {
+            debug_assert!(
+                slot.as_ref().is_none_or(|lane| lane.in_flight_count() == 0),
+                "a lane goes down before it comes up again"
+            );
             *slot = Some(Peer::new_lane(setup, failures_told));
         }
         self.open_waiting_lanes(peer);

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::lane::{LaneIo, Phase};
 use crate::{
+    engine::lanes::Stage,
     time::Time,
     transfer::Placement,
     transport::verbs::cq::{Completion, POLL_MAX},
@@ -147,6 +148,7 @@ impl LaneIo {
         let setup = self.terms.setup.clone();
         if let Some(link) = self.link.upgrade() {
             link.note_path(&setup);
+            link.lanes.advance(self.handle.id, Stage::Up);
         }
         let (peer, lane) = (self.peer, self.handle.id);
         self.hub

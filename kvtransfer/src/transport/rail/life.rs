@@ -20,11 +20,17 @@ impl LaneIo {
             return;
         }
         tracing::info!(peer = %self.peer, lane = self.handle.id.0, rail = self.handle.rail.name, reason, "queue pair ends");
-        if let Some(wires) = &mut self.wires
-            && let Err(error) = wires.qp.enter_error()
-        {
-            // It is destroyed all the same, which is what counts.
-            tracing::debug!(%error, "error state");
+        if let Some(wires) = &mut self.wires {
+            // On RoCE the peer's rdma_cm learns of the end only if both sides say so.
+            let said = wires
+                .connection
+                .as_mut()
+                .map(|connection| connection.id.disconnect());
+            let entered = wires.qp.enter_error();
+            if let Err(error) = said.unwrap_or(Ok(())).and(entered) {
+                // It is destroyed all the same, which is what counts.
+                tracing::debug!(%error, "ending a queue pair");
+            }
         }
         let until = now + limit;
         self.phase = Phase::Draining { until, reason };

@@ -457,11 +457,15 @@ impl Prepared {
         }
     }
 
-    /// Gives the queue pair to the rail's thread.
+    /// Gives the queue pair to the rail's thread, after `known` has made its handle known.
     ///
     /// # Errors
     /// It is not connected.
-    pub(crate) fn adopt(mut self, parts: QpParts) -> Result<Arc<QueuePairLane>, String> {
+    pub(crate) fn adopt(
+        mut self,
+        parts: QpParts,
+        known: impl FnOnce(&Arc<QueuePairLane>),
+    ) -> Result<Arc<QueuePairLane>, String> {
         let wires = self.wires.take().ok_or("the queue pair is not connected")?;
         let rail = Arc::clone(&self.rail);
         let handle = Arc::new(QueuePairLane {
@@ -472,6 +476,7 @@ impl Prepared {
             over: AtomicBool::new(false),
         });
         let lane = lane_io(&rail, &handle, wires, parts);
+        known(&handle);
         rail.request(Request::Adopt(Box::new(lane)));
         // The place is the lane's now.
         self.key.life = self.key.life.wrapping_sub(1);

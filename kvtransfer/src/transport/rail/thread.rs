@@ -16,7 +16,7 @@ use mio::{Events, Interest, Poll, Token, unix::SourceFd};
 
 use super::{
     Rail,
-    lane::{LaneIo, QueuePairLane},
+    lane::{LaneIo, Phase, QueuePairLane},
     requests::{Key, Request},
 };
 use crate::{
@@ -377,13 +377,7 @@ impl QueuePairLane {
         if let Err(reason) = lane.pump(&self.rail, now) {
             lane.drain(now, self.rail.settings.drain, reason);
         }
-        let is_armed = lane.is_armed;
-        drop(core);
-        // The answer is looked for by whoever waits, or by the rail's thread.
-        if is_armed && self.rail.settings.spin.is_zero() {
-            self.kick();
-        }
-        true
+        matches!(lane.phase, Phase::Up)
     }
 
     /// Takes the place of the rail's thread while the lane's batches are unanswered, for some microseconds. Returns false if
