@@ -84,10 +84,8 @@ impl Node {
     /// `failures_told`: how many rooms the peer had declared failed when it agreed to this connection. Batches are given to
     /// it only when all of them have been heard of, lest a room go on over a new queue pair that ended with the old one.
     pub fn lane_up(&mut self, peer: PeerId, lane: LaneId, setup: LaneSetup, failures_told: u64) {
-        if let Some(peer) = self.peers.get_mut(&peer)
-            && let Some(slot) = peer.lanes.get_mut(usize::from(lane.0))
-        {
-            *slot = Some(Peer::new_lane(setup, failures_told));
+        if let Some(peer) = self.peers.get_mut(&peer) {
+            peer.lane_up(lane, setup, failures_told);
         }
         self.open_waiting_lanes(peer);
     }

@@ -215,6 +215,8 @@ pub(super) struct Peer {
     /// Them → us, or why nothing can be received from them.
     pub(super) incoming: Result<Arc<Pairing>, String>,
     pub(super) lanes: [Option<Lane>; LANES_MAX as usize],
+    /// Network cards write its pages, or it ours, even if all its queue pairs are lost just now.
+    is_one_sided: bool,
     pub(super) queue: VecDeque<Window>,
     pub(super) queued_bytes: u64,
     /// `RoomFailed` messages queued for it, and received from it.
@@ -236,6 +238,7 @@ impl Peer {
             outgoing: setup.outgoing,
             incoming: setup.incoming,
             lanes: [const { None }; LANES_MAX as usize],
+            is_one_sided: false,
             queue: VecDeque::new(),
             queued_bytes: 0,
             failures_told: 0,
@@ -481,7 +484,6 @@ impl Peer {
     /// be sent to, or will be: lanes are left, or a lost queue pair is made anew.
     pub(super) fn lane_down(&mut self, id: LaneId, sends: &mut Sends) -> bool {
         let taken = self.lanes.get_mut(usize::from(id.0)).and_then(Option::take);
-        let is_made_anew = taken.as_ref().is_some_and(Lane::is_one_sided);
         for lost in taken.into_iter().flat_map(|lane| lane.in_flight).rev() {
             let room = sends.get_mut(&lost.window.transfer);
             if let Some(leg) = room.and_then(|room| room.leg_mut(self.id)) {
@@ -493,7 +495,7 @@ impl Peer {
                 });
             }
         }
-        is_made_anew || self.lanes.iter().any(Option::is_some)
+        self.is_one_sided || self.lanes.iter().any(Option::is_some)
     }
 
     /// Our end of a lane is gone: nothing is given to it any more, and its batches wait until the peer's end is gone too.
@@ -527,7 +529,7 @@ impl Peer {
 
     /// Whether network cards write this peer's pages, and it ours.
     pub(super) fn is_one_sided(&self) -> bool {
-        self.lanes.iter().flatten().any(Lane::is_one_sided)
+        self.is_one_sided
     }
 
     /// Whether batches can go to the peer now.
@@ -566,8 +568,12 @@ impl Peer {
     }
 
     /// `failures_wanted`: how many failures must have been heard of the peer before batches may be given to the lane.
-    pub(super) fn new_lane(setup: LaneSetup, failures_wanted: u64) -> Lane {
-        Lane {
+    pub(super) fn lane_up(&mut self, id: LaneId, setup: LaneSetup, failures_wanted: u64) {
+        let Some(slot) = self.lanes.get_mut(usize::from(id.0)) else {
+            return;
+        };
+        self.is_one_sided |= setup.mode == PayloadMode::Write;
+        *slot = Some(Lane {
             setup,
             state: LaneState::Waiting(failures_wanted),
             given: 0,
@@ -578,7 +584,7 @@ impl Peer {
             batches_total: 0,
             rate: RateEstimator::new(HALF_LIFE_DEFAULT),
             latency: LatencyWindow::new(WINDOW_DEFAULT),
-        }
+        });
     }
 
     /// Forgets the queued work of a transfer that is over.
