@@ -99,7 +99,21 @@ impl Node {
         }
     }
 
-    /// How many rooms this side has declared failed to a peer, for [`QpTerms`](crate::wire::rdma::QpTerms).
+    /// Our end of a queue pair is there, and what is returned is about to be told to the peer in
+    /// [`QpTerms`](crate::wire::rdma::QpTerms): how many rooms this side has declared failed to it.
+    ///
+    /// The peer may write through it before we learn that it is up, and does not wait for failures that are declared from
+    /// now on. So those rooms wait for this lane as if it were up, until [`Node::lane_fenced`].
+    pub fn lane_offered(&mut self, id: PeerId, lane: LaneId) -> u64 {
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return 0;
+        };
+        peer.lane_offered(lane);
+        peer.failures_told
+    }
+
+    /// How many rooms this side has declared failed to a peer. For [`QpTerms`](crate::wire::rdma::QpTerms) ask
+    /// [`Node::lane_offered`], or rooms that fail before the lane is up are forgotten.
     pub fn failures_told(&self, peer: PeerId) -> u64 {
         self.peers.get(&peer).map_or(0, |peer| peer.failures_told)
     }
