@@ -9,7 +9,7 @@ use std::panic::catch_unwind;
 use kvtransfer::testing::sim::scenario::{Report, Weather, run};
 
 /// Seeds per weather; together about ten seconds of one core.
-const RUNS: u64 = 3_000;
+const RUNS: u64 = 2_250;
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().unwrap())
@@ -68,8 +68,26 @@ fn no_storm_breaks_a_promise() {
 }
 
 #[test]
+fn no_card_touches_pages_after_the_end() {
+    let report = runs(Weather::Cards);
+    if !is_one_seed() {
+        assert!(report.successes > 500, "{report:?}");
+        assert!(
+            report.lanes_reset > 500 && report.fences > 100,
+            "{report:?}"
+        );
+        assert!(report.freezes > 100 && report.restarts > 30, "{report:?}");
+    }
+}
+
+#[test]
 fn a_seed_decides_everything() {
-    for weather in [Weather::Calm, Weather::Lanes, Weather::Storm] {
+    for weather in [
+        Weather::Calm,
+        Weather::Lanes,
+        Weather::Storm,
+        Weather::Cards,
+    ] {
         assert_eq!(run(weather, 4), run(weather, 4));
     }
 }

@@ -14,7 +14,7 @@ pub mod rooms;
 mod sim_fabric;
 
 pub use engine_fabric::{EngineFabric, Path, PullPath, RingPath, TcpPath};
-pub use sim_fabric::{Inline, Mode, Pull, Ring, SimFabric};
+pub use sim_fabric::{Inline, Mode, Pull, Ring, SimFabric, Write};
 
 use std::{sync::Arc, time::Duration};
 
@@ -89,7 +89,7 @@ pub trait Fabric: Sized {
     fn wait_ready(&mut self, transfer: &Self::Transfer) -> Result<u32, TransferError>;
     /// Waits for the end, for at most `timeout`.
     fn wait(&mut self, transfer: &Self::Transfer, timeout: Duration) -> Option<Outcome>;
-    /// Ends it now.
+    /// Ends it now, and returns when it has ended.
     fn cancel(&mut self, transfer: &Self::Transfer);
     /// Lets time pass.
     fn pass(&mut self, time: Duration);

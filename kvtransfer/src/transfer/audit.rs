@@ -9,6 +9,8 @@ pub struct NodeAudit {
     pub peers: usize,
     /// Live transfers of both roles.
     pub transfers: usize,
+    /// Of these, failed ones whose pages may still be in use.
+    pub ebbing: usize,
     /// Rooms in the two tables by number.
     pub rooms: usize,
     /// Rooms remembered for a sender that is not open.
@@ -43,6 +45,7 @@ impl Node {
         let mut audit = NodeAudit {
             peers: self.peers.len(),
             transfers: self.live_transfers(),
+            ebbing: self.ebbs.len(),
             rooms: self.send_rooms.len() + self.receive_rooms.len(),
             orphans: self.orphans.len(),
             orphan_grants: grants.sum(),

@@ -33,7 +33,7 @@ impl LaneSet {
         self.0 |= 1 << lane.0;
     }
 
-    fn remove(&mut self, lane: LaneId) {
+    pub(super) fn remove(&mut self, lane: LaneId) {
         self.0 &= !(1 << lane.0);
     }
 
@@ -43,6 +43,10 @@ impl LaneSet {
 
     pub(super) fn is_empty(self) -> bool {
         self.0 == 0
+    }
+
+    pub(super) fn union(self, other: Self) -> Self {
+        Self(self.0 | other.0)
     }
 
     fn iter(self) -> impl Iterator<Item = LaneId> {

@@ -84,14 +84,8 @@ impl Node {
     /// `failures_told`: how many rooms the peer had declared failed when it agreed to this connection. Batches are given to
     /// it only when all of them have been heard of, lest a room go on over a new queue pair that ended with the old one.
     pub fn lane_up(&mut self, peer: PeerId, lane: LaneId, setup: LaneSetup, failures_told: u64) {
-        if let Some(peer) = self.peers.get_mut(&peer)
-            && let Some(slot) = peer.lanes.get_mut(usize::from(lane.0))
-        {
-            debug_assert!(
-                slot.as_ref().is_none_or(|lane| lane.in_flight_count() == 0),
-                "a lane goes down before it comes up again"
-            );
-            *slot = Some(Peer::new_lane(setup, failures_told));
+        if let Some(peer) = self.peers.get_mut(&peer) {
+            peer.lane_up(lane, setup, failures_told);
         }
         self.open_waiting_lanes(peer);
     }
@@ -105,7 +99,21 @@ impl Node {
         }
     }
 
-    /// How many rooms this side has declared failed to a peer, for [`QpTerms`](crate::wire::rdma::QpTerms).
+    /// Our end of a queue pair is there, and what is returned is about to be told to the peer in
+    /// [`QpTerms`](crate::wire::rdma::QpTerms): how many rooms this side has declared failed to it.
+    ///
+    /// The peer may write through it before we learn that it is up, and does not wait for failures that are declared from
+    /// now on. So those rooms wait for this lane as if it were up, until [`Node::lane_fenced`].
+    pub fn lane_offered(&mut self, id: PeerId, lane: LaneId) -> u64 {
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return 0;
+        };
+        peer.lane_offered(lane);
+        peer.failures_told
+    }
+
+    /// How many rooms this side has declared failed to a peer. For [`QpTerms`](crate::wire::rdma::QpTerms) ask
+    /// [`Node::lane_offered`], or rooms that fail before the lane is up are forgotten.
     pub fn failures_told(&self, peer: PeerId) -> u64 {
         self.peers.get(&peer).map_or(0, |peer| peer.failures_told)
     }

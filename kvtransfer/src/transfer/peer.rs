@@ -214,6 +214,10 @@ pub(super) struct Peer {
     /// Them → us, or why nothing can be received from them.
     pub(super) incoming: Result<Arc<Pairing>, String>,
     pub(super) lanes: [Option<Lane>; LANES_MAX as usize],
+    /// Lanes whose queue pair has an end here, though it is not up yet: the peer may be the first to learn that it is.
+    offered: LaneSet,
+    /// Network cards write its pages, or it ours, even if all its queue pairs are lost just now.
+    is_one_sided: bool,
     pub(super) queue: VecDeque<Window>,
     pub(super) queued_bytes: u64,
     /// `RoomFailed` messages queued for it, and received from it.
@@ -235,6 +239,8 @@ impl Peer {
             outgoing: setup.outgoing,
             incoming: setup.incoming,
             lanes: [const { None }; LANES_MAX as usize],
+            offered: LaneSet::default(),
+            is_one_sided: false,
             queue: VecDeque::new(),
             queued_bytes: 0,
             failures_told: 0,
@@ -479,8 +485,8 @@ impl Peer {
     /// Takes a lane away and queues its unacknowledged batches again, first ones first. Returns whether the peer can still
     /// be sent to, or will be: lanes are left, or a lost queue pair is made anew.
     pub(super) fn lane_down(&mut self, id: LaneId, sends: &mut Sends) -> bool {
+        self.offered.remove(id);
         let taken = self.lanes.get_mut(usize::from(id.0)).and_then(Option::take);
-        let is_made_anew = taken.as_ref().is_some_and(Lane::is_one_sided);
         for lost in taken.into_iter().flat_map(|lane| lane.in_flight).rev() {
             let room = sends.get_mut(&lost.window.transfer);
             if let Some(leg) = room.and_then(|room| room.leg_mut(self.id)) {
@@ -492,11 +498,20 @@ impl Peer {
                 });
             }
         }
-        is_made_anew || self.lanes.iter().any(Option::is_some)
+        self.is_one_sided || self.lanes.iter().any(Option::is_some)
+    }
+
+    /// Our end of a lane's queue pair is there, and the peer is being told how to reach it.
+    pub(super) fn lane_offered(&mut self, id: LaneId) {
+        self.is_one_sided = true;
+        if usize::from(id.0) < self.lanes.len() {
+            self.offered.insert(id);
+        }
     }
 
     /// Our end of a lane is gone: nothing is given to it any more, and its batches wait until the peer's end is gone too.
     pub(super) fn lane_fenced(&mut self, id: LaneId) {
+        self.offered.remove(id);
         if let Some(Some(lane)) = self.lanes.get_mut(usize::from(id.0)) {
             lane.state = LaneState::Fenced;
         }
@@ -526,7 +541,7 @@ impl Peer {
 
     /// Whether network cards write this peer's pages, and it ours.
     pub(super) fn is_one_sided(&self) -> bool {
-        self.lanes.iter().flatten().any(Lane::is_one_sided)
+        self.is_one_sided
     }
 
     /// Whether batches can go to the peer now.
@@ -537,7 +552,8 @@ impl Peer {
 
     /// Lanes through which the peer's card may write to our pages.
     pub(super) fn lanes_writing(&self) -> LaneSet {
-        self.lanes_where(|lane| lane.is_one_sided() && lane.state != LaneState::Fenced)
+        let up = self.lanes_where(|lane| lane.is_one_sided() && lane.state != LaneState::Fenced);
+        up.union(self.offered)
     }
 
     /// Lanes through which our card may still read pages of a transfer.
@@ -565,8 +581,13 @@ impl Peer {
     }
 
     /// `failures_wanted`: how many failures must have been heard of the peer before batches may be given to the lane.
-    pub(super) fn new_lane(setup: LaneSetup, failures_wanted: u64) -> Lane {
-        Lane {
+    pub(super) fn lane_up(&mut self, id: LaneId, setup: LaneSetup, failures_wanted: u64) {
+        let Some(slot) = self.lanes.get_mut(usize::from(id.0)) else {
+            return;
+        };
+        self.is_one_sided |= setup.mode == PayloadMode::Write;
+        self.offered.remove(id);
+        *slot = Some(Lane {
             setup,
             state: LaneState::Waiting(failures_wanted),
             given: 0,
@@ -577,7 +598,7 @@ impl Peer {
             batches_total: 0,
             rate: RateEstimator::new(HALF_LIFE_DEFAULT),
             latency: LatencyWindow::new(WINDOW_DEFAULT),
-        }
+        });
     }
 
     /// Forgets the queued work of a transfer that is over.

@@ -19,6 +19,8 @@ use crate::{
     },
 };
 
+mod ebb;
+
 const NOW: Time = Time(1_000);
 const LONG: Duration = Duration::from_secs(5);
 /// How every node calls the one on the other side.

@@ -24,6 +24,8 @@ pub struct Inline;
 pub struct Pull;
 /// Payload lies in a shared ring.
 pub struct Ring;
+/// The sender's card writes the receiver's memory.
+pub struct Write;
 
 impl Mode for Inline {
     const MODE: PayloadMode = PayloadMode::Inline;
@@ -35,6 +37,10 @@ impl Mode for Pull {
 
 impl Mode for Ring {
     const MODE: PayloadMode = PayloadMode::Ring;
+}
+
+impl Mode for Write {
+    const MODE: PayloadMode = PayloadMode::Write;
 }
 
 /// Ranks in a [`World`].
@@ -183,7 +189,8 @@ impl<M: Mode> Fabric for SimFabric<M> {
 
     fn cancel(&mut self, transfer: &Handle) {
         self.world.cancel(*transfer);
-        self.take_notices();
+        // As the engine's does, it returns when no card can touch the pages any more.
+        self.until(SOON, |s| !s.world.is_ebbing(*transfer));
     }
 
     fn pass(&mut self, time: Duration) {

@@ -12,7 +12,7 @@ use crate::{
     layout::Layout,
     plan::pairing::{Pairing, pair},
     transfer::{LaneSetup, PeerSetup},
-    wire::control::Control,
+    wire::{control::Control, lane::PayloadMode},
 };
 
 /// Both directions between two layouts: there and back.
@@ -58,7 +58,12 @@ impl World {
             Side::new(rank, known.life, peer, spec)
         });
         let loses = self.dice.chance(50);
-        self.conns.push(Conn { sides, loses });
+        let reads_again = self.dice.chance(50);
+        self.conns.push(Conn {
+            sides,
+            loses,
+            reads_again,
+        });
         for (side, (out, back)) in [(&there, &back), (&back, &there)].into_iter().enumerate() {
             let other = self.conns[conn].sides[1 - side].rank;
             let setup = PeerSetup {
@@ -82,14 +87,8 @@ impl World {
         rank.peers.insert(peer, (conn, side));
         rank.node.peer_up(now, peer, setup);
         for (lane, spec) in spec.lanes.iter().enumerate() {
-            let setup = LaneSetup {
-                mode: spec.mode,
-                path: "sim",
-                path_reason: String::new(),
-                batch_bytes: spec.batch_bytes,
-                window: spec.window,
-            };
-            rank.node.lane_up(peer, lane_id(lane), setup, 0);
+            rank.node
+                .lane_up(peer, lane_id(lane), LaneSetup::from(spec), 0);
         }
         self.settle(index);
     }
@@ -109,11 +108,15 @@ impl World {
         self.ranks[rank].peers.get(&peer).map(|(conn, _)| *conn)
     }
 
-    /// One lane's connection is reset: `rank` notices now, the other side a little later.
+    /// One lane's connection is reset: `rank` notices now, the other side a little later. A queue pair is made anew.
     pub fn reset_lane(&mut self, conn: usize, rank: usize, lane: usize) {
         let side = usize::from(self.conns[conn].sides[1].rank == rank);
         if lane < self.conns[conn].sides[side].lanes.len() && self.is_here(conn, side) {
-            self.lane_lost(LaneAt { conn, side, lane }, "connection reset");
+            let at = LaneAt { conn, side, lane };
+            match self.lane(at).spec.mode {
+                PayloadMode::Write => self.destroy(at, "its queue pair failed"),
+                _ => self.lane_lost(at, "connection reset"),
+            }
         }
     }
 
@@ -177,6 +180,9 @@ impl World {
             self.ranks[rank].peers.remove(&peer);
             self.ranks[rank].node.peer_down(now, peer, reason);
             self.settle(rank);
+            for lane in 0..self.conns[conn].sides[side].lanes.len() {
+                self.destroy_later(LaneAt { conn, side, lane }, reason.to_owned());
+            }
             let other = self.conns[conn].sides[1 - side].rank;
             self.notify(Notice::PeerLost { rank, other });
         }
@@ -201,7 +207,13 @@ impl World {
         for conn in 0..self.conns.len() {
             for side in 0..2 {
                 let end = &mut self.conns[conn].sides[side];
-                if (end.rank, end.life) != (rank, life) || !end.is_up {
+                if (end.rank, end.life) != (rank, life) {
+                    continue;
+                }
+                end.lanes
+                    .iter_mut()
+                    .for_each(|lane| lane.qp.is_alive = false);
+                if !end.is_up {
                     continue;
                 }
                 end.is_up = false;
@@ -249,6 +261,32 @@ impl World {
         }
     }
 
+    /// Bytes arrive on a control stream.
+    pub(super) fn control_arrive(&mut self, conn: usize, side: usize, bytes: &[u8]) {
+        let (other_up, loses) = (
+            self.conns[conn].sides[1 - side].is_up,
+            self.conns[conn].loses,
+        );
+        self.conns[conn].sides[1 - side].control_out.in_flight -= bytes.len();
+        if !self.conns[conn].sides[side].is_up || (!other_up && loses) {
+            return;
+        }
+        self.conns[conn].sides[side].control_in.push(bytes);
+        loop {
+            let end = &mut self.conns[conn].sides[side];
+            let (rank, peer) = (end.rank, end.peer);
+            match end.control_in.next() {
+                Ok(Some(message)) => {
+                    let now = self.now;
+                    self.ranks[rank].node.on_control(now, peer, message);
+                    self.settle(rank);
+                }
+                Ok(None) => return,
+                Err(error) => return self.protocol(rank, error.to_string()),
+            }
+        }
+    }
+
     /// Ends every transfer and connection of a rank in good order.
     pub fn shut_down(&mut self, rank: usize, transfers: &[super::Handle]) {
         for handle in transfers.iter().filter(|handle| handle.rank == rank) {
@@ -264,6 +302,6 @@ impl World {
     }
 }
 
-fn lane_id(lane: usize) -> LaneId {
+pub(super) fn lane_id(lane: usize) -> LaneId {
     LaneId(u8::try_from(lane).expect("invariant: at most 16 lanes"))
 }

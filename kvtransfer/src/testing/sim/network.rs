@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use super::{dice::Dice, lane::Inbound, outbound::Outbound};
+use super::{card::Qp, dice::Dice, lane::Inbound, outbound::Outbound};
 use crate::{
     ids::PeerId,
     time::Time,
+    transfer::LaneSetup,
     wire::{control::ControlDecoder, lane::PayloadMode},
 };
 
@@ -50,6 +51,18 @@ pub struct LaneSpec {
     pub net: NetSpec,
 }
 
+impl From<&LaneSpec> for LaneSetup {
+    fn from(spec: &LaneSpec) -> Self {
+        Self {
+            mode: spec.mode,
+            path: "sim",
+            path_reason: String::new(),
+            batch_bytes: spec.batch_bytes,
+            window: spec.window,
+        }
+    }
+}
+
 /// A connection between two ranks.
 #[derive(Clone, Debug)]
 pub struct LinkSpec {
@@ -69,7 +82,7 @@ pub(super) struct Pipe {
 }
 
 impl Pipe {
-    fn new(net: NetSpec) -> Self {
+    pub(super) fn new(net: NetSpec) -> Self {
         let start = Time::default();
         Self {
             net,
@@ -112,6 +125,8 @@ pub(super) struct LaneEnd {
     pub(super) ring: SimRing,
     pub(super) inbound: Inbound,
     pub(super) outbound: Outbound,
+    /// Of mode `Write` only.
+    pub(super) qp: Qp,
     /// A pump event is on its way.
     pub(super) pumping: bool,
 }
@@ -134,6 +149,10 @@ impl LaneEnd {
             },
             inbound: Inbound::default(),
             outbound: Outbound::default(),
+            qp: match spec.mode {
+                PayloadMode::Write => Qp::new(1, Time::default()),
+                _ => Qp::default(),
+            },
             pumping: false,
         }
     }
@@ -173,6 +192,8 @@ pub(super) struct Conn {
     pub(super) sides: [Side; 2],
     /// What is on the way when it breaks is lost, else it still arrives.
     pub(super) loses: bool,
+    /// Its cards may read pages again until they have landed; else they copy them first.
+    pub(super) reads_again: bool,
 }
 
 /// One stream of a connection.

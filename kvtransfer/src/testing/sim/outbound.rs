@@ -43,7 +43,7 @@ pub(super) struct Outbound {
     pub(super) acks: Vec<u8>,
     writing: Option<Writing>,
     /// A batch was taken from the node; it is made ready in the next call, so that its room can end in between.
-    taken: Option<(BatchOut, Arc<Gate>)>,
+    pub(super) taken: Option<(BatchOut, Arc<Gate>)>,
     batches: usize,
 }
 
@@ -59,6 +59,9 @@ impl World {
         self.conns[at.conn].sides[at.side].lanes[at.lane].pumping = false;
         if !self.conns[at.conn].sides[at.side].lanes[at.lane].is_up {
             return;
+        }
+        if self.lane(at).spec.mode == PayloadMode::Write {
+            return self.post(at);
         }
         if let Some((batch, gate)) = self.outbound(at).taken.take() {
             self.begin(at, batch, gate);
@@ -93,7 +96,7 @@ impl World {
         &mut self.conns[at.conn].sides[at.side].lanes[at.lane].outbound
     }
 
-    fn take_batch(&mut self, at: LaneAt) {
+    pub(super) fn take_batch(&mut self, at: LaneAt) {
         let (index, peer) = {
             let side = &self.conns[at.conn].sides[at.side];
             (side.rank, side.peer)

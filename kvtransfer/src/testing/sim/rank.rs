@@ -1,13 +1,13 @@
 //! A simulated process: a node, its memory, its gates.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     sync::Arc,
 };
 
 use super::world::Event;
 use crate::{
-    ids::{InstanceId, PeerId, TransferId},
+    ids::{Epoch, InstanceId, PeerId, TransferId},
     layout::{Layout, RegionId},
     memory::Gate,
     time::Time,
@@ -45,6 +45,12 @@ pub(super) struct Rank {
     pub(super) is_frozen: bool,
     pub(super) memory: Vec<Vec<u8>>,
     pub(super) gates: HashMap<TransferId, Arc<Gate>>,
+    /// Transfers that have ended.
+    pub(super) over: HashSet<TransferId>,
+    /// Whose pages a card writes: (room, epoch) → the receiving transfer.
+    pub(super) grants: HashMap<(u64, Epoch), TransferId>,
+    /// Of the last grant sent.
+    pub(super) last_epoch: Epoch,
     /// Validity cells by their virtual address.
     pub(super) cells: HashMap<u64, Arc<Gate>>,
     pub(super) cell_of: HashMap<TransferId, u64>,
@@ -70,6 +76,9 @@ impl Rank {
             is_frozen: false,
             memory,
             gates: HashMap::new(),
+            over: HashSet::new(),
+            grants: HashMap::new(),
+            last_epoch: Epoch(0),
             cells: HashMap::new(),
             cell_of: HashMap::new(),
             next_cell: 1,
@@ -89,6 +98,8 @@ impl Rank {
         self.is_frozen = false;
         self.memory.iter_mut().for_each(|region| region.fill(0xEE));
         self.gates.clear();
+        self.over.clear();
+        self.grants.clear();
         self.cells.clear();
         self.cell_of.clear();
         self.peers.clear();

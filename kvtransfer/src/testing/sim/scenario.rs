@@ -15,6 +15,15 @@ pub enum Weather {
     Lanes,
     /// Everything: cancellations, lost connections, frozen, killed and restarted ranks, tiny bounds, short deadlines.
     Storm,
+    /// Queue pairs only: frozen ranks, lost queue pairs, slow control streams, and rooms that fail meanwhile.
+    Cards,
+}
+
+impl Weather {
+    /// Whether transfers may fail.
+    fn is_rough(self) -> bool {
+        matches!(self, Self::Storm | Self::Cards)
+    }
 }
 
 /// What happened in a run.
@@ -30,6 +39,8 @@ pub struct Report {
     pub full: u64,
     /// Lanes reset.
     pub lanes_reset: u64,
+    /// Queue pairs destroyed because a failed room ebbed too slowly.
+    pub fences: u64,
     /// Times that a rank was frozen.
     pub freezes: u64,
     /// Times that a rank was killed and started again.
@@ -50,6 +61,7 @@ impl Report {
         }
         self.full += other.full;
         self.lanes_reset += other.lanes_reset;
+        self.fences += other.fences;
         self.freezes += other.freezes;
         self.restarts += other.restarts;
         self.bytes += other.bytes;

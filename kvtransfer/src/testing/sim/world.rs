@@ -8,6 +8,7 @@ use std::{
 use super::{
     dice::Dice,
     network::{Conn, LaneAt, Stream},
+    qp::QpEvent,
     rank::{Handle, Rank, RankSpec},
 };
 use crate::{
@@ -16,6 +17,7 @@ use crate::{
     plan::stream::check_items,
     time::Time,
     transfer::{Chunk, NodeAudit, NodeConfig, Output, ReceiveRequest, SendRequest, Summary},
+    wire::control::Control,
 };
 
 /// Time between two calls of one thread.
@@ -87,6 +89,8 @@ pub(super) enum Event {
     /// A lane's thread goes on with a copy.
     Copy(LaneAt),
     LaneLost(LaneAt),
+    /// Something happens to one end of that queue pair of a lane.
+    Qp(LaneAt, u32, QpEvent),
     LinkLost {
         conn: usize,
         side: usize,
@@ -108,6 +112,7 @@ pub struct World {
     pub(super) conns: Vec<Conn>,
     notices: VecDeque<Notice>,
     steps: u64,
+    pub(super) fences: u64,
 }
 
 impl World {
@@ -122,6 +127,7 @@ impl World {
             conns: Vec::new(),
             notices: VecDeque::new(),
             steps: 0,
+            fences: 0,
         }
     }
 
@@ -146,6 +152,11 @@ impl World {
         self.steps
     }
 
+    /// Queue pairs that nodes wanted destroyed so far.
+    pub fn fences(&self) -> u64 {
+        self.fences
+    }
+
     /// The next notice for an application.
     pub fn notice(&mut self) -> Option<Notice> {
         self.notices.pop_front()
@@ -156,9 +167,21 @@ impl World {
         self.ranks[rank].is_alive && !self.ranks[rank].is_frozen
     }
 
+    /// Whether a rank's process exists, frozen or not.
+    pub fn is_alive(&self, rank: usize) -> bool {
+        self.ranks[rank].is_alive
+    }
+
     /// Counts the restarts of a rank.
     pub fn life(&self, rank: usize) -> u32 {
         self.ranks[rank].life
+    }
+
+    /// Whether a transfer has failed but not ended: a card may still touch its pages.
+    pub fn is_ebbing(&self, handle: Handle) -> bool {
+        let rank = &self.ranks[handle.rank];
+        let is_here = rank.is_alive && rank.life == handle.life;
+        is_here && !rank.gates.contains_key(&handle.id) && !rank.over.contains(&handle.id)
     }
 
     /// Sizes of the node's tables.
@@ -226,7 +249,11 @@ impl World {
         let now = self.now;
         self.check_lists(rank, &request.items)?;
         let id = self.ranks[rank].node.open_receive(now, request)?;
-        self.opened(rank, id)
+        let handle = self.opened(rank, id)?;
+        let known = &mut self.ranks[rank];
+        let grant = (request.room.number(), known.last_epoch);
+        known.grants.insert(grant, id);
+        Ok(handle)
     }
 
     fn opened(&mut self, index: usize, id: crate::ids::TransferId) -> Result<Handle, SubmitError> {
@@ -253,7 +280,7 @@ impl World {
         done
     }
 
-    /// Ends a transfer. No byte of it moves when this returns.
+    /// Ends a transfer. No byte of it moves when this returns, or where cards move them, when its end is told.
     pub fn cancel(&mut self, handle: Handle) {
         self.end(handle, TransferError::Cancelled);
     }
@@ -322,7 +349,7 @@ impl World {
                 let side = &self.conns[*conn].sides[*side];
                 (side.rank, side.life)
             }
-            Event::Pump(at) | Event::Copy(at) | Event::LaneLost(at) => {
+            Event::Pump(at) | Event::Copy(at) | Event::LaneLost(at) | Event::Qp(at, ..) => {
                 let side = &self.conns[at.conn].sides[at.side];
                 (side.rank, side.life)
             }
@@ -332,6 +359,12 @@ impl World {
     }
 
     fn dispatch(&mut self, event: Event) {
+        let event = match event {
+            Event::Qp(at, number, event) if event.is_of_card() => {
+                return self.qp_event(at, number, event);
+            }
+            event => event,
+        };
         let Some(rank) = self.owner(&event) else {
             return;
         };
@@ -358,6 +391,7 @@ impl World {
             Event::Pump(at) => self.pump(at),
             Event::Copy(at) => self.copy_on(at),
             Event::LaneLost(at) => self.lane_lost(at, "connection reset"),
+            Event::Qp(at, number, event) => self.qp_event(at, number, event),
             Event::LinkLost { conn, side, reason } => self.link_lost(conn, side, &reason),
             Event::Thaw { .. } => {}
         }
@@ -389,31 +423,6 @@ impl World {
         self.pump_soon(at.other());
     }
 
-    fn control_arrive(&mut self, conn: usize, side: usize, bytes: &[u8]) {
-        let (other_up, loses) = (
-            self.conns[conn].sides[1 - side].is_up,
-            self.conns[conn].loses,
-        );
-        self.conns[conn].sides[1 - side].control_out.in_flight -= bytes.len();
-        if !self.conns[conn].sides[side].is_up || (!other_up && loses) {
-            return;
-        }
-        self.conns[conn].sides[side].control_in.push(bytes);
-        loop {
-            let end = &mut self.conns[conn].sides[side];
-            let (rank, peer) = (end.rank, end.peer);
-            match end.control_in.next() {
-                Ok(Some(message)) => {
-                    let now = self.now;
-                    self.ranks[rank].node.on_control(now, peer, message);
-                    self.settle(rank);
-                }
-                Ok(None) => return,
-                Err(error) => return self.protocol(rank, error.to_string()),
-            }
-        }
-    }
-
     pub(super) fn protocol(&mut self, rank: usize, reason: String) {
         self.notices.push_back(Notice::Protocol { rank, reason });
     }
@@ -428,6 +437,9 @@ impl World {
             let life = self.ranks[index].life;
             match output {
                 Output::Control(peer, message) => {
+                    if let Control::Grant(grant) = &message {
+                        self.ranks[index].last_epoch = grant.epoch;
+                    }
                     if let Some((conn, side)) = self.ranks[index].peers.get(&peer).copied() {
                         self.say(conn, side, &message);
                     }
@@ -451,15 +463,14 @@ impl World {
                     });
                 }
                 Output::Stopping { transfer } => self.ranks[index].close_gate(transfer),
-                Output::Fence { lane, reason, .. } => {
-                    self.protocol(index, format!("a fence of {lane:?}: {reason}"));
-                }
+                Output::Fence { peer, lane, reason } => self.fence(index, peer, lane, reason),
                 Output::Ended {
                     transfer: id,
                     result,
                 } => {
                     // First the gate: when anybody learns of an end, no byte of it can move any more (promise P1).
                     self.ranks[index].close_gate(id);
+                    self.ranks[index].over.insert(id);
                     let rank = index;
                     let handle = Handle { rank, life, id };
                     self.notify(Notice::Ended { handle, result });

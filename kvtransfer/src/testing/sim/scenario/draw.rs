@@ -84,18 +84,19 @@ pub(super) fn node(dice: &mut Dice, weather: Weather) -> NodeConfig {
         first_epoch: dice.pick(&[0, 1, u32::MAX - 1, u32::MAX]),
         ..NodeConfig::default()
     };
-    if weather == Weather::Storm {
+    if weather.is_rough() {
         node.orphan_ttl = Duration::from_millis(dice.within(2, 40));
         node.heartbeat = Duration::from_millis(dice.within(10, 30));
         node.peer_silence_max = Duration::from_millis(dice.within(60, 200));
     } else {
         node.orphan_ttl = Duration::from_secs(5);
     }
+    node.ebb_max = Duration::from_micros(dice.pick(&[300, 2_000, 10_000]));
     if dice.chance(30) {
         // Three windows are what one chunk takes.
         node.queue_windows_max = usize::try_from(dice.within(3, 6)).unwrap_or(3);
     }
-    if weather == Weather::Storm && dice.chance(25) {
+    if weather.is_rough() && dice.chance(25) {
         node.transfers_max = usize::try_from(dice.within(1, 3)).unwrap_or(1);
         node.orphans_max = usize::try_from(dice.within(1, 2)).unwrap_or(1);
     }
@@ -113,8 +114,16 @@ fn net(dice: &mut Dice) -> NetSpec {
 }
 
 pub(super) fn link(dice: &mut Dice, weather: Weather) -> LinkSpec {
-    let modes = [PayloadMode::Inline, PayloadMode::Pull, PayloadMode::Ring];
-    let mode = dice.pick(&modes);
+    let modes = [
+        PayloadMode::Inline,
+        PayloadMode::Pull,
+        PayloadMode::Ring,
+        PayloadMode::Write,
+    ];
+    let mode = match weather {
+        Weather::Cards => PayloadMode::Write,
+        _ => dice.pick(&modes),
+    };
     let least = if weather == Weather::Lanes { 2 } else { 1 };
     let batch_bytes = dice.pick(&[100, 700, 3_000, 1 << 20]);
     // A ring's slots are real memory here.
@@ -129,10 +138,12 @@ pub(super) fn link(dice: &mut Dice, weather: Weather) -> LinkSpec {
         net: net(dice),
     });
     let lanes = lanes.collect();
-    LinkSpec {
-        control: net(dice),
-        lanes,
+    let mut control = net(dice);
+    if weather == Weather::Cards && dice.chance(50) {
+        // A failure is heard of long after a lost queue pair has been made anew.
+        control.latency = Duration::from_millis(dice.within(2, 25));
     }
+    LinkSpec { control, lanes }
 }
 
 pub(super) fn room(dice: &mut Dice, weather: Weather, index: usize, model: &Model) -> RoomPlan {
@@ -141,7 +152,7 @@ pub(super) fn room(dice: &mut Dice, weather: Weather, index: usize, model: &Mode
         chunks = vec![0];
     }
     let timeout = |dice: &mut Dice| match weather {
-        Weather::Storm => Duration::from_micros(dice.within(500, 80_000)),
+        Weather::Storm | Weather::Cards => Duration::from_micros(dice.within(500, 80_000)),
         _ => Duration::from_secs(60),
     };
     RoomPlan {
