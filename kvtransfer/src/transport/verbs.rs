@@ -7,6 +7,20 @@
     reason = "the rail engine that drives this layer is not built yet"
 )]
 
+pub(crate) mod chain;
+pub(crate) mod cm;
+pub(crate) mod context;
+pub(crate) mod cq;
+pub(crate) mod device;
 pub(crate) mod error;
 pub(crate) mod library;
+pub(crate) mod mr;
+pub(crate) mod pd;
+pub(crate) mod probe;
+pub(crate) mod qp;
+pub(crate) mod select;
+pub(crate) mod slots;
 pub(crate) mod sys;
+
+#[cfg(test)]
+mod tests;

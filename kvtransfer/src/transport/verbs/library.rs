@@ -8,14 +8,17 @@
 use std::{
     ffi::{c_int, c_uint, c_void},
     mem::ManuallyDrop,
-    sync::{Arc, OnceLock},
+    path::PathBuf,
+    sync::{Arc, Mutex, OnceLock, Weak},
 };
 
 use libc::sockaddr;
 use libloading::os::unix::{Library as SharedObject, RTLD_LOCAL, RTLD_NOW};
 
 use super::{
+    context::Context,
     error::VerbsError,
+    probe::Probed,
     sys::{
         ibv_async_event, ibv_comp_channel, ibv_context, ibv_cq, ibv_device, ibv_device_attr,
         ibv_gid, ibv_mr, ibv_pd, ibv_port_attr, ibv_qp, ibv_qp_attr, ibv_qp_init_attr,
@@ -186,6 +189,12 @@ pub(crate) struct Library {
     pub(crate) verbs: VerbsCalls,
     /// librdmacm, or why it is absent. Without it only devices that connect out of band work.
     pub(crate) cm: Result<CmCalls, VerbsError>,
+    /// Where the kernel describes its devices; `/sys`, but for tests.
+    pub(crate) sysfs: PathBuf,
+    /// The devices that are open, so that each is opened once; at most two entries a device.
+    pub(super) contexts: Mutex<Vec<Weak<Context>>>,
+    /// What devices have shown to be capable of; one entry a device and firmware.
+    pub(super) probed: Mutex<Vec<Probed>>,
 }
 
 impl Library {
@@ -203,19 +212,29 @@ impl Library {
             VerbsCalls::load,
         )?;
         let cm = load(LIBRDMACM, "librdmacm1", CmCalls::load);
-        let opened = Arc::new(Self { verbs, cm });
+        let opened = Arc::new(Self::new(verbs, cm, PathBuf::from("/sys")));
         Ok(Arc::clone(OPENED.get_or_init(|| opened)))
     }
 
-    /// A library made of the given calls: a provider written for tests.
+    fn new(verbs: VerbsCalls, cm: Result<CmCalls, VerbsError>, sysfs: PathBuf) -> Self {
+        Self {
+            verbs,
+            cm,
+            sysfs,
+            contexts: Mutex::new(Vec::new()),
+            probed: Mutex::new(Vec::new()),
+        }
+    }
+
+    /// A library made of the given calls, with a folder in the shape of `/sys`: a provider written for tests.
     #[cfg(any(test, feature = "testing"))]
-    pub(crate) fn from_table(verbs: VerbsCalls, cm: Option<CmCalls>) -> Arc<Self> {
+    pub(crate) fn from_table(verbs: VerbsCalls, cm: Option<CmCalls>, sysfs: PathBuf) -> Arc<Self> {
         let cm = cm.ok_or(VerbsError::NoLibrary {
             library: LIBRDMACM,
             package: "librdmacm1",
             reason: "the test gave none".to_owned(),
         });
-        Arc::new(Self { verbs, cm })
+        Arc::new(Self::new(verbs, cm, sysfs))
     }
 
     /// librdmacm's calls, or the reason why there are none.
