@@ -105,7 +105,7 @@ impl FakeVerbs {
         let slot = self.fabric.shared.slot;
         let has_cm = self.fabric.shared.lock().behaviour.cm.is_some();
         let cm = has_cm.then(|| cm_calls::table(slot));
-        Library::from_table(calls::table(slot), cm)
+        Library::from_table(calls::table(slot), cm, self.sysfs().to_owned())
     }
 
     /// The handle that drives the devices.
@@ -133,5 +133,11 @@ impl FakeVerbs {
     #[must_use]
     pub fn sysfs(&self) -> &Path {
         self.fabric.shared.sysfs.root()
+    }
+
+    /// What the table of slots holds for this fabric.
+    #[cfg(test)]
+    fn slot_entry(&self) -> std::sync::Weak<Shared> {
+        Arc::downgrade(&self.fabric.shared)
     }
 }

@@ -96,7 +96,7 @@ impl Shared {
     /// Takes a slot and builds the devices. `None` when every slot is taken by a living fabric.
     pub(super) fn new(state: State, names: &[String], sysfs: Sysfs) -> Option<Arc<Self>> {
         let mut fabrics = FABRICS.lock().unwrap_or_else(PoisonError::into_inner);
-        let slot = fabrics.iter().position(|taken| taken.strong_count() == 0)?;
+        let slot = free_slot(&*fabrics)?;
         let looks_iwarp = state.behaviour.looks_iwarp;
         let shared = Arc::new(Self {
             state: Mutex::new(state),
@@ -206,6 +206,11 @@ impl Shared {
             all.filter_map(|index| self.open(index)).collect()
         })
     }
+}
+
+/// The first slot whose fabric is gone.
+pub(super) fn free_slot(fabrics: &[Weak<Shared>]) -> Option<usize> {
+    fabrics.iter().position(|taken| taken.strong_count() == 0)
 }
 
 /// Text as a C array, cut to fit with its final zero.

@@ -1,10 +1,14 @@
 //! A user of the C table: opens a device, makes its objects, posts and polls by hand.
 #![expect(unsafe_code, reason = "the tests call C functions")]
 
-use std::{ffi::c_int, io, mem, ptr, sync::Arc};
+use std::{
+    ffi::c_int,
+    io, mem, ptr,
+    sync::{Arc, atomic::Ordering},
+};
 
 use crate::{
-    testing::fake_verbs::{FakeVerbs, QueuePairId},
+    testing::fake_verbs::{FakeVerbs, QueuePairId, shared::FakeCompletions},
     transport::verbs::{library::Library, sys},
 };
 
@@ -440,6 +444,112 @@ impl Host {
     pub(super) fn ack_async_event(&self, mut event: sys::ibv_async_event) {
         // SAFETY: the event was got and is acknowledged once.
         unsafe { (self.library.verbs.ibv_ack_async_event)(&raw mut event) };
+    }
+
+    /// What `poll_cq` returns when it fails.
+    pub(super) fn poll_code(&self) -> c_int {
+        // SAFETY: the structure is integers, for which zero is a value.
+        let mut room: sys::ibv_wc = unsafe { mem::zeroed() };
+        // SAFETY: the queue is alive and there is one place.
+        unsafe { sys::ibv_poll_cq(self.cq, 1, &raw mut room) }
+    }
+
+    /// Counts as so many more threads inside `poll_cq`.
+    pub(super) fn pretend_to_poll(&self, threads: i32) {
+        // SAFETY: every completion queue of a fabric is one of these.
+        let pollers = unsafe { &(*self.cq.cast::<FakeCompletions>()).pollers };
+        pollers.fetch_add(threads.cast_unsigned(), Ordering::AcqRel);
+    }
+
+    pub(super) fn limits(&self) -> sys::ibv_device_attr {
+        // SAFETY: the structure is integers, for which zero is a value.
+        let mut attr = unsafe { mem::zeroed() };
+        // SAFETY: the context is open.
+        let code = unsafe { (self.library.verbs.ibv_query_device)(self.context, &raw mut attr) };
+        assert_eq!(code, 0);
+        attr
+    }
+
+    pub(super) fn port(&self) -> sys::ibv_port_attr {
+        // SAFETY: the structure is integers, for which zero is a value.
+        let mut attr = unsafe { mem::zeroed() };
+        // SAFETY: the context is open.
+        let code = unsafe { (self.library.verbs.ibv_query_port)(self.context, 1, &raw mut attr) };
+        assert_eq!(code, 0);
+        attr
+    }
+
+    pub(super) fn gid_at(&self, index: u8) -> Option<[u8; 16]> {
+        let mut gid = sys::ibv_gid { raw: [0; 16] };
+        let index = c_int::from(index);
+        // SAFETY: the context is open, the place is ours.
+        let code =
+            unsafe { (self.library.verbs.ibv_query_gid)(self.context, 1, index, &raw mut gid) };
+        (code == 0).then_some(gid.raw)
+    }
+
+    pub(super) fn register_dmabuf(&mut self, fd: c_int) -> Result<(), i32> {
+        let call = self.library.verbs.ibv_reg_dmabuf_mr.expect("in the table");
+        let access = sys::IBV_ACCESS_LOCAL_WRITE.cast_signed();
+        // SAFETY: the domain is alive; nothing moves through this region.
+        let mr = unsafe { call(self.pd, 0, 4096, 0x10000, fd, access) };
+        if mr.is_null() {
+            return Err(last_errno());
+        }
+        self.regions.push(mr);
+        Ok(())
+    }
+
+    pub(super) fn try_destroy_cq(&self) -> c_int {
+        // SAFETY: the queue is in use, so this is refused.
+        unsafe { (self.library.verbs.ibv_destroy_cq)(self.cq) }
+    }
+
+    pub(super) fn try_dealloc_pd(&self) -> c_int {
+        // SAFETY: the domain is in use, so this is refused.
+        unsafe { (self.library.verbs.ibv_dealloc_pd)(self.pd) }
+    }
+
+    pub(super) fn try_destroy_channel(&self) -> c_int {
+        // SAFETY: the channel is in use, so this is refused.
+        unsafe { (self.library.verbs.ibv_destroy_comp_channel)(self.channel) }
+    }
+
+    /// The size of a new completion queue, which is destroyed again, or the errno why there is none.
+    pub(super) fn try_create_cq(&self, entries: c_int, vector: c_int) -> Result<c_int, i32> {
+        let calls = &self.library.verbs;
+        let (user, channel) = (ptr::null_mut(), ptr::null_mut());
+        // SAFETY: the context is open.
+        let cq = unsafe { (calls.ibv_create_cq)(self.context, entries, user, channel, vector) };
+        if cq.is_null() {
+            return Err(last_errno());
+        }
+        // SAFETY: it has just been made.
+        let size = unsafe { (*cq).cqe };
+        // SAFETY: nothing uses it.
+        let code = unsafe { (calls.ibv_destroy_cq)(cq) };
+        assert_eq!(code, 0);
+        Ok(size)
+    }
+
+    /// Closes the device under its objects, and opens it again so that the drop closes something.
+    pub(super) fn close_and_open(&mut self) {
+        // SAFETY: the device is one of an open context.
+        let device = unsafe { (*self.context).device };
+        // SAFETY: the context was opened once.
+        let code = unsafe { (self.library.verbs.ibv_close_device)(self.context) };
+        assert_eq!(code, 0);
+        // SAFETY: the fabric is alive, so the device is.
+        self.context = unsafe { (self.library.verbs.ibv_open_device)(device) };
+        assert!(!self.context.is_null());
+    }
+
+    pub(super) fn device_path(&self) -> Vec<u8> {
+        // SAFETY: the context is open.
+        let device = unsafe { (*self.context).device };
+        // SAFETY: an open context's device is alive.
+        let path = unsafe { (*device).ibdev_path };
+        path.iter().map(|&byte| byte.cast_unsigned()).collect()
     }
 }
 
