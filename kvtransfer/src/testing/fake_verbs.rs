@@ -19,20 +19,26 @@
 mod behaviour;
 mod calls;
 mod cm_calls;
+mod cm_events;
 mod connect;
 mod counters;
+mod disconnect;
 mod events;
 mod fabric;
+mod lifecycle;
 mod memory;
 mod nic;
+mod poll;
 mod post;
 mod queue;
 mod queues;
+mod regions;
 mod shared;
 mod state;
 mod sysfs;
 #[cfg(test)]
 mod tests;
+mod zombies;
 
 use std::{io, net::Ipv4Addr, path::Path, sync::Arc};
 

@@ -8,10 +8,11 @@ use std::{
 
 use super::{
     calls::{length_with_null, per_slot},
-    connect::{ConnectEvent, Errno},
+    cm_events,
+    connect::Errno,
     counters::Violation,
     events::EventQueue,
-    queues,
+    lifecycle, queues,
     shared::{FABRICS_MAX, Shared, fabric_of, set_errno},
     state::State,
 };
@@ -19,7 +20,7 @@ use crate::transport::verbs::{library::CmCalls, sys};
 
 /// An event channel.
 #[repr(C)]
-struct FakeChannel {
+pub(super) struct FakeChannel {
     c: sys::rdma_event_channel,
     shared: *const Shared,
     number: u64,
@@ -27,20 +28,10 @@ struct FakeChannel {
 
 /// An identifier.
 #[repr(C)]
-struct FakeId {
+pub(super) struct FakeId {
     c: sys::rdma_cm_id,
     shared: *const Shared,
     number: u64,
-}
-
-/// An event, with the private data that it points to.
-#[repr(C)]
-struct FakeEvent {
-    c: sys::rdma_cm_event,
-    shared: *const Shared,
-    /// The identifier that cannot be destroyed before this is acknowledged.
-    counted: u64,
-    private: Vec<u8>,
 }
 
 type DeviceListCall = unsafe extern "C" fn(*mut c_int) -> *mut *mut sys::ibv_context;
@@ -70,14 +61,14 @@ pub(super) fn table(slot: usize) -> CmCalls {
         rdma_accept: accept,
         rdma_reject: reject,
         rdma_disconnect: disconnect,
-        rdma_get_cm_event: next_event,
-        rdma_ack_cm_event: ack_event,
+        rdma_get_cm_event: cm_events::next_event,
+        rdma_ack_cm_event: cm_events::ack_event,
         rdma_get_src_port: source_port,
     }
 }
 
 /// What librdmacm returns: zero, or −1 with `errno`.
-fn returned(result: Result<(), Errno>) -> c_int {
+pub(super) fn returned(result: Result<(), Errno>) -> c_int {
     match result {
         Ok(()) => 0,
         Err(errno) => {
@@ -138,7 +129,7 @@ unsafe extern "C" fn create_channel<const SLOT: usize>() -> *mut sys::rdma_event
 
 /// # Safety
 /// `channel` must be one of a fabric that is alive for `'a`.
-unsafe fn channel_of<'a>(channel: *mut sys::rdma_event_channel) -> (&'a Shared, u64) {
+pub(super) unsafe fn channel_of<'a>(channel: *mut sys::rdma_event_channel) -> (&'a Shared, u64) {
     // SAFETY: every channel is a `FakeChannel` of its fabric's arena.
     let channel = unsafe { &*channel.cast::<FakeChannel>() };
     // SAFETY: the fabric is alive by this function's contract.
@@ -161,7 +152,7 @@ unsafe extern "C" fn destroy_channel(channel: *mut sys::rdma_event_channel) {
 }
 
 /// Makes the C structure of an identifier, which keeps the fabric alive.
-fn new_id(
+pub(super) fn new_id(
     shared: &Shared,
     number: u64,
     channel: *mut sys::rdma_event_channel,
@@ -277,7 +268,12 @@ fn socket_address((address, port): (u32, u16)) -> libc::sockaddr_storage {
 ///
 /// # Safety
 /// `id` must be one of this fabric that no other thread uses now.
-unsafe fn refresh(shared: &Shared, state: &State, number: u64, id: *mut sys::rdma_cm_id) {
+pub(super) unsafe fn refresh(
+    shared: &Shared,
+    state: &State,
+    number: u64,
+    id: *mut sys::rdma_cm_id,
+) {
     let Some(entry) = state.connections.ids.get(&number) else {
         return;
     };
@@ -385,7 +381,7 @@ unsafe extern "C" fn destroy_qp(id: *mut sys::rdma_cm_id) {
     let qp = unsafe { std::mem::replace(&mut (*id).qp, ptr::null_mut()) };
     if !qp.is_null() {
         // SAFETY: the queue pair is the identifier's own, of the same fabric.
-        unsafe { queues::destroy_qp(qp) };
+        unsafe { lifecycle::destroy_qp(qp) };
     }
 }
 
@@ -431,7 +427,7 @@ unsafe extern "C" fn listen(id: *mut sys::rdma_cm_id, backlog: c_int) -> c_int {
 ///
 /// # Safety
 /// `id` must be an identifier whose owner is in a call.
-unsafe fn cache_rts(id: *mut sys::rdma_cm_id) {
+pub(super) unsafe fn cache_rts(id: *mut sys::rdma_cm_id) {
     // SAFETY: by this function's contract.
     let qp = unsafe { (*id).qp };
     if !qp.is_null() {
@@ -465,117 +461,6 @@ unsafe extern "C" fn disconnect(id: *mut sys::rdma_cm_id) -> c_int {
     // SAFETY: the caller passes an identifier of a living fabric.
     let (shared, number) = unsafe { id_of(id) };
     returned(shared.lock().cm_disconnect(number))
-}
-
-unsafe extern "C" fn next_event(
-    channel: *mut sys::rdma_event_channel,
-    into: *mut *mut sys::rdma_cm_event,
-) -> c_int {
-    // SAFETY: the caller passes a channel of a living fabric.
-    let (shared, number) = unsafe { channel_of(channel) };
-    let fd = shared
-        .lock()
-        .connections
-        .channels
-        .get(&number)
-        .map(EventQueue::fd);
-    let Some(fd) = fd else {
-        return returned(Err(libc::EINVAL));
-    };
-    if let Err(error) = rustix::io::read(&*fd, &mut [0; 8]) {
-        return returned(Err(error.raw_os_error()));
-    }
-    shared.managed();
-    let mut state = shared.lock();
-    let waiting = state.connections.channels.get_mut(&number);
-    let Some(event) = waiting.and_then(EventQueue::pop) else {
-        return returned(Err(libc::EAGAIN));
-    };
-    let is_request = event.kind == sys::RDMA_CM_EVENT_CONNECT_REQUEST;
-    if is_request {
-        // As in librdmacm, the structure of a request's identifier is made when its event is taken.
-        let id = new_id(shared, event.id, channel, ptr::null_mut());
-        if let Some(entry) = state.connections.ids.get_mut(&event.id) {
-            entry.handle = id.expose_provenance();
-        }
-        // SAFETY: the structure is new, so nobody else uses it.
-        unsafe { refresh(shared, &state, event.id, id.cast()) };
-    }
-    state.cm_taken(&event);
-    let id = handle_in(&state, event.id);
-    if event.kind == sys::RDMA_CM_EVENT_ESTABLISHED && !id.is_null() {
-        // SAFETY: the arena keeps it, and the thread that takes a channel's events owns its identifiers' states.
-        unsafe { cache_rts(id) };
-    }
-    let listener = event
-        .listener
-        .map_or(ptr::null_mut(), |listener| handle_in(&state, listener));
-    drop(state);
-    let c_event = Box::into_raw(Box::new(c_event(shared, &event, id, listener)));
-    // SAFETY: the caller passes a writable place.
-    unsafe { into.write(c_event.cast()) };
-    0
-}
-
-fn handle_in(state: &State, number: u64) -> *mut sys::rdma_cm_id {
-    let entry = state.connections.ids.get(&number);
-    entry.map_or(ptr::null_mut(), |entry| {
-        ptr::with_exposed_provenance_mut(entry.handle)
-    })
-}
-
-fn c_event(
-    shared: &Shared,
-    event: &ConnectEvent,
-    id: *mut sys::rdma_cm_id,
-    listener: *mut sys::rdma_cm_id,
-) -> FakeEvent {
-    let private = event.private.clone();
-    let conn = sys::rdma_conn_param {
-        private_data: if private.is_empty() {
-            ptr::null()
-        } else {
-            private.as_ptr().cast()
-        },
-        private_data_len: u8::try_from(private.len()).unwrap_or(u8::MAX),
-        // eRDMA reports the device's maxima, not what the peer asked for.
-        responder_resources: 128,
-        initiator_depth: 128,
-        flow_control: 0,
-        retry_count: 7,
-        rnr_retry_count: 7,
-        srq: 0,
-        qp_num: 0,
-    };
-    FakeEvent {
-        c: sys::rdma_cm_event {
-            id,
-            listen_id: listener,
-            event: event.kind,
-            status: event.status,
-            param: sys::rdma_cm_event_param { conn },
-        },
-        shared: ptr::from_ref(shared),
-        counted: event.listener.unwrap_or(event.id),
-        private,
-    }
-}
-
-unsafe extern "C" fn ack_event(event: *mut sys::rdma_cm_event) -> c_int {
-    if event.is_null() {
-        return returned(Err(libc::EINVAL));
-    }
-    // SAFETY: the caller passes an event from `next_event`, once.
-    let event = unsafe { Box::from_raw(event.cast::<FakeEvent>()) };
-    // SAFETY: an identifier that has events to acknowledge keeps the fabric alive.
-    let shared = unsafe { &*event.shared };
-    let mut state = shared.lock();
-    if let Some(entry) = state.connections.ids.get_mut(&event.counted) {
-        entry.unacked = entry.unacked.saturating_sub(1);
-    }
-    drop(state);
-    drop(event.private);
-    0
 }
 
 unsafe extern "C" fn source_port(id: *mut sys::rdma_cm_id) -> u16 {

@@ -49,7 +49,13 @@ pub(super) struct FakeCompletions {
 /// Memory of C objects. It is kept as long as the fabric, so that using a destroyed object is found, not undefined.
 #[derive(Default)]
 struct Arena {
-    kept: Vec<(*mut u8, unsafe fn(*mut u8))>,
+    kept: Vec<Kept>,
+}
+
+/// An object of the arena and how it is freed.
+struct Kept {
+    object: *mut u8,
+    free: unsafe fn(*mut u8),
 }
 
 /// A fabric: its state, and the memory of its C objects.
@@ -78,7 +84,7 @@ impl fmt::Debug for Shared {
 impl Drop for Shared {
     fn drop(&mut self) {
         let arena = self.arena.get_mut().unwrap_or_else(PoisonError::into_inner);
-        for (object, free) in arena.kept.drain(..) {
+        for Kept { object, free } in arena.kept.drain(..) {
             // SAFETY: `keep` made the pair, and each object is freed once, here.
             unsafe { free(object) };
         }
@@ -159,7 +165,10 @@ impl Shared {
     pub(super) fn keep<T>(&self, object: T) -> *mut T {
         let object = Box::into_raw(Box::new(object));
         let mut arena = self.arena.lock().unwrap_or_else(PoisonError::into_inner);
-        arena.kept.push((object.cast(), free::<T>));
+        arena.kept.push(Kept {
+            object: object.cast(),
+            free: free::<T>,
+        });
         object
     }
 

@@ -4,5 +4,6 @@ mod connecting;
 mod faults;
 mod host;
 mod limits;
+mod safe_layer;
 mod send_queue;
 mod traffic;

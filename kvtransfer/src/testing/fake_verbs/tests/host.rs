@@ -99,7 +99,9 @@ impl Host {
             // SAFETY: the count is ours.
             let list = unsafe { (cm.rdma_get_devices)(&raw mut count) };
             // SAFETY: the array has an entry per device.
-            let context = unsafe { *list.add(device) };
+            let place = unsafe { list.add(device) };
+            // SAFETY: as above.
+            let context = unsafe { *place };
             // SAFETY: the list is given back once.
             unsafe { (cm.rdma_free_devices)(list) };
             context
@@ -108,7 +110,9 @@ impl Host {
             let list = unsafe { (library.verbs.ibv_get_device_list)(&raw mut count) };
             assert!(usize::try_from(count).unwrap() > device);
             // SAFETY: the array has so many entries.
-            let found = unsafe { *list.add(device) };
+            let place = unsafe { list.add(device) };
+            // SAFETY: as above.
+            let found = unsafe { *place };
             // SAFETY: the device is one of the list.
             let context = unsafe { (library.verbs.ibv_open_device)(found) };
             // SAFETY: the list is freed once.

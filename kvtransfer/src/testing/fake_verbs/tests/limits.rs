@@ -10,9 +10,10 @@ use crate::{
 
 #[test]
 fn erdma_refuses_what_its_driver_refuses() {
+    type Spoil = fn(&mut sys::ibv_qp_init_attr);
     let fake = FakeVerbs::new(Behaviour::erdma_compat());
     let mut host = Host::new(&fake, 0);
-    let cases: [(i32, fn(&mut sys::ibv_qp_init_attr)); 9] = [
+    let cases: [(i32, Spoil); 9] = [
         (libc::EINVAL, |attr| attr.cap.max_recv_wr = 0),
         (libc::EINVAL, |attr| attr.cap.max_send_wr = 0),
         (libc::EINVAL, |attr| attr.cap.max_inline_data = 97),
