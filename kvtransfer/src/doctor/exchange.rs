@@ -1,0 +1,298 @@
+//! Two doctors talk: one serves, the other asks for its facts and measures the TCP path to it.
+//!
+//! After an 8-byte greeting both ways, the server sends its facts (a length and JSON), then obeys messages of one byte
+//! (what), four bytes (how many follow, big-endian) and the bytes: `e` sends them back, `s` drops them and answers
+//! nothing, `q` answers how many bytes of `s` came. Every length and wait is bounded on both sides.
+
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs as _};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use super::facts::Facts;
+use super::steps::{Figure, Outcome, Step};
+use crate::clock;
+
+/// What both say first; the digit is the version of this protocol.
+const GREETING: [u8; 8] = *b"KVTDOC1\n";
+/// Most bytes of a host's facts: 4096 interfaces with names and addresses stay below it.
+pub const FACTS_BYTES_MAX: usize = 4 << 20;
+/// Most bytes of a message; the size at which bandwidth is measured.
+const MESSAGE_BYTES_MAX: usize = 64 << 10;
+/// How long either side waits for the other. A healthy peer answers within milliseconds.
+const WAIT_MAX: Duration = Duration::from_secs(5);
+/// Most doctors that are served at a time; each costs a thread and a message buffer.
+const CALLERS_MAX: usize = 8;
+/// Round trips of which the median is taken.
+const ROUND_TRIPS: usize = 500;
+/// How long bandwidth is measured.
+const BANDWIDTH_TIME: Duration = Duration::from_secs(1);
+
+/// Why a peer could not be asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ExchangeError {
+    /// The name has no address.
+    #[error("cannot resolve {0}")]
+    Resolve(String),
+    /// Nobody answers at all.
+    #[error("cannot connect: {0}")]
+    Connect(io::Error),
+    /// The connection broke, or the peer did not answer in time.
+    #[error("the connection broke: {0}")]
+    Socket(#[from] io::Error),
+    /// Something else answers.
+    #[error("what listens there is no doctor")]
+    NoDoctor,
+    /// A length beyond its bound.
+    #[error("the peer announces {got} bytes, at most {max} are taken")]
+    TooLong {
+        /// What it announced.
+        got: u64,
+        /// What is taken.
+        max: usize,
+    },
+    /// Its facts are no JSON that this version understands.
+    #[error("the peer's facts cannot be read: {0}")]
+    Facts(#[from] serde_json::Error),
+}
+
+/// A doctor that others may ask.
+#[derive(Debug)]
+pub struct Served {
+    listener: TcpListener,
+    facts: Arc<Vec<u8>>,
+    callers: Arc<AtomicUsize>,
+}
+
+impl Served {
+    /// Listens at an address with what was seen here.
+    ///
+    /// # Errors
+    /// The address cannot be listened on, or the facts are longer than [`FACTS_BYTES_MAX`].
+    pub fn bind(addr: SocketAddr, facts: &Facts) -> Result<Self, ExchangeError> {
+        let facts = serde_json::to_vec(facts)?;
+        bounded(facts.len() as u64, FACTS_BYTES_MAX)?;
+        Ok(Self {
+            listener: TcpListener::bind(addr)?,
+            facts: Arc::new(facts),
+            callers: Arc::default(),
+        })
+    }
+
+    /// Where it listens.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Serves callers until accepting fails.
+    ///
+    /// # Errors
+    /// Why no further caller can be accepted.
+    pub fn run(&self) -> io::Result<()> {
+        loop {
+            let (stream, peer) = match self.listener.accept() {
+                Ok(accepted) => accepted,
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
+                Err(error) => return Err(error),
+            };
+            // Only this thread adds, so a slot that is seen free stays free until it is taken here.
+            if self.callers.load(Ordering::Acquire) >= CALLERS_MAX {
+                tracing::warn!(%peer, "turned away: {CALLERS_MAX} callers are served already");
+                continue;
+            }
+            self.callers.fetch_add(1, Ordering::AcqRel);
+            let slot = Slot(Arc::clone(&self.callers));
+            let facts = Arc::clone(&self.facts);
+            let serve = move || {
+                let _slot = slot;
+                match serve_one(stream, &facts) {
+                    Ok(()) => tracing::info!(%peer, "asked and answered"),
+                    Err(error) => tracing::warn!(%peer, %error, "caller dropped"),
+                }
+            };
+            std::thread::Builder::new()
+                .name("doctor-caller".to_owned())
+                .spawn(serve)?;
+        }
+    }
+}
+
+/// A place among the callers, given back when its thread ends.
+struct Slot(Arc<AtomicUsize>);
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_read_timeout(Some(WAIT_MAX))?;
+    stream.set_write_timeout(Some(WAIT_MAX))?;
+    stream.set_nodelay(true)
+}
+
+fn bounded(got: u64, max: usize) -> Result<usize, ExchangeError> {
+    usize::try_from(got)
+        .ok()
+        .filter(|len| *len <= max)
+        .ok_or(ExchangeError::TooLong { got, max })
+}
+
+fn serve_one(mut stream: TcpStream, facts: &[u8]) -> Result<(), ExchangeError> {
+    prepare(&stream)?;
+    let mut greeting = [0; GREETING.len()];
+    stream.read_exact(&mut greeting)?;
+    if greeting != GREETING {
+        return Err(ExchangeError::NoDoctor);
+    }
+    let len = u32::try_from(facts.len()).expect("invariant: bind checked the length");
+    stream.write_all(&GREETING)?;
+    stream.write_all(&len.to_be_bytes())?;
+    stream.write_all(facts)?;
+    let mut buffer = vec![0; MESSAGE_BYTES_MAX];
+    let mut sunk = 0_u64;
+    loop {
+        let mut head = [0; 5];
+        match stream.read_exact(&mut head) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+        let [what, len @ ..] = head;
+        let len = bounded(u32::from_be_bytes(len).into(), MESSAGE_BYTES_MAX)?;
+        stream.read_exact(&mut buffer[..len])?;
+        match what {
+            b'e' => stream.write_all(&buffer[..len])?,
+            b's' => sunk += len as u64,
+            b'q' => stream.write_all(&sunk.to_be_bytes())?,
+            _ => return Err(ExchangeError::NoDoctor),
+        }
+    }
+}
+
+/// A connection to a doctor on another host.
+#[derive(Debug)]
+pub struct Caller {
+    stream: TcpStream,
+    facts: Facts,
+}
+
+impl Caller {
+    /// Connects to `host:port` and takes the peer's facts.
+    ///
+    /// # Errors
+    /// [`ExchangeError`]
+    pub fn connect(peer: &str) -> Result<Self, ExchangeError> {
+        let unresolved = || ExchangeError::Resolve(peer.to_owned());
+        let mut addrs = peer.to_socket_addrs().map_err(|_| unresolved())?;
+        let addr = addrs.next().ok_or_else(unresolved)?;
+        let mut stream =
+            TcpStream::connect_timeout(&addr, WAIT_MAX).map_err(ExchangeError::Connect)?;
+        prepare(&stream)?;
+        stream.write_all(&GREETING)?;
+        let mut greeting = [0; GREETING.len()];
+        match stream.read_exact(&mut greeting) {
+            Ok(()) if greeting == GREETING => {}
+            // An engine or a web server closes the connection, waits for more, or answers in its own words.
+            _ => return Err(ExchangeError::NoDoctor),
+        }
+        let mut len = [0; 4];
+        stream.read_exact(&mut len)?;
+        let len = bounded(u32::from_be_bytes(len).into(), FACTS_BYTES_MAX)?;
+        let mut text = vec![0; len];
+        stream.read_exact(&mut text)?;
+        Ok(Self {
+            stream,
+            facts: serde_json::from_slice(&text)?,
+        })
+    }
+
+    /// What the peer saw on its host.
+    pub fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    /// Performs one of the TCP steps.
+    pub fn perform(&mut self, step: Step) -> Outcome {
+        let result = match step {
+            Step::TcpLatency => self.latency(),
+            Step::TcpBandwidth => self.bandwidth(),
+            other => {
+                let why = format!("`{}` needs queue pairs, not this connection", other.words());
+                return Outcome::NotRun { why };
+            }
+        };
+        match result {
+            Ok(figures) => Outcome::Passed(figures),
+            Err(error) => Outcome::Failed {
+                why: error.to_string(),
+                fix: "Check that security groups and network policies let this TCP port through both ways, and that \
+                      the peer's doctor is still running (its log says why it dropped a caller)."
+                    .to_owned(),
+            },
+        }
+    }
+
+    fn message(&mut self, what: u8, bytes: &[u8]) -> io::Result<()> {
+        let len = u32::try_from(bytes.len()).expect("invariant: messages are at most 64 KiB");
+        let [a, b, c, d] = len.to_be_bytes();
+        let head = [what, a, b, c, d];
+        // One buffer, hence one packet for small messages: two writes would measure the kernel's coalescing.
+        let mut all = Vec::with_capacity(head.len() + bytes.len());
+        all.extend_from_slice(&head);
+        all.extend_from_slice(bytes);
+        self.stream.write_all(&all)
+    }
+
+    fn latency(&mut self) -> Result<Vec<Figure>, ExchangeError> {
+        let sent = [0x5a; 64];
+        let mut times = Vec::with_capacity(ROUND_TRIPS);
+        for _ in 0..ROUND_TRIPS {
+            let start = clock::now();
+            self.message(b'e', &sent)?;
+            let mut back = [0; 64];
+            self.stream.read_exact(&mut back)?;
+            times.push(clock::now().since(start));
+            if back != sent {
+                return Err(ExchangeError::NoDoctor);
+            }
+        }
+        times.sort_unstable();
+        let at = |part: usize| times[part * (ROUND_TRIPS - 1) / 100].as_secs_f64() * 1e6;
+        Ok(vec![
+            Figure::new("median", at(50), "us"),
+            Figure::new("p99", at(99), "us"),
+        ])
+    }
+
+    fn bandwidth(&mut self) -> Result<Vec<Figure>, ExchangeError> {
+        let bytes = vec![0xa5; MESSAGE_BYTES_MAX];
+        let mut sent = 0_u64;
+        let start = clock::now();
+        while clock::now().since(start) < BANDWIDTH_TIME {
+            self.message(b's', &bytes)?;
+            sent += bytes.len() as u64;
+        }
+        self.message(b'q', &[])?;
+        let mut sunk = [0; 8];
+        self.stream.read_exact(&mut sunk)?;
+        // Only what the peer says it received counts.
+        let sunk = u64::from_be_bytes(sunk);
+        if sunk != sent {
+            return Err(ExchangeError::NoDoctor);
+        }
+        let seconds = clock::now().since(start).as_secs_f64();
+        #[expect(
+            clippy::cast_precision_loss,
+            reason = "a rate for people; 53 bits are more than its accuracy"
+        )]
+        let rate = sunk as f64 / seconds / 1e6;
+        Ok(vec![Figure::new("rate", rate, "MB/s")])
+    }
+}
