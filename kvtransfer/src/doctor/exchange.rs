@@ -296,3 +296,103 @@ impl Caller {
         Ok(vec![Figure::new("rate", rate, "MB/s")])
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn serve() -> SocketAddr {
+        let addr = SocketAddr::from(([127, 0, 0, 1], 0));
+        let served = Served::bind(addr, &Facts::default()).unwrap();
+        let addr = served.local_addr().unwrap();
+        // The thread lives as long as the test's process: a doctor serves until it is killed.
+        std::thread::spawn(move || served.run());
+        addr
+    }
+
+    /// Answers one caller with these bytes and closes.
+    fn impostor(answer: Vec<u8>) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let addr = listener.local_addr().unwrap();
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut greeting = [0; GREETING.len()];
+            stream.read_exact(&mut greeting).unwrap();
+            stream.write_all(&answer).unwrap();
+        });
+        addr.to_string()
+    }
+
+    #[test]
+    fn tcp_steps_measure_and_others_are_refused() {
+        let mut caller = Caller::connect(&serve().to_string()).unwrap();
+        assert_eq!(*caller.facts(), Facts::default());
+        let Outcome::Passed(figures) = caller.perform(Step::TcpLatency) else {
+            panic!("latency");
+        };
+        assert!(figures[0].value > 0.0 && figures[0].value <= figures[1].value);
+        let Outcome::Passed(figures) = caller.perform(Step::TcpBandwidth) else {
+            panic!("bandwidth");
+        };
+        assert!(figures[0].value > 0.0);
+        assert!(matches!(
+            caller.perform(Step::BadKey),
+            Outcome::NotRun { .. }
+        ));
+    }
+
+    #[test]
+    fn callers_beyond_the_bound_are_turned_away_and_places_come_back() {
+        let addr = serve();
+        let mut held: Vec<_> = (0..CALLERS_MAX)
+            .map(|_| Caller::connect(&addr.to_string()).unwrap())
+            .collect();
+        assert!(Caller::connect(&addr.to_string()).is_err(), "one too many");
+        held.clear();
+        let mut tries = (0..1000).map(|_| Caller::connect(&addr.to_string()));
+        assert!(tries.any(|caller| caller.is_ok()), "a place comes back");
+    }
+
+    #[test]
+    fn hostile_callers_are_dropped() {
+        let addr = serve();
+        let after = |bytes: &[u8]| {
+            let mut stream = TcpStream::connect(addr).unwrap();
+            stream.set_read_timeout(Some(WAIT_MAX * 2)).unwrap();
+            stream.write_all(bytes).unwrap();
+            let mut rest = Vec::new();
+            // A reset is as good an end as a close.
+            let _ = stream.read_to_end(&mut rest);
+            rest
+        };
+        assert_eq!(after(b"GET / HTTP/1.1\r\n\r\n"), b"");
+        let long = [GREETING.as_slice(), b"e\x00\x01\x00\x01"].concat();
+        assert!(after(&long).starts_with(&GREETING), "facts, then the end");
+        let unknown = [GREETING.as_slice(), b"z\x00\x00\x00\x00"].concat();
+        assert!(after(&unknown).starts_with(&GREETING));
+        assert!(
+            Caller::connect(&addr.to_string()).is_ok(),
+            "others are served on"
+        );
+    }
+
+    #[test]
+    fn hostile_servers_are_refused() {
+        let refused = |answer: &[u8]| Caller::connect(&impostor(answer.to_vec())).unwrap_err();
+        assert!(matches!(
+            refused(b"HTTP/1.1 400 Bad"),
+            ExchangeError::NoDoctor
+        ));
+        let long = u32::try_from(FACTS_BYTES_MAX + 1).unwrap().to_be_bytes();
+        let long = [GREETING.as_slice(), &long].concat();
+        assert!(matches!(refused(&long), ExchangeError::TooLong { .. }));
+        let garbage = [GREETING.as_slice(), b"\0\0\0\x03{!}"].concat();
+        assert!(matches!(refused(&garbage), ExchangeError::Facts(_)));
+        let short = [GREETING.as_slice(), b"\0\0\0\x09{}"].concat();
+        assert!(matches!(refused(&short), ExchangeError::Socket(_)));
+        assert!(matches!(
+            Caller::connect("host.invalid:1").unwrap_err(),
+            ExchangeError::Resolve(_)
+        ));
+    }
+}

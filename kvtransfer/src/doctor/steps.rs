@@ -146,3 +146,66 @@ pub fn run(steps: &[Step], mut perform: impl FnMut(Step) -> Outcome) -> Vec<Done
     };
     steps.iter().map(run_one).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn path(pairs: usize) -> PeerPath {
+        PeerPath {
+            path: "x".to_owned(),
+            pairs: vec![("a".to_owned(), "b".to_owned()); pairs],
+            refused: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn without_a_pair_of_devices_only_tcp_is_measured() {
+        assert_eq!(steps(&path(0)), [Step::TcpLatency, Step::TcpBandwidth]);
+        let all = steps(&path(2));
+        assert_eq!(all.len(), 10);
+        assert_eq!(
+            all[8..],
+            [Step::EmptyReceiveQueue, Step::BadKey],
+            "breakers last"
+        );
+    }
+
+    #[test]
+    fn a_failed_ground_step_spares_the_rest_of_its_path_only() {
+        let mut asked = Vec::new();
+        let done = run(&steps(&path(1)), |step| {
+            asked.push(step);
+            match step {
+                Step::WriteAndSend => Outcome::Failed {
+                    why: "byte 7 differs".to_owned(),
+                    fix: "x".to_owned(),
+                },
+                _ => Outcome::Passed(Vec::new()),
+            }
+        });
+        assert_eq!(
+            asked,
+            [Step::TcpLatency, Step::TcpBandwidth, Step::WriteAndSend]
+        );
+        assert_eq!(done.len(), 10);
+        let spared = |done: &&Done| matches!(&done.outcome, Outcome::NotRun { why } if why.contains("4 SGE"));
+        assert_eq!(done.iter().filter(spared).count(), 7);
+    }
+
+    #[test]
+    fn a_failed_measurement_spares_nothing() {
+        let fail = |step| match step {
+            Step::WriteLatency => Outcome::Failed {
+                why: String::new(),
+                fix: String::new(),
+            },
+            _ => Outcome::Passed(Vec::new()),
+        };
+        let done = run(&steps(&path(1)), fail);
+        assert!(
+            done.iter()
+                .all(|done| !matches!(done.outcome, Outcome::NotRun { .. }))
+        );
+    }
+}
