@@ -161,7 +161,10 @@ fn without_a_v2_gid_with_an_ipv4_address_a_roce_device_is_refused() {
     );
     let failed = said(&report(&tree), Level::Fail);
     assert!(failed.contains("mlx5_0: no usable GID"), "{failed}");
-    assert!(failed.contains("IPv6 addresses only"), "{failed}");
+    assert!(
+        failed.contains("none of its GIDs with an IPv4 address is of type \"RoCE v2\""),
+        "{failed}"
+    );
 }
 
 #[test]
@@ -230,10 +233,10 @@ fn memlock_is_judged_with_the_capability_in_mind() {
         "{failed}"
     );
     assert!(failed.contains("LimitMEMLOCK=infinity"), "{failed}");
-    tree.memlock("67108863", "unlimited");
+    tree.memlock("16777215", "unlimited");
     assert!(said(&report(&tree), Level::Fail).contains("the hard limit allows it"));
-    tree.memlock("67108864", "unlimited");
-    assert!(said(&report(&tree), Level::Warn).contains("memlock is 64 MiB"));
+    tree.memlock("16777216", "unlimited");
+    assert!(said(&report(&tree), Level::Warn).contains("memlock is 16 MiB"));
     tree.memlock("65536", "65536")
         .capabilities("0000000000004000");
     let held = report(&tree);
@@ -489,6 +492,14 @@ fn the_command_ends_with_0_1_or_2() {
             .code(),
         Some(1)
     );
+    let with = |filter: &str| doctor(&["--root", root, "--device", filter]).status.code();
+    assert_eq!(with("erdma_1, erdma_0"), Some(0));
+    assert_eq!(with(r#"{"0": "erdma_0", "1": "erdma_1"}"#), Some(0));
+    assert_eq!(with(r#"{"0": "erdma_0", "1": "erdma_9"}"#), Some(1));
+    assert_eq!(with(r#"{"gpu": "erdma_0"}"#), Some(2));
+    assert_eq!(with("nowhere.json"), Some(2));
+    good.file("map.json", r#"{"0": "erdma_0"}"#);
+    assert_eq!(with(&format!("{root}/map.json")), Some(0));
     let bad = Tree::empty();
     assert_eq!(
         doctor(&["--root", bad.root.to_str().unwrap()])

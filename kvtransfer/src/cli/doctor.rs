@@ -7,10 +7,11 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Args;
+use clap::error::ErrorKind;
 use kvtransfer::doctor::collect::{Host, collect};
 use kvtransfer::doctor::exchange::{Caller, ExchangeError, Served};
 use kvtransfer::doctor::findings::Finding;
-use kvtransfer::doctor::report::Report;
+use kvtransfer::doctor::report::{Report, devices_of, is_device_file};
 use kvtransfer::doctor::steps;
 
 const EXAMPLES: &str = "\
@@ -62,7 +63,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         served.run()?;
         return Ok(ExitCode::SUCCESS);
     }
-    let wanted = options.device.as_deref().map(names);
+    let wanted = options.device.as_deref().and_then(names);
     let wanted = wanted.as_deref();
     let mut report = Report::of(facts, wanted);
     if let Some(peer) = &options.peer {
@@ -86,12 +87,19 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(code))
 }
 
-fn names(filter: &str) -> Vec<String> {
-    let names = filter.split(',').map(str::trim);
-    names
-        .filter(|name| !name.is_empty())
-        .map(str::to_owned)
-        .collect()
+/// The names of a filter; a wrong one is wrong usage.
+fn names(filter: &str) -> Option<Vec<String>> {
+    let text = if is_device_file(filter) {
+        std::fs::read_to_string(filter).map_err(|error| format!("cannot read {filter}: {error}"))
+    } else {
+        Ok(filter.to_owned())
+    };
+    match text.and_then(|text| devices_of(&text)) {
+        Ok(names) => names,
+        Err(why) => {
+            clap::Error::raw(ErrorKind::ValueValidation, format!("--device: {why}\n")).exit()
+        }
+    }
 }
 
 fn unreachable(peer: &str, error: &ExchangeError) -> Finding {

@@ -1,6 +1,6 @@
 //! Looks at a host. Nothing is judged here, and nothing on the host is changed.
 //!
-//! Everything but addresses and libraries comes from files below one root, so that a host mounted somewhere (a debug
+//! Everything but addresses, libraries and what devices say of themselves comes from files below one root, so that a host mounted somewhere (a debug
 //! pod's `/host`, a tree made by a test) is looked at in the same way.
 
 use std::net::IpAddr;
@@ -14,6 +14,7 @@ mod gpus;
 mod libraries;
 mod limits;
 mod tree;
+mod verbs;
 
 use tree::Tree;
 
@@ -27,15 +28,19 @@ pub struct Host {
     /// Addresses by interface; `None`: not known.
     addresses: Option<Vec<(String, IpAddr)>>,
     libraries: Vec<Library>,
+    /// Whether the devices are opened through the libraries.
+    opens_devices: bool,
 }
 
 impl Host {
-    /// This host, as this process sees it. Opens the verbs libraries.
+    /// This host, as this process sees it. Opens the verbs libraries and, in [`collect`], the devices, which it tries out
+    /// with small queue pairs of its own.
     pub fn this() -> Self {
         Self {
             root: PathBuf::from("/"),
             addresses: addresses::of_this_namespace(),
-            libraries: libraries::open(),
+            libraries: verbs::libraries(),
+            opens_devices: true,
         }
     }
 
@@ -46,6 +51,7 @@ impl Host {
             root: root.to_owned(),
             addresses: None,
             libraries: libraries::find(root),
+            opens_devices: false,
         }
     }
 
@@ -77,6 +83,9 @@ pub fn collect(host: &Host) -> Facts {
         _ => None,
     };
     facts.devices = devices::devices(&tree, &facts.netdevs, &facts.modules);
+    if host.opens_devices {
+        verbs::look(&mut facts.devices);
+    }
     facts.nodes = devices::nodes(&tree);
     facts.providers = devices::providers(&tree);
     facts.erdma_functions = devices::erdma_functions(&tree);

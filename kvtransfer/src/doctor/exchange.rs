@@ -224,7 +224,10 @@ impl Caller {
             Step::TcpLatency => self.latency(),
             Step::TcpBandwidth => self.bandwidth(),
             other => {
-                let why = format!("`{}` needs queue pairs, not this connection", other.words());
+                let why = format!(
+                    "`{}` needs queue pairs on both hosts, which this doctor does not make yet",
+                    other.words()
+                );
                 return Outcome::NotRun { why };
             }
         };

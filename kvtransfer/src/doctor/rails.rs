@@ -1,11 +1,13 @@
 //! Judges single devices: which mode it is in, which GID would be used, and whether kvtransfer can use it at all.
 #![forbid(unsafe_code)]
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use serde::{Deserialize, Serialize};
 
 use super::facts::{Device, Facts, Gid, Port};
+use crate::transport::verbs::device::GidEntry;
+use crate::transport::verbs::select;
 
 /// What a device looks like to verbs, which decides how connections are made and who can be reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -312,50 +314,48 @@ fn list(names: &[String]) -> String {
     }
 }
 
-/// Picks the GID by type and address; an index means nothing, it differs between devices of one host.
+/// Picks the GID as the engine does: by type and address; an index means nothing, it differs between devices of one host.
 fn choose_gid(facts: &Facts, port: &Port) -> (Option<Gid>, String) {
     if port.link_layer == "InfiniBand" {
         let first = port.gids.first().cloned();
-        return (
-            first,
-            "InfiniBand: the first GID of the subnet manager".to_owned(),
-        );
+        return (first, "InfiniBand: the first GID of the port".to_owned());
     }
-    let is_v2 = |gid: &&Gid| gid.kind == "RoCE v2";
-    let candidates = || {
-        port.gids
-            .iter()
-            .filter(is_v2)
-            .filter(|gid| gid.ipv4().is_some())
+    let entry = |gid: &Gid| {
+        let index = u8::try_from(gid.index).ok()?;
+        Some(GidEntry {
+            index,
+            gid: gid.gid.octets(),
+            kind: gid.kind.clone(),
+            netdev: gid.netdev.clone(),
+        })
     };
-    let of_netdev = |gid: &&Gid| {
-        let netdev = gid.netdev.as_deref().and_then(|name| facts.netdev(name));
-        let addresses = netdev.and_then(|netdev| netdev.addresses.as_deref());
-        addresses
-            .zip(gid.ipv4())
-            .is_some_and(|(all, own)| all.contains(&IpAddr::V4(own)))
+    let entries: Vec<_> = port.gids.iter().filter_map(entry).collect();
+    let original = |chosen: &GidEntry| {
+        let index = u16::from(chosen.index);
+        port.gids.iter().find(|gid| gid.index == index).cloned()
     };
-    if let Some(gid) = candidates().find(of_netdev) {
-        let netdev = gid.netdev.as_deref().unwrap_or("the interface");
-        let reason = format!("RoCE v2, and its IPv4 address is one of {netdev}'s");
-        return (Some(gid.clone()), reason);
+    let own = port.gids.iter().filter_map(|gid| own_address(facts, gid));
+    for address in own {
+        if let Ok(chosen) = select::choose_gid(&entries, Some(address)) {
+            let netdev = chosen.netdev.as_deref().unwrap_or("the interface");
+            let reason = format!("RoCE v2, and its IPv4 address is one of {netdev}'s");
+            return (original(chosen), reason);
+        }
     }
-    if let Some(gid) = candidates().next() {
-        let reason =
-            "RoCE v2 with an IPv4 address; no interface here has that address to compare with";
-        return (Some(gid.clone()), reason.to_owned());
+    match select::choose_gid(&entries, None) {
+        Ok(chosen) => {
+            let reason =
+                "RoCE v2 with an IPv4 address; no interface here has that address to compare with";
+            (original(chosen), reason.to_owned())
+        }
+        Err(reason) => (None, reason),
     }
-    let reason = if port.gids.is_empty() {
-        "the GID table is empty".to_owned()
-    } else if port.gids.iter().any(|gid| is_v2(&gid)) {
-        "the RoCE v2 entries of the GID table have IPv6 addresses only".to_owned()
-    } else {
-        let kinds: Vec<_> = port
-            .gids
-            .iter()
-            .map(|gid| format!("{}: {}", gid.index, gid.kind))
-            .collect();
-        format!("no entry of type RoCE v2, only {}", kinds.join(", "))
-    };
-    (None, reason)
+}
+
+/// The IPv4 address of a GID, if its interface is here and has it.
+fn own_address(facts: &Facts, gid: &Gid) -> Option<Ipv4Addr> {
+    let own = gid.ipv4()?;
+    let netdev = facts.netdev(gid.netdev.as_deref()?)?;
+    let addresses = netdev.addresses.as_deref()?;
+    addresses.contains(&IpAddr::V4(own)).then_some(own)
 }

@@ -1,6 +1,7 @@
 //! The report: JSON for programs, a table and sentences for people.
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use serde::{Deserialize, Serialize};
@@ -10,6 +11,28 @@ use super::findings::{Finding, Level, PeerPath, Side, Wanted, compare, examine, 
 use super::gpus::{Verdict, verdicts};
 use super::rails::{Rail, rails};
 use super::steps::{Done, Outcome};
+use crate::transport::verbs::select::IbDevice;
+
+/// Devices that SGLang's `ib_device` setting names: names with commas, or a JSON map from GPU to names (then those of
+/// all GPUs). `None`: it names none, so that every usable device serves.
+///
+/// # Errors
+/// Why the setting cannot be read.
+pub fn devices_of(setting: &str) -> Result<Option<Vec<String>>, String> {
+    match IbDevice::parse(setting).map_err(|error| error.to_string())? {
+        IbDevice::Any => Ok(None),
+        IbDevice::Same(names) => Ok(Some(names)),
+        IbDevice::PerGpu(map) => {
+            let names: BTreeSet<_> = map.into_values().flatten().collect();
+            Ok(Some(names.into_iter().collect()))
+        }
+    }
+}
+
+/// Whether an `ib_device` setting is the path of a file that holds the map.
+pub fn is_device_file(setting: &str) -> bool {
+    IbDevice::is_file(setting)
+}
 
 /// Version of the report's JSON; raised when a field changes its meaning.
 pub const FORMAT: u32 = 1;

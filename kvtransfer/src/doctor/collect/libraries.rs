@@ -1,12 +1,12 @@
-//! Whether the verbs libraries are there.
-#![expect(unsafe_code, reason = "loads C libraries")]
+//! Whether the verbs libraries are there, on a host that is only looked at.
+#![forbid(unsafe_code)]
 
 use std::path::Path;
 
 use super::SONAMES;
 use crate::doctor::facts::Library;
 
-/// Folders of libraries below a root that is not this process's own.
+/// Folders of libraries.
 const FOLDERS: [&str; 7] = [
     "lib",
     "lib64",
@@ -16,26 +16,6 @@ const FOLDERS: [&str; 7] = [
     "usr/lib/x86_64-linux-gnu",
     "usr/lib/aarch64-linux-gnu",
 ];
-
-/// Asks the loader of this process, as the engine does.
-pub(super) fn open() -> Vec<Library> {
-    let ask = |soname: &str| {
-        // SAFETY: the libraries' initialisers only set up their own data; the handle is kept for the life of the
-        // process, so that nothing they registered is unmapped.
-        let opened = unsafe { libloading::Library::new(soname) };
-        Library {
-            soname: soname.to_owned(),
-            problem: match opened {
-                Ok(library) => {
-                    std::mem::forget(library);
-                    None
-                }
-                Err(error) => Some(error.to_string()),
-            },
-        }
-    };
-    SONAMES.into_iter().map(ask).collect()
-}
 
 /// Looks for the files below a root.
 pub(super) fn find(root: &Path) -> Vec<Library> {

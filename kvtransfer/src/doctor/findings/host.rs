@@ -4,13 +4,12 @@
 use super::{Finding, Level, bytes};
 use crate::doctor::facts::{Device, Facts, HugePages, Limit};
 use crate::doctor::rails::{Mode, Rail};
+use crate::transport::verbs::select::MEMLOCK_MIN;
 
 /// Ports that the eRDMA driver binds in every network namespace in compat mode (0x7790 ..= 0x779f).
 pub const ERDMA_PORTS: (u16, u16) = (30_608, 30_623);
 /// Kubernetes' default range of NodePorts.
 const NODE_PORTS: (u16, u16) = (30_000, 32_767);
-/// Below so much pinnable memory not even the queues and the staging of one peer fit.
-const MEMLOCK_LEAST: u64 = 64 << 20;
 /// With 4 KiB pages a device registers about so much; larger hosts need huge pages for their pools.
 const REGISTRABLE_4K: u64 = 96 << 30;
 
@@ -139,7 +138,7 @@ pub(super) fn memlock(facts: &Facts, found: &mut Vec<Finding>) {
         found.push(Finding::not_ok(Level::Note, subject, what, why, fix));
         return;
     }
-    let level = if limited < MEMLOCK_LEAST {
+    let level = if limited < MEMLOCK_MIN {
         Level::Fail
     } else {
         Level::Warn
