@@ -128,8 +128,11 @@ pub fn worst(findings: &[Finding]) -> Level {
         .unwrap_or(Level::Ok)
 }
 
-/// Bytes in the largest unit that leaves a whole number.
-fn bytes(count: u64) -> String {
+/// Bytes in the largest unit that leaves a whole number; the largest number is how devices say that they have no limit.
+pub(crate) fn bytes(count: u64) -> String {
+    if count == u64::MAX {
+        return "no limit".to_owned();
+    }
     let units = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
     let whole = units
         .iter()

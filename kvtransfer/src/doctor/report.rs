@@ -6,11 +6,11 @@ use std::fmt::Write as _;
 
 use serde::{Deserialize, Serialize};
 
-use super::facts::Facts;
+use super::facts::{Facts, Probed};
 use super::findings::{Finding, Level, PeerPath, Side, Wanted, compare, examine, worst};
 use super::gpus::{Verdict, verdicts};
 use super::rails::{Rail, rails};
-use super::steps::{Done, Outcome};
+use super::steps::{Done, Figure, Outcome};
 use crate::transport::verbs::select::IbDevice;
 
 /// Devices that SGLang's `ib_device` setting names: names with commas, or a JSON map from GPU to names (then those of
@@ -199,20 +199,22 @@ impl Report {
         table(out, &rows);
     }
 
+    /// Devices of one kind have the same rows, so equal ones are written once.
     fn limit_table(&self, out: &mut String) {
-        let head = ["DEVICE", "PROBED", "VALUE", "HOW"];
-        let mut rows = vec![head.map(str::to_owned).to_vec()];
+        let mut groups: Vec<(String, &[Probed])> = Vec::new();
         for device in &self.facts.devices {
-            for probed in device.verbs.iter().flat_map(|verbs| &verbs.probed) {
-                rows.push(vec![
-                    device.name.clone(),
-                    probed.name.clone(),
-                    probed.value.clone(),
-                    probed.reason.clone(),
-                ]);
+            let probed = device.verbs.as_ref().map_or(&[][..], |verbs| &verbs.probed);
+            match groups.iter_mut().find(|(_, known)| *known == probed) {
+                Some((names, _)) => *names = format!("{names}, {}", device.name),
+                None => groups.push((device.name.clone(), probed)),
             }
         }
-        if rows.len() > 1 {
+        for (names, probed) in groups.iter().filter(|(_, probed)| !probed.is_empty()) {
+            let head = [names.as_str(), "VALUE", "HOW"];
+            let mut rows = vec![head.map(str::to_owned).to_vec()];
+            let row =
+                |line: &Probed| vec![line.name.clone(), line.value.clone(), line.reason.clone()];
+            rows.extend(probed.iter().map(row));
             line(out, "");
             table(out, &rows);
         }
@@ -256,13 +258,16 @@ impl Report {
             out,
             &format!("peer {} ({name}): path {}", peer.address, peer.path.path),
         );
+        let list = |figures: &[Figure]| {
+            let words = figures
+                .iter()
+                .map(|figure| format!("{} {:.1} {}", figure.name, figure.value, figure.unit));
+            words.collect::<Vec<_>>().join(", ")
+        };
         let row = |done: &Done| {
             let outcome = match &done.outcome {
-                Outcome::Passed(figures) => figures
-                    .iter()
-                    .map(|figure| format!("{} {:.1} {}", figure.name, figure.value, figure.unit))
-                    .collect::<Vec<_>>()
-                    .join(", "),
+                Outcome::Passed(figures) => list(figures),
+                Outcome::Seen { what, figures } => format!("{what}; {}", list(figures)),
                 Outcome::Failed { why, .. } => format!("FAILED: {why}"),
                 Outcome::NotRun { why } => format!("not run: {why}"),
             };

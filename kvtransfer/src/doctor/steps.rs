@@ -91,6 +91,13 @@ impl Figure {
 pub enum Outcome {
     /// It went as it should.
     Passed(Vec<Figure>),
+    /// Something that has no right or wrong was seen, such as how a device reports a fault.
+    Seen {
+        /// What was seen.
+        what: String,
+        /// What was measured.
+        figures: Vec<Figure>,
+    },
     /// It did not.
     Failed {
         /// What happened.

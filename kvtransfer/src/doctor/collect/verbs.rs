@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::SONAMES;
 use crate::doctor::facts::{Device, Library, Probed, Verbs};
+use crate::doctor::findings::bytes;
 use crate::transport::verbs::context::Context;
 use crate::transport::verbs::error::VerbsError;
 use crate::transport::verbs::library;
@@ -53,13 +54,19 @@ fn probed(library: &Arc<library::Library>, device: &Device) -> Result<Verbs, Ver
         ("queue pairs", u64::from(limits.max_qp)),
         ("requests per queue pair", u64::from(limits.max_qp_wr)),
         ("registrations", u64::from(limits.max_mr)),
-        ("bytes of a registration", limits.max_mr_bytes),
     ];
-    rows.extend(reported.map(|(name, value)| Probed {
-        name: name.to_owned(),
-        value: value.to_string(),
-        reason: "the device reports it".to_owned(),
-    }));
+    let reported = reported.map(|(name, value)| (name, value.to_string()));
+    let longest = ("longest registration", bytes(limits.max_mr_bytes));
+    rows.extend(
+        reported
+            .into_iter()
+            .chain([longest])
+            .map(|(name, value)| Probed {
+                name: name.to_owned(),
+                value,
+                reason: "the device reports it".to_owned(),
+            }),
+    );
     Ok(Verbs {
         problem: None,
         active_mtu: port.active_mtu_bytes(),

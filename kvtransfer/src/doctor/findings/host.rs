@@ -170,8 +170,10 @@ pub(super) fn hugepages(facts: &Facts, found: &mut Vec<Finding>) {
         .filter(|pool| pool.total > 0)
         .collect();
     if pools.is_empty() {
-        let is_erdma = facts.devices.iter().any(Device::is_erdma);
-        let level = if is_erdma && facts.memory_bytes > REGISTRABLE_4K {
+        if !facts.devices.iter().any(Device::is_erdma) {
+            return;
+        }
+        let level = if facts.memory_bytes > REGISTRABLE_4K {
             Level::Warn
         } else {
             Level::Note
