@@ -13,3 +13,4 @@ pub mod gpus;
 pub mod rails;
 pub mod report;
 pub mod steps;
+mod trial;

@@ -22,7 +22,7 @@ fn report(tree: &Tree) -> Report {
 
 fn report_at(tree: &Tree, addresses: &[(&str, &str)]) -> Report {
     let own = |(name, address): &(&str, &str)| -> (String, IpAddr) {
-        ((*name).to_owned(), address.parse().unwrap())
+        ((*name).to_owned(), address.parse().expect("an address"))
     };
     let addresses = addresses.iter().map(own).collect();
     let host = Host::below(&tree.root).with_addresses(addresses);
@@ -249,7 +249,7 @@ fn the_interface_mtu_is_checked_because_verbs_does_not_show_it() {
     let mut report_here = report(&here);
     assert!(said(&report_here, Level::Warn).contains("MTU of eth1 is 1500"));
     let there = report(&trees::erdma_compat(8500));
-    report_here.add_peer("b:1", there.facts, None, |_| Vec::new());
+    report_here.add_peer("b:1", there.facts, None, |_, _| Vec::new());
     let failed = said(&report_here, Level::Fail);
     assert!(
         failed.contains("MTU of erdma_0 is 1500, the peer's erdma_0 has 8500"),
@@ -268,7 +268,7 @@ fn the_path_to_a_peer_is_named_with_its_reasons() {
     let twin = report(&trees::erdma_compat(8500));
 
     let mut to_twin = gpu_node.clone();
-    to_twin.add_peer("twin:1", twin.facts, None, |_| Vec::new());
+    to_twin.add_peer("twin:1", twin.facts, None, |_, _| Vec::new());
     let pair = |name: &str| (name.to_owned(), name.to_owned());
     let path = &to_twin.peer.as_ref().unwrap().path;
     assert_eq!(path.path, "rdma");
@@ -277,13 +277,13 @@ fn the_path_to_a_peer_is_named_with_its_reasons() {
 
     let mut one_rail = gpu_node.clone();
     let wanted = ["erdma_1".to_owned()];
-    one_rail.add_peer("twin:1", to_twin.facts.clone(), Some(&wanted), |_| {
+    one_rail.add_peer("twin:1", to_twin.facts.clone(), Some(&wanted), |_, _| {
         Vec::new()
     });
     let pairs = &one_rail.peer.as_ref().unwrap().path.pairs;
     assert_eq!(*pairs, [("erdma_1".to_owned(), "erdma_0".to_owned())]);
 
-    gpu_node.add_peer("cpu:1", cpu_node.facts, None, |_| Vec::new());
+    gpu_node.add_peer("cpu:1", cpu_node.facts, None, |_, _| Vec::new());
     assert_eq!(gpu_node.peer.as_ref().unwrap().path.path, "tcp");
     let failed = said(&gpu_node, Level::Fail);
     assert!(

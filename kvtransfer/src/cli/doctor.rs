@@ -70,7 +70,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         match Caller::connect(peer) {
             Ok(mut caller) => {
                 let facts = caller.facts().clone();
-                report.add_peer(peer, facts, wanted, |path| {
+                report.add_peer(peer, facts, wanted, |path, rails| {
+                    caller.choose(path, rails);
                     steps::run(&steps::steps(path), |step| caller.perform(step))
                 });
             }

@@ -2,8 +2,10 @@
 //!
 //! After an 8-byte greeting both ways, the server sends its facts (a length and JSON), then obeys messages of one byte
 //! (what), four bytes (how many follow, big-endian) and the bytes: `e` sends them back, `s` drops them and answers
-//! nothing, `q` answers how many bytes of `s` came. Every length and wait is bounded on both sides.
+//! nothing, `q` answers how many bytes of `s` came, `t` is an order of an RDMA trial and answered with a length and a
+//! reply. Every length and wait is bounded on both sides.
 
+use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs as _};
 use std::sync::Arc;
@@ -11,7 +13,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::facts::Facts;
+use super::findings::PeerPath;
+use super::rails::{Rail, rails};
 use super::steps::{Figure, Outcome, Step};
+use super::trial::client::Trial;
+use super::trial::server::Obedient;
 use crate::clock;
 
 /// What both say first; the digit is the version of this protocol.
@@ -63,6 +69,7 @@ pub enum ExchangeError {
 pub struct Served {
     listener: TcpListener,
     facts: Arc<Vec<u8>>,
+    rails: Arc<Vec<Rail>>,
     callers: Arc<AtomicUsize>,
 }
 
@@ -72,11 +79,13 @@ impl Served {
     /// # Errors
     /// The address cannot be listened on, or the facts are longer than [`FACTS_BYTES_MAX`].
     pub fn bind(addr: SocketAddr, facts: &Facts) -> Result<Self, ExchangeError> {
+        let rails = Arc::new(rails(facts));
         let facts = serde_json::to_vec(facts)?;
         bounded(facts.len() as u64, FACTS_BYTES_MAX)?;
         Ok(Self {
             listener: TcpListener::bind(addr)?,
             facts: Arc::new(facts),
+            rails,
             callers: Arc::default(),
         })
     }
@@ -107,10 +116,10 @@ impl Served {
             }
             self.callers.fetch_add(1, Ordering::AcqRel);
             let slot = Slot(Arc::clone(&self.callers));
-            let facts = Arc::clone(&self.facts);
+            let (facts, rails) = (Arc::clone(&self.facts), Arc::clone(&self.rails));
             let serve = move || {
                 let _slot = slot;
-                match serve_one(stream, &facts) {
+                match serve_one(stream, &facts, &rails) {
                     Ok(()) => tracing::info!(%peer, "asked and answered"),
                     Err(error) => tracing::warn!(%peer, %error, "caller dropped"),
                 }
@@ -144,7 +153,7 @@ fn bounded(got: u64, max: usize) -> Result<usize, ExchangeError> {
         .ok_or(ExchangeError::TooLong { got, max })
 }
 
-fn serve_one(mut stream: TcpStream, facts: &[u8]) -> Result<(), ExchangeError> {
+fn serve_one(mut stream: TcpStream, facts: &[u8], rails: &[Rail]) -> Result<(), ExchangeError> {
     prepare(&stream)?;
     let mut greeting = [0; GREETING.len()];
     stream.read_exact(&mut greeting)?;
@@ -157,6 +166,7 @@ fn serve_one(mut stream: TcpStream, facts: &[u8]) -> Result<(), ExchangeError> {
     stream.write_all(facts)?;
     let mut buffer = vec![0; MESSAGE_BYTES_MAX];
     let mut sunk = 0_u64;
+    let mut obedient = Obedient::default();
     loop {
         let mut head = [0; 5];
         match stream.read_exact(&mut head) {
@@ -171,16 +181,25 @@ fn serve_one(mut stream: TcpStream, facts: &[u8]) -> Result<(), ExchangeError> {
             b'e' => stream.write_all(&buffer[..len])?,
             b's' => sunk += len as u64,
             b'q' => stream.write_all(&sunk.to_be_bytes())?,
+            b't' => {
+                let reply = obedient.obey(rails, &buffer[..len]);
+                let len =
+                    u32::try_from(reply.len()).expect("invariant: a reply is some hundred bytes");
+                stream.write_all(&len.to_be_bytes())?;
+                stream.write_all(&reply)?;
+            }
             _ => return Err(ExchangeError::NoDoctor),
         }
     }
 }
 
 /// A connection to a doctor on another host.
-#[derive(Debug)]
 pub struct Caller {
-    stream: TcpStream,
+    line: Line,
     facts: Facts,
+    /// The pair of devices to try, ours with all that is known of it; `None`: no pair, or one that cannot be tried.
+    pair: Result<(Rail, String), String>,
+    trial: Option<Trial>,
 }
 
 impl Caller {
@@ -208,8 +227,10 @@ impl Caller {
         let mut text = vec![0; len];
         stream.read_exact(&mut text)?;
         Ok(Self {
-            stream,
+            line: Line { stream, owed: 0 },
             facts: serde_json::from_slice(&text)?,
+            pair: Err("no pair of devices was chosen".to_owned()),
+            trial: None,
         })
     }
 
@@ -218,28 +239,104 @@ impl Caller {
         &self.facts
     }
 
-    /// Performs one of the TCP steps.
+    /// Says over which devices the RDMA steps go: the first pair of the path that connects by queue pair numbers.
+    pub fn choose(&mut self, path: &PeerPath, rails: &[Rail]) {
+        let ours = |name: &String| rails.iter().find(|rail| rail.device == *name);
+        let by_number = path.pairs.iter().find_map(|(local, remote)| {
+            let rail = ours(local).filter(|rail| !rail.mode.needs_cm())?;
+            Some((rail.clone(), remote.clone()))
+        });
+        self.pair = by_number.ok_or_else(|| {
+            "the devices connect with rdma_cm, which the doctor does not try: start two engines instead".to_owned()
+        });
+    }
+
+    /// Performs one step.
     pub fn perform(&mut self, step: Step) -> Outcome {
-        let result = match step {
-            Step::TcpLatency => self.latency(),
-            Step::TcpBandwidth => self.bandwidth(),
-            other => {
-                let why = format!(
-                    "`{}` needs queue pairs on both hosts, which this doctor does not make yet",
-                    other.words()
-                );
-                return Outcome::NotRun { why };
-            }
+        match step {
+            Step::TcpLatency => tcp_outcome(self.line.latency()),
+            Step::TcpBandwidth => tcp_outcome(self.line.bandwidth()),
+            rdma => self.try_rdma(rdma),
+        }
+    }
+
+    fn try_rdma(&mut self, step: Step) -> Outcome {
+        let (rail, remote) = match &self.pair {
+            Ok(pair) => pair,
+            Err(why) => return Outcome::NotRun { why: why.clone() },
         };
+        let opened = match self.trial.take() {
+            Some(trial) => Ok(trial),
+            None => Trial::open(&mut self.line, rail, remote),
+        };
+        let line = &mut self.line;
+        let result = opened.and_then(|mut trial| Ok((trial.perform(line, step)?, trial)));
         match result {
-            Ok(figures) => Outcome::Passed(figures),
+            Ok((outcome, trial)) => {
+                self.trial = Some(trial);
+                outcome
+            }
+            // The queue pairs are in an unknown state: the next step makes new ones.
             Err(error) => Outcome::Failed {
-                why: error.to_string(),
-                fix: "Check that security groups and network policies let this TCP port through both ways, and that \
-                      the peer's doctor is still running (its log says why it dropped a caller)."
+                why: format!("{} to {remote}: {error}", rail.device),
+                fix: "Check on both nodes: all TCP between the interfaces allowed by security groups, equal MTUs, \
+                      routes that leave by the right interface, and dmesg for the driver's words."
                     .to_owned(),
             },
         }
+    }
+}
+
+fn tcp_outcome(result: Result<Vec<Figure>, ExchangeError>) -> Outcome {
+    match result {
+        Ok(figures) => Outcome::Passed(figures),
+        Err(error) => Outcome::Failed {
+            why: error.to_string(),
+            fix: "Check that security groups and network policies let this TCP port through both ways, and that \
+                  the peer's doctor is still running (its log says why it dropped a caller)."
+                .to_owned(),
+        },
+    }
+}
+
+impl fmt::Debug for Caller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Caller")
+            .field("peer", &self.line.stream)
+            .field("pair", &self.pair)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The connection itself.
+pub(super) struct Line {
+    stream: TcpStream,
+    /// Orders whose reply was not read.
+    owed: u32,
+}
+
+impl Line {
+    /// Gives an order of a trial; its reply comes later.
+    pub(super) fn order(&mut self, order: &[u8]) -> Result<(), ExchangeError> {
+        bounded(order.len() as u64, MESSAGE_BYTES_MAX)?;
+        // A step that failed half-way left its reply unread.
+        while self.owed > 0 {
+            self.reply()?;
+        }
+        self.message(b't', order)?;
+        self.owed += 1;
+        Ok(())
+    }
+
+    /// The reply to an order.
+    pub(super) fn reply(&mut self) -> Result<Vec<u8>, ExchangeError> {
+        let mut len = [0; 4];
+        self.stream.read_exact(&mut len)?;
+        let len = bounded(u32::from_be_bytes(len).into(), MESSAGE_BYTES_MAX)?;
+        let mut reply = vec![0; len];
+        self.stream.read_exact(&mut reply)?;
+        self.owed = self.owed.saturating_sub(1);
+        Ok(reply)
     }
 
     fn message(&mut self, what: u8, bytes: &[u8]) -> io::Result<()> {
@@ -266,12 +363,7 @@ impl Caller {
                 return Err(ExchangeError::NoDoctor);
             }
         }
-        times.sort_unstable();
-        let at = |part: usize| times[part * (ROUND_TRIPS - 1) / 100].as_secs_f64() * 1e6;
-        Ok(vec![
-            Figure::new("median", at(50), "us"),
-            Figure::new("p99", at(99), "us"),
-        ])
+        Ok(Figure::quantiles(times))
     }
 
     fn bandwidth(&mut self) -> Result<Vec<Figure>, ExchangeError> {
@@ -290,13 +382,7 @@ impl Caller {
         if sunk != sent {
             return Err(ExchangeError::NoDoctor);
         }
-        let seconds = clock::now().since(start).as_secs_f64();
-        #[expect(
-            clippy::cast_precision_loss,
-            reason = "a rate for people; 53 bits are more than its accuracy"
-        )]
-        let rate = sunk as f64 / seconds / 1e6;
-        Ok(vec![Figure::new("rate", rate, "MB/s")])
+        Ok(vec![Figure::rate(sunk, clock::now().since(start))])
     }
 }
 

@@ -89,7 +89,7 @@ impl Report {
         address: &str,
         facts: Facts,
         wanted: Wanted<'_>,
-        steps: impl FnOnce(&PeerPath) -> Vec<Done>,
+        steps: impl FnOnce(&PeerPath, &[Rail]) -> Vec<Done>,
     ) {
         let theirs = rails(&facts);
         let is_wanted = |rail: &&Rail| wanted.is_none_or(|wanted| wanted.contains(&rail.device));
@@ -104,7 +104,7 @@ impl Report {
         };
         let (path, found) = compare(local, remote);
         self.findings.extend(found);
-        let steps = steps(&path);
+        let steps = steps(&path, &ours);
         self.findings
             .extend(steps.iter().filter_map(Finding::of_step));
         self.peer = Some(PeerReport {
@@ -267,6 +267,7 @@ impl Report {
         let row = |done: &Done| {
             let outcome = match &done.outcome {
                 Outcome::Passed(figures) => list(figures),
+                Outcome::Seen { what, figures } if figures.is_empty() => what.clone(),
                 Outcome::Seen { what, figures } => format!("{what}; {}", list(figures)),
                 Outcome::Failed { why, .. } => format!("FAILED: {why}"),
                 Outcome::NotRun { why } => format!("not run: {why}"),

@@ -3,6 +3,8 @@
 //! The list is pure. Whoever runs it hands in a function that performs one step and returns its [`Outcome`].
 #![forbid(unsafe_code)]
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use super::findings::PeerPath;
@@ -81,6 +83,30 @@ impl Figure {
             value,
             unit: unit.to_owned(),
         }
+    }
+
+    /// Median and 99th percentile of times, in microseconds; none of no times.
+    pub fn quantiles(mut times: Vec<Duration>) -> Vec<Self> {
+        times.sort_unstable();
+        let at = |name: &str, percent: usize| {
+            let last = times.len().checked_sub(1)?;
+            let time = times[percent * last / 100];
+            Some(Self::new(name, time.as_secs_f64() * 1e6, "us"))
+        };
+        [("median", 50), ("p99", 99)]
+            .into_iter()
+            .filter_map(|(name, percent)| at(name, percent))
+            .collect()
+    }
+
+    /// Bytes per time, in MB/s.
+    pub fn rate(bytes: u64, time: Duration) -> Self {
+        #[expect(
+            clippy::cast_precision_loss,
+            reason = "a rate for people; 53 bits are more than its accuracy"
+        )]
+        let rate = bytes as f64 / time.as_secs_f64() / 1e6;
+        Self::new("rate", rate, "MB/s")
     }
 }
 

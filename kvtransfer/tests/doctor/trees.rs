@@ -47,17 +47,17 @@ impl Tree {
 
     pub(crate) fn file(&self, path: &str, text: &str) -> &Self {
         let path = self.root.join(path);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(path, text).unwrap();
+        fs::create_dir_all(path.parent().expect("below the root")).expect("a temporary folder");
+        fs::write(path, text).expect("a temporary folder");
         self
     }
 
     pub(crate) fn remove(&self, path: &str) -> &Self {
         let path = self.root.join(path);
         if path.is_dir() {
-            fs::remove_dir_all(path).unwrap();
+            fs::remove_dir_all(path).expect("a temporary folder");
         } else {
-            fs::remove_file(path).unwrap();
+            fs::remove_file(path).expect("a temporary folder");
         }
         self
     }
@@ -68,9 +68,9 @@ impl Tree {
         if place.exists() {
             return;
         }
-        fs::create_dir_all(place.parent().unwrap()).unwrap();
+        fs::create_dir_all(place.parent().expect("below the root")).expect("a temporary folder");
         let up = "../".repeat(Path::new(path).components().count() - 1);
-        symlink(format!("{up}{target}"), place).unwrap();
+        symlink(format!("{up}{target}"), place).expect("a temporary folder");
     }
 
     pub(crate) fn memlock(&self, soft: &str, hard: &str) -> &Self {

@@ -6,7 +6,7 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 /// Most bytes read of one file: `/proc/net/tcp` of a host with 50,000 connections is the longest of interest.
-pub(super) const FILE_BYTES_MAX: u64 = 8 << 20;
+pub(super) const FILE_BYTES_MAX: usize = 8 << 20;
 /// Most entries read of one folder: a GID table has up to some hundred, a host up to some thousand interfaces.
 pub(super) const ENTRIES_MAX: usize = 4096;
 
@@ -32,9 +32,11 @@ impl Tree {
         let file = File::open(self.path(relative)).ok()?;
         let mut bytes = Vec::new();
         // One byte more than the bound tells a file of exactly that size from a longer one.
-        file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).ok()?;
-        if bytes.len() as u64 > FILE_BYTES_MAX {
-            bytes.truncate(FILE_BYTES_MAX as usize);
+        file.take(FILE_BYTES_MAX as u64 + 1)
+            .read_to_end(&mut bytes)
+            .ok()?;
+        if bytes.len() > FILE_BYTES_MAX {
+            bytes.truncate(FILE_BYTES_MAX);
             self.note_cut(format!("{relative} is longer than {FILE_BYTES_MAX} bytes"));
         }
         let text = String::from_utf8_lossy(&bytes);

@@ -96,9 +96,9 @@ fn lines(can: &Capabilities) -> Vec<Probed> {
             can.inline_bytes.value.to_string(),
         ),
         line(
-            "bytes of a request",
+            "longest request",
             &can.wr_bytes_max,
-            can.wr_bytes_max.value.to_string(),
+            bytes(can.wr_bytes_max.value),
         ),
         line(
             "WRITE with immediate",
