@@ -27,7 +27,8 @@ Examples:
       The same for programs, and for a bug report.
 
 Exit code: 0 nothing fails, 1 something does, 2 wrong usage.
-A doctor that serves shows its report to everybody who can connect: stop it when you are done.";
+A doctor that serves shows its report to everybody who can connect, and makes small queue pairs for
+them: stop it when you are done.";
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
