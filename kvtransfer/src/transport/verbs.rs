@@ -21,3 +21,6 @@ pub(crate) mod qp;
 pub(crate) mod select;
 pub(crate) mod slots;
 pub(crate) mod sys;
+
+#[cfg(test)]
+mod tests;

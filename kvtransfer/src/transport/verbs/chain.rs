@@ -309,28 +309,25 @@ impl Chain {
 
     /// Links the requests and elements; the head, null for an empty chain. Valid until the chain is touched again.
     pub(super) fn link(&mut self) -> *mut ibv_send_wr {
-        let sges = self.sges.as_mut_ptr();
         let inline = self.inline.as_ptr().expose_provenance() as u64;
-        let wrs = self.wrs.as_mut_ptr();
-        for index in 0..self.wr_count {
-            let part = self.parts[index];
+        for part in &self.parts[..self.wr_count] {
             if let Some(at) = part.inline_at {
                 self.sges[part.first_sge].addr = inline + at as u64;
             }
-            let next = if index + 1 < self.wr_count {
-                wrs.wrapping_add(index + 1)
-            } else {
-                ptr::null_mut()
-            };
-            let wr = &mut self.wrs[index];
-            wr.sg_list = sges.wrapping_add(part.first_sge);
-            wr.next = next;
         }
-        if self.is_empty() {
-            ptr::null_mut()
-        } else {
-            self.wrs.as_mut_ptr()
+        let sges = self.sges.as_mut_ptr();
+        // All requests are reached through one pointer, so that no later reference invalidates an earlier link.
+        let wrs = self.wrs.as_mut_ptr();
+        let mut next = ptr::null_mut();
+        for (index, part) in self.parts[..self.wr_count].iter().enumerate().rev() {
+            let wr = wrs.wrapping_add(index);
+            // SAFETY: `wr_count` is at most the number of requests, and nothing else refers to them now.
+            unsafe { (*wr).sg_list = sges.wrapping_add(part.first_sge) };
+            // SAFETY: as above.
+            unsafe { (*wr).next = next };
+            next = wr;
         }
+        next
     }
 
     /// How many requests precede `bad`, the first that was refused.

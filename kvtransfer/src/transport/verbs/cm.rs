@@ -7,16 +7,23 @@
 //! The active side must post first: eRDMA in standard mode breaks a connection on which the passive side does.
 #![expect(unsafe_code, reason = "calls into librdmacm")]
 
+// The paths are spelled out, since a file that is itself included by path (the oracle does) looks elsewhere.
+#[path = "cm/address.rs"]
+mod address;
+#[path = "cm/private_data.rs"]
+pub(crate) mod private_data;
+
 use std::{
-    mem,
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::SocketAddr,
     os::fd::BorrowedFd,
     ptr::{self, NonNull},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use libc::sockaddr_storage;
+use address::{from_raw, to_raw};
+use private_data::PRIVATE_DATA_WIRE_MAX;
+pub(crate) use private_data::PrivateData;
 
 use super::{
     context::set_nonblocking,
@@ -32,60 +39,12 @@ use super::{
     },
 };
 
-/// Most bytes of private data, with the byte of its length: what InfiniBand's connect carries for librdmacm.
-pub(crate) const PRIVATE_DATA_WIRE_MAX: usize = 56;
-
-/// Most bytes of private data that a caller can send.
-pub(crate) const PRIVATE_DATA_MAX: usize = PRIVATE_DATA_WIRE_MAX - 1;
-
 /// READs in flight either way; we post none, but some providers refuse zero.
 const READS_MAX: u8 = 1;
 /// Retransmissions before the connection is given up.
 const RETRY_COUNT: u8 = 7;
 /// Waits for a receive before the connection is given up; 7 would wait for ever.
 const RNR_RETRY_COUNT: u8 = 6;
-
-/// A few bytes that go with a connect, accept or reject.
-///
-/// RoCE pads them to 56, so they carry their own length in front.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct PrivateData {
-    len: u8,
-    bytes: [u8; PRIVATE_DATA_MAX],
-}
-
-impl PrivateData {
-    /// Takes at most [`PRIVATE_DATA_MAX`] bytes.
-    pub(crate) fn new(from: &[u8]) -> Result<Self, VerbsError> {
-        let mut bytes = [0; PRIVATE_DATA_MAX];
-        let room = bytes.get_mut(..from.len()).ok_or(VerbsError::Limit {
-            what: "bytes of private data",
-            asked: from.len() as u64,
-            limit: PRIVATE_DATA_MAX as u64,
-        })?;
-        room.copy_from_slice(from);
-        let len = u8::try_from(from.len()).unwrap_or(u8::MAX);
-        Ok(Self { len, bytes })
-    }
-
-    /// The bytes.
-    pub(crate) fn as_slice(&self) -> &[u8] {
-        &self.bytes[..usize::from(self.len)]
-    }
-
-    fn encode(&self) -> ([u8; PRIVATE_DATA_WIRE_MAX], u8) {
-        let mut wire = [0; PRIVATE_DATA_WIRE_MAX];
-        wire[0] = self.len;
-        wire[1..].copy_from_slice(&self.bytes);
-        (wire, self.len + 1)
-    }
-
-    /// Reads what a peer sent; `None` if it is not of this form.
-    fn decode(wire: &[u8]) -> Option<Self> {
-        let (&len, rest) = wire.split_first()?;
-        Self::new(rest.get(..usize::from(len))?).ok()
-    }
-}
 
 /// Names an id in events. Never followed as a pointer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -472,7 +431,10 @@ impl CmId {
         })
     }
 
-    /// Ends the connection: both sides see `DISCONNECTED`, and the queue pair goes to the error state.
+    /// Ends the connection: the queue pair goes to the error state, and the peer sees `DISCONNECTED`.
+    ///
+    /// A side that sees `DISCONNECTED` must call this too: on InfiniBand and RoCE that is the answer that the other
+    /// side waits for before it sees the event itself. On iWARP there may be nothing left to do (`EINVAL`).
     pub(crate) fn disconnect(&mut self) -> Result<(), VerbsError> {
         self.call("rdma_disconnect", |cm, id| {
             // SAFETY: the id is alive under the gate.
@@ -497,113 +459,4 @@ fn connection_parameters(wire: &[u8; PRIVATE_DATA_WIRE_MAX], len: u8) -> rdma_co
 
 fn millis(timeout: Duration) -> i32 {
     i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX)
-}
-
-#[expect(clippy::cast_possible_truncation, reason = "families are small")]
-const FAMILY_V4: libc::sa_family_t = libc::AF_INET as libc::sa_family_t;
-#[expect(clippy::cast_possible_truncation, reason = "families are small")]
-const FAMILY_V6: libc::sa_family_t = libc::AF_INET6 as libc::sa_family_t;
-
-fn to_raw(address: SocketAddr) -> sockaddr_storage {
-    // SAFETY: the struct is integers; zero is valid for each.
-    let mut raw: sockaddr_storage = unsafe { mem::zeroed() };
-    match address {
-        SocketAddr::V4(address) => {
-            let to = (&raw mut raw).cast::<libc::sockaddr_in>();
-            let value = libc::sockaddr_in {
-                sin_family: FAMILY_V4,
-                sin_port: address.port().to_be(),
-                sin_addr: libc::in_addr {
-                    s_addr: u32::from(*address.ip()).to_be(),
-                },
-                sin_zero: [0; 8],
-            };
-            // SAFETY: the storage is large and aligned enough for every address.
-            unsafe { to.write(value) };
-        }
-        SocketAddr::V6(address) => {
-            let to = (&raw mut raw).cast::<libc::sockaddr_in6>();
-            let value = libc::sockaddr_in6 {
-                sin6_family: FAMILY_V6,
-                sin6_port: address.port().to_be(),
-                sin6_flowinfo: address.flowinfo(),
-                sin6_addr: libc::in6_addr {
-                    s6_addr: address.ip().octets(),
-                },
-                sin6_scope_id: address.scope_id(),
-            };
-            // SAFETY: the storage is large and aligned enough for every address.
-            unsafe { to.write(value) };
-        }
-    }
-    raw
-}
-
-fn from_raw(raw: &sockaddr_storage) -> Option<SocketAddr> {
-    match raw.ss_family {
-        FAMILY_V4 => {
-            // SAFETY: the family says so, and the storage is large and aligned enough.
-            let from = unsafe { &*ptr::from_ref(raw).cast::<libc::sockaddr_in>() };
-            let ip = Ipv4Addr::from(u32::from_be(from.sin_addr.s_addr));
-            Some(SocketAddr::from((ip, u16::from_be(from.sin_port))))
-        }
-        FAMILY_V6 => {
-            // SAFETY: as above.
-            let from = unsafe { &*ptr::from_ref(raw).cast::<libc::sockaddr_in6>() };
-            let ip = Ipv6Addr::from(from.sin6_addr.s6_addr);
-            Some(SocketAddr::from((ip, u16::from_be(from.sin6_port))))
-        }
-        _ => None,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        #[test]
-        fn private_data_survives_padding(bytes in prop::collection::vec(any::<u8>(), 0..=PRIVATE_DATA_MAX)) {
-            let data = PrivateData::new(&bytes).expect("within the bound");
-            let (wire, len) = data.encode();
-            prop_assert!(usize::from(len) <= PRIVATE_DATA_WIRE_MAX);
-            let exact = PrivateData::decode(&wire[..usize::from(len)]).expect("as iWARP brings it");
-            let padded = PrivateData::decode(&wire).expect("as RoCE brings it");
-            prop_assert_eq!(exact.as_slice(), &bytes[..]);
-            prop_assert_eq!(padded.as_slice(), &bytes[..]);
-        }
-
-        #[test]
-        fn whatever_a_peer_sends_is_read_or_refused(wire in prop::collection::vec(any::<u8>(), 0..=255)) {
-            if let Some(data) = PrivateData::decode(&wire) {
-                prop_assert_eq!(data.as_slice(), &wire[1..=usize::from(wire[0])]);
-            }
-        }
-
-        #[test]
-        fn addresses_survive_the_c_form(v4 in any::<u32>(), v6 in any::<u128>(), port in any::<u16>()) {
-            let v4 = SocketAddr::from((Ipv4Addr::from(v4), port));
-            let v6 = SocketAddr::from((Ipv6Addr::from(v6), port));
-            prop_assert_eq!(from_raw(&to_raw(v4)), Some(v4));
-            prop_assert_eq!(from_raw(&to_raw(v6)), Some(v6));
-        }
-    }
-
-    #[test]
-    fn private_data_has_a_bound() {
-        assert!(PrivateData::new(&[0; PRIVATE_DATA_MAX]).is_ok());
-        assert_eq!(
-            PrivateData::new(&[0; PRIVATE_DATA_MAX + 1]),
-            Err(VerbsError::Limit {
-                what: "bytes of private data",
-                asked: 56,
-                limit: 55,
-            })
-        );
-        assert_eq!(PrivateData::decode(&[]), None);
-        assert_eq!(PrivateData::decode(&[2, 1]), None);
-        assert_eq!(PrivateData::decode(&[56; 200]), None);
-    }
 }

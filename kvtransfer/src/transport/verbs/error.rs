@@ -23,7 +23,9 @@ pub(crate) enum VerbsError {
         reason: String,
     },
     /// A library lacks a call that we need.
-    #[error("no RDMA: {library} has no {symbol}; it is older than rdma-core 17, upgrade rdma-core")]
+    #[error(
+        "no RDMA: {library} has no {symbol}, so it is not a usable rdma-core; upgrade rdma-core"
+    )]
     MissingSymbol {
         /// The library.
         library: &'static str,
@@ -162,9 +164,25 @@ fn fix_for(op: &str, errno: i32) -> Option<String> {
     Some(fix)
 }
 
-/// The process's limit on locked memory in bytes; `None` when there is none.
+/// `CAP_IPC_LOCK` among the effective capabilities (linux/capability.h).
+const CAP_IPC_LOCK_BIT: u32 = 14;
+
+/// The process's limit on locked memory in bytes; `None` when there is none, or `CAP_IPC_LOCK` lifts it.
 pub(crate) fn memlock_limit() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    if may_lock_at_will(&status) {
+        return None;
+    }
     rustix::process::getrlimit(rustix::process::Resource::Memlock).current
+}
+
+/// Whether a process of such `/proc/PID/status` has `CAP_IPC_LOCK`.
+fn may_lock_at_will(status: &str) -> bool {
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok())
+        .is_some_and(|bits| bits >> CAP_IPC_LOCK_BIT & 1 == 1)
 }
 
 /// What to say when memory could not be pinned under `limit`.
@@ -175,7 +193,7 @@ pub(crate) fn memlock_fix(limit: Option<u64>) -> String {
              containerd or the service; CAP_IPC_LOCK in the pod)",
             bytes / 1024
         ),
-        None => "the locked-memory limit is unlimited, so the device's own memory or page tables ran out: \
+        None => "the locked-memory limit is unlimited or lifted by CAP_IPC_LOCK, so the device's own memory or page tables ran out: \
                  use huge pages, or register less"
             .to_owned(),
     }
@@ -275,6 +293,19 @@ mod tests {
         assert!(memlock_fix(None).contains("unlimited"));
         let error = VerbsError::call("ibv_modify_qp", libc::EINVAL).to_string();
         assert_eq!(error, "ibv_modify_qp: Invalid argument (errno 22)");
+    }
+
+    #[test]
+    fn the_capability_to_lock_memory_lifts_the_limit() {
+        let status = |bits: &str| format!("Name:\tengine\nCapEff:\t{bits}\nCapBnd:\tffffffff\n");
+        assert!(may_lock_at_will(&status("000001ffffffffff")));
+        assert!(may_lock_at_will(&status("0000000000004000")));
+        assert!(
+            !may_lock_at_will(&status("00000000a80425fb")),
+            "docker's default"
+        );
+        assert!(!may_lock_at_will(&status("x")));
+        assert!(!may_lock_at_will(""));
     }
 
     #[test]

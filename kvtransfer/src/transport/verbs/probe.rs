@@ -121,7 +121,12 @@ fn probe(
     let pd = Pd::create(context)?;
     let cq = Cq::create(context, 2 * TRIAL_WRS, false, 0)?;
     let try_qp = |sges: u32, inline_bytes: u32| {
-        Qp::create(&pd, &cq, &cq, trial_caps(sges, inline_bytes)).map(drop)
+        let qp = Qp::create(&pd, &cq, &cq, trial_caps(sges, inline_bytes))?;
+        // Some providers grant less than was asked instead of refusing.
+        if qp.reported_inline_bytes() < inline_bytes {
+            return Err(VerbsError::call("ibv_create_qp", libc::EINVAL));
+        }
+        Ok(())
     };
     let transport = context.info().transport;
     let send_sge = send_sge(transport, limits.max_sge, |sges| try_qp(sges, 0))?;

@@ -116,6 +116,7 @@ pub(crate) struct Qp {
     raw: NonNull<ibv_qp>,
     qp_num: u32,
     caps: QpCaps,
+    reported_inline_bytes: u32,
     owner: Owner,
     send_cq: Arc<Cq>,
     recv_cq: Arc<Cq>,
@@ -200,6 +201,7 @@ impl Qp {
             raw,
             qp_num,
             caps,
+            reported_inline_bytes: attributes.cap.max_inline_data,
             owner,
             send_cq: Arc::clone(send_cq),
             recv_cq: Arc::clone(recv_cq),
@@ -216,6 +218,11 @@ impl Qp {
     /// Its size, as asked for.
     pub(crate) fn caps(&self) -> QpCaps {
         self.caps
+    }
+
+    /// The inline bytes that the provider wrote back when it made the queue pair. Only the probe looks at them.
+    pub(super) fn reported_inline_bytes(&self) -> u32 {
+        self.reported_inline_bytes
     }
 
     /// From new to INIT: receives can be posted.
