@@ -1,11 +1,13 @@
 //! Command line: one subcommand per service.
 
 use std::io::IsTerminal as _;
+use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 mod bootstrap;
+mod doctor;
 
 #[derive(Debug, Parser)]
 #[command(
@@ -22,10 +24,12 @@ struct Cli {
 enum Command {
     /// Run the bootstrap registry: where prefill ranks register and decode ranks look them up
     Bootstrap(bootstrap::Options),
+    /// Say what this host offers for RDMA, what is wrong with it, and how to put it right
+    Doctor(doctor::Options),
 }
 
 /// Parses the command line and runs it to its end.
-pub(crate) fn run() -> anyhow::Result<()> {
+pub(crate) fn run() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
     let filter =
         EnvFilter::try_from_env("KVTRANSFER_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
@@ -35,6 +39,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
         .with_ansi(std::io::stderr().is_terminal())
         .init();
     match cli.command {
-        Command::Bootstrap(options) => bootstrap::run(options),
+        Command::Bootstrap(options) => bootstrap::run(options).map(|()| ExitCode::SUCCESS),
+        Command::Doctor(options) => doctor::run(&options),
     }
 }

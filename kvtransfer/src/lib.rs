@@ -5,6 +5,7 @@
 pub mod bootstrap;
 pub mod clock;
 pub mod config;
+pub mod doctor;
 pub mod engine;
 pub mod error;
 pub mod ids;
