@@ -69,6 +69,9 @@ pub struct RdmaConfig {
     /// An idle queue pair says so often that it works; after three such spans of silence it is taken for dead.
     /// Default 2 s.
     pub heartbeat: Duration,
+    /// Devices that a test made up, instead of the host's.
+    #[cfg(feature = "testing")]
+    pub fake: Option<crate::testing::fake_verbs::FakeVerbs>,
 }
 
 impl Default for RdmaConfig {
@@ -86,6 +89,8 @@ impl Default for RdmaConfig {
             spin: Duration::from_micros(50),
             drain: Duration::from_millis(20),
             heartbeat: Duration::from_secs(2),
+            #[cfg(feature = "testing")]
+            fake: None,
         }
     }
 }
@@ -93,6 +98,10 @@ impl Default for RdmaConfig {
 impl RdmaConfig {
     /// The libraries, or why they cannot be had.
     pub(crate) fn open_library(&self) -> Result<Arc<Library>, String> {
+        #[cfg(feature = "testing")]
+        if let Some(fake) = &self.fake {
+            return Ok(fake.library());
+        }
         Library::open().map_err(|error| error.to_string())
     }
 }

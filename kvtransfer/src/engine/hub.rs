@@ -355,8 +355,9 @@ impl Hub {
         self.with(|node, _| node.lane_fenced(peer, lane, reason));
     }
 
-    pub(crate) fn failures_told(&self, peer: PeerId) -> u64 {
-        self.with(|node, _| node.failures_told(peer))
+    /// This end of a queue pair is about to speak; how many failures it must say that it has told.
+    pub(crate) fn lane_offered(&self, peer: PeerId, lane: LaneId) -> u64 {
+        self.with(|node, _| node.lane_offered(peer, lane))
     }
 
     pub(crate) fn lane_down(&self, peer: PeerId, lane: LaneId, reason: &str) {

@@ -84,7 +84,6 @@ pub(super) fn open(
     let offers = &link.agreement.rails;
     let offer = offers.get(usize::from(track.peer_rail));
     let offer = offer.ok_or("a rail that the peer did not offer")?;
-    let failures_told = hub.failures_told(link.peer);
     let mut prepared = prepare(rail, offer)?;
     let left = deadline.since(clock::now());
     let stream = TcpStream::connect_timeout(&address, left.max(MINIMUM));
@@ -101,7 +100,7 @@ pub(super) fn open(
         token: token_of(hub),
         rail: track.rail,
         peer_rail: track.peer_rail,
-        terms: prepared.terms(failures_told),
+        terms: prepared.terms(),
     };
     let say = |talk: &mut Talk<'_>, message: &Control| {
         talk.say(message, None)
@@ -189,18 +188,17 @@ pub(super) fn accept(
         .ok_or("a rail that this engine did not offer")?;
     let offer = link.agreement.rails.get(usize::from(open.rail));
     let offer = offer.ok_or("a rail that is not in the hello")?;
-    let failures_told = hub.failures_told(link.peer);
     let mut say = |message: &Control| talk.say(message, None).map_err(|error| error.to_string());
     let prepared = match &open.terms.end {
         QpEnd::Compat(end) => {
             let mut prepared = prepare(rail, offer)?;
             prepared.connect(end)?;
-            say(&Control::QpReady(prepared.terms(failures_told)))?;
+            say(&Control::QpReady(prepared.terms()))?;
             prepared
         }
         QpEnd::Standard { .. } => {
             let listening = Listening::start(rail)?;
-            say(&Control::QpReady(listening.terms(failures_told)))?;
+            say(&Control::QpReady(listening.terms()))?;
             listening.accept(deadline)?
         }
     };

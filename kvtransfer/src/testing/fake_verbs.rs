@@ -60,7 +60,7 @@ const DEVICES_MAX: usize = 250;
 /// Fake adapters on a fake network.
 ///
 /// Dropping it does not break who still uses the library: objects made through it keep the fabric alive.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct FakeVerbs {
     fabric: Fabric,
 }
@@ -99,13 +99,6 @@ impl FakeVerbs {
     }
 
     /// A library whose calls reach these devices.
-    #[cfg_attr(
-        not(test),
-        expect(
-            dead_code,
-            reason = "the rail engine, its first user, is not built yet"
-        )
-    )]
     #[must_use]
     pub(crate) fn library(&self) -> Arc<Library> {
         let slot = self.fabric.shared.slot;

@@ -4,7 +4,8 @@ use super::{
     WireError,
     codec::{Reader, Writer},
     hello::{COMPONENTS_MAX, Hello, LANES_MAX, TOKEN_BYTES_MAX},
-    rdma::{QpOpen, QpTerms, read_terms, write_terms},
+    lane::Ack,
+    rdma::{ANSWERS_MAX, QpOpen, QpTerms, read_terms, write_terms},
 };
 use crate::ids::{Epoch, InstanceId};
 
@@ -167,6 +168,10 @@ pub enum Control {
     QpDown {
         /// Why, in words.
         reason: String,
+        /// Batches that this end has answered, whether or not the answer got through.
+        answered: u64,
+        /// The last of these answers, oldest first.
+        answers: Vec<Ack>,
     },
     /// Are you there?
     Ping {
@@ -218,7 +223,7 @@ impl Control {
     fn write_body(&self, w: &mut Writer<'_>) {
         match self {
             Self::Hello(hello) | Self::Welcome(hello) => hello.write(w),
-            Self::Reject { reason } | Self::QpDown { reason } => w.text(bounded(reason)),
+            Self::Reject { reason } => w.text(bounded(reason)),
             Self::LaneOpen {
                 instance,
                 link,
@@ -258,6 +263,18 @@ impl Control {
             Self::QpOpen(open) => open.write(w),
             Self::QpReady(terms) => write_terms(w, terms),
             Self::QpUp => {}
+            Self::QpDown {
+                reason,
+                answered,
+                answers,
+            } => {
+                w.text(bounded(reason));
+                w.u64(*answered);
+                w.count(answers.len());
+                for answer in answers {
+                    w.raw(&answer.to_bytes());
+                }
+            }
             Self::Ping { nonce } | Self::Pong { nonce } => w.u64(*nonce),
         }
     }
@@ -297,9 +314,7 @@ impl Control {
             11 => Self::QpOpen(Box::new(QpOpen::read(&mut r)?)),
             12 => Self::QpReady(read_terms(&mut r)?),
             13 => Self::QpUp,
-            14 => Self::QpDown {
-                reason: r.text("reason", REASON_BYTES_MAX)?,
-            },
+            14 => read_down(&mut r)?,
             got => {
                 return Err(WireError::Value {
                     what: "message kind",
@@ -331,6 +346,19 @@ fn read_lane(r: &mut Reader<'_>) -> Result<u8, WireError> {
             got: lane.into(),
         })
     }
+}
+
+fn read_down(r: &mut Reader<'_>) -> Result<Control, WireError> {
+    let reason = r.text("reason", REASON_BYTES_MAX)?;
+    let answered = r.u64()?;
+    let answers = (0..r.count("answer count", ANSWERS_MAX, Ack::LEN)?)
+        .map(|_| Ack::parse(&r.array()?))
+        .collect::<Result<_, WireError>>()?;
+    Ok(Control::QpDown {
+        reason,
+        answered,
+        answers,
+    })
 }
 
 fn write_grant(w: &mut Writer<'_>, grant: &Grant) {

@@ -10,8 +10,8 @@
 //!           sender → WRITE … WRITE, Batch   receiver → Ack      either → Credit, Heartbeat
 //! ```
 //! A queue pair that failed is destroyed on both sides; each says so with `QpDown` on the connection beside it, *after* its
-//! own end is gone. Only then may batches that were lost with it travel again, because only then can the first copy of them
-//! no longer land (promise P1).
+//! own end is gone, and with the last answers of that end. Only then may batches that were lost with it travel again: the
+//! first copy of them can no longer land, and those that had arrived are known as such (promise P1).
 
 use bytemuck::{Pod, Zeroable};
 
@@ -29,6 +29,8 @@ pub const RAILS_MAX: usize = 8;
 pub const RKEYS_MAX: usize = 1 << 16;
 /// Most frames that one end of a queue pair can take without a pause: bounds the receive queue.
 pub const RECEIVES_MAX: u16 = 1024;
+/// Answers that the end of a queue pair takes along, at most: the largest window.
+pub const ANSWERS_MAX: usize = 256;
 /// Fewest: one for credits and heartbeats, one for an answer, and two batches.
 pub const RECEIVES_MIN: u16 = 4;
 
@@ -246,9 +248,6 @@ pub struct QpTerms {
     /// Where the other end writes batch headers when notices travel as immediate data: address and rkey of
     /// `receives` slots of 64 bytes. Zero when they travel as SEND.
     pub slots: (u64, u32),
-    /// `RoomFailed` messages that it has put on the control stream so far. The other end hands no batch to the new queue
-    /// pair before it has heard as many: a room that ended with the old one must not go on over the new one.
-    pub failures_told: u64,
 }
 
 impl QpTerms {
@@ -257,7 +256,6 @@ impl QpTerms {
         w.u16(self.receives);
         w.u64(self.slots.0);
         w.u32(self.slots.1);
-        w.u64(self.failures_told);
     }
 
     fn read(r: &mut Reader<'_>) -> Result<Self, WireError> {
@@ -273,7 +271,6 @@ impl QpTerms {
             end,
             receives,
             slots: (r.u64()?, r.u32()?),
-            failures_told: r.u64()?,
         })
     }
 }
@@ -343,7 +340,11 @@ pub(super) fn read_terms(r: &mut Reader<'_>) -> Result<QpTerms, WireError> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Frame {
     /// First frame each way: the path works.
-    Hello,
+    Hello {
+        /// `RoomFailed` messages that the speaker has put on the control stream so far. The other end hands no batch to
+        /// the new queue pair before it has heard as many: a room that ended with the old one must not go on over it.
+        failures_told: u64,
+    },
     /// The WRITEs before it on this queue pair carried this batch.
     Batch(BatchHeader),
     /// Answers a batch.
@@ -379,7 +380,11 @@ impl Frame {
         };
         let mut end = size_of::<Prefix>();
         let kind = match self {
-            Self::Hello => 1,
+            Self::Hello { failures_told } => {
+                out[end..end + 8].copy_from_slice(&failures_told.to_le_bytes());
+                end += 8;
+                1
+            }
             Self::Batch(header) => {
                 out[end..end + BatchHeader::LEN].copy_from_slice(&header.to_bytes());
                 end += BatchHeader::LEN;
@@ -416,8 +421,10 @@ impl Frame {
             });
         }
         let frame = match prefix.kind {
-            1 | 4 | 5 if !body.is_empty() => return Err(length),
-            1 => Self::Hello,
+            4 | 5 if !body.is_empty() => return Err(length),
+            1 => Self::Hello {
+                failures_told: u64::from_le_bytes(body.try_into().map_err(|_| length)?),
+            },
             2 => Self::Batch(BatchHeader::parse(body.try_into().map_err(|_| length)?)?),
             3 => Self::Ack(Ack::parse(body.try_into().map_err(|_| length)?)?),
             4 => Self::Credit,

@@ -60,7 +60,6 @@ fn terms(end: QpEnd) -> QpTerms {
         end,
         receives: 64,
         slots: (u64::MAX, 7),
-        failures_told: 9,
     }
 }
 
@@ -141,6 +140,8 @@ fn messages() -> Vec<Control> {
         Control::QpUp,
         Control::QpDown {
             reason: "transport retry counter exceeded".into(),
+            answered: u64::MAX,
+            answers: vec![Ack::new(&batch_header(), AckStatus::Placed); 3],
         },
         Control::Ping { nonce: 1 },
         Control::Pong { nonce: u64::MAX },
@@ -325,7 +326,12 @@ fn batch_header() -> BatchHeader {
 fn frames_of_a_queue_pair_survive_and_damaged_ones_are_refused() {
     let header = batch_header();
     let frames = [
-        (Frame::Hello, 8),
+        (
+            Frame::Hello {
+                failures_told: u64::MAX,
+            },
+            16,
+        ),
         (Frame::Batch(header), 72),
         (Frame::Ack(Ack::new(&header, AckStatus::Discarded)), 40),
         (Frame::Credit, 8),

@@ -11,7 +11,7 @@ use crate::{
     wire::{
         control::Control,
         lane::{Ack, AckStatus, BatchHeader, PayloadMode, VOID_PLACE},
-        rdma::{Frame, Immediate},
+        rdma::{ANSWERS_MAX, Frame, Immediate},
     },
 };
 
@@ -124,7 +124,7 @@ impl LaneIo {
             return self.greet(frame, now);
         }
         match frame {
-            Frame::Hello => Err("it said hello twice".into()),
+            Frame::Hello { .. } => Err("it said hello twice".into()),
             Frame::Credit | Frame::Heartbeat => Ok(()),
             Frame::Ack(ack) => {
                 self.acked += 1;
@@ -136,13 +136,12 @@ impl LaneIo {
 
     /// The first frame: the path works. The passive side answers now, and not before (iWARP).
     fn greet(&mut self, frame: Frame, now: Time) -> Result<(), String> {
-        if frame != Frame::Hello {
+        let Frame::Hello { failures_told } = frame else {
             return Err(format!("it began with {frame:?}"));
-        }
-        let is_active = self.terms.is_active;
+        };
         self.phase = Phase::Up;
-        if !is_active {
-            self.answer_hello = true;
+        if !self.terms.is_active {
+            self.answer_hello = Some(self.hub.lane_offered(self.peer, self.handle.id));
         }
         self.last_sent = now;
         let setup = self.terms.setup.clone();
@@ -151,8 +150,7 @@ impl LaneIo {
             link.lanes.advance(self.handle.id, Stage::Up);
         }
         let (peer, lane) = (self.peer, self.handle.id);
-        self.hub
-            .lane_up(peer, lane, setup, self.terms.failures_told);
+        self.hub.lane_up(peer, lane, setup, failures_told);
         if let Some(opened) = self.opened.take() {
             // Whoever opened it may have given up waiting.
             let _ = opened.try_send(Ok(()));
@@ -183,7 +181,13 @@ impl LaneIo {
         };
         // A receiver that has failed the room says so even if the pages came: they are no longer the room's.
         debug_assert!(status == AckStatus::Placed || status == AckStatus::Discarded);
-        self.acks.push_back(Ack::new(header, status));
+        let ack = Ack::new(header, status);
+        self.acks.push_back(ack);
+        self.answered += 1;
+        if self.answers.len() == ANSWERS_MAX {
+            self.answers.pop_front();
+        }
+        self.answers.push_back(ack);
         Ok(())
     }
 
@@ -211,8 +215,13 @@ impl LaneIo {
                     self.side.decoder.push(&bytes[..got]);
                     while let Some(message) = self.side.decoder.next().map_err(|e| e.to_string())? {
                         match message {
-                            Control::QpDown { reason } => {
+                            Control::QpDown {
+                                reason,
+                                answered,
+                                answers,
+                            } => {
                                 self.side.peer_is_down = true;
+                                self.peer_answers = Some((answered, answers));
                                 tracing::info!(peer = %self.peer, lane = self.handle.id.0, reason, "the peer destroyed a queue pair");
                             }
                             other => return Err(format!("it said {other:?} beside a queue pair")),

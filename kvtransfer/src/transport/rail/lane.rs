@@ -114,8 +114,6 @@ pub(super) struct Connection {
 /// What is agreed with the peer about a queue pair.
 pub(super) struct Terms {
     pub(super) setup: LaneSetup,
-    /// See [`QpTerms::failures_told`](crate::wire::rdma::QpTerms::failures_told), of the peer.
-    pub(super) failures_told: u64,
     pub(super) targets: Targets,
     /// Where batch headers are written when notices travel as immediate data.
     pub(super) slots: Option<(u64, u32)>,
@@ -150,8 +148,8 @@ pub(super) struct LaneIo {
     pub(super) phase: Phase,
     /// Closed for good: nothing is waited for when the queue pair is gone.
     pub(super) is_closing: bool,
-    /// The active side has said hello, and is not answered yet.
-    pub(super) answer_hello: bool,
+    /// The active side has said hello, and is still to be told of so many failures.
+    pub(super) answer_hello: Option<u64>,
     pub(super) credits: Credits,
     /// Chains that were posted; each says how many batches are done with when it is.
     pub(super) sends: Slots<u64>,
@@ -162,6 +160,11 @@ pub(super) struct LaneIo {
     pub(super) descriptor_end: usize,
     pub(super) writing: Option<Writing>,
     pub(super) acks: VecDeque<Ack>,
+    /// Batches that were answered, and the last of the answers: they go to the peer once more when this end is destroyed.
+    pub(super) answered: u64,
+    pub(super) answers: VecDeque<Ack>,
+    /// The same of the peer, when its end is destroyed.
+    pub(super) peer_answers: Option<(u64, Vec<Ack>)>,
     /// Whether frames travel in the work request itself.
     pub(super) is_inline: bool,
     pub(super) sges_max: usize,

@@ -65,11 +65,16 @@ impl LaneIo {
         true
     }
 
-    fn say_down(&self, reason: &str) {
+    fn say_down(&mut self, reason: &str) {
         let mut bytes = Vec::new();
-        let reason = reason.to_owned();
-        Control::QpDown { reason }.encode(&mut bytes);
-        // The connection has carried a few hundred bytes in all, so its buffer has room; if it is broken, the peer sees that.
+        let message = Control::QpDown {
+            reason: reason.to_owned(),
+            answered: self.answered,
+            answers: self.answers.drain(..).collect(),
+        };
+        message.encode(&mut bytes);
+        // The connection has carried a few hundred bytes in all, so its buffer takes these 8 KiB at most; if it is broken,
+        // the peer sees that.
         let _ = send(
             &self.side.socket,
             &bytes,
@@ -92,10 +97,37 @@ impl LaneIo {
         };
         let (peer, lane) = (self.peer, self.handle.id);
         self.handle.over.store(true, Ordering::SeqCst);
+        if let Some(broken) = self.hear_last_answers() {
+            self.hub.drop_peer(peer, &broken);
+        }
         self.hub.lane_down(peer, lane, reason);
         if let Some(link) = self.link.upgrade().filter(|_| !self.is_closing) {
             crate::engine::redial::lane_lost(&self.hub, &link, lane);
         }
+    }
+
+    /// Settles what the peer had counted when its end went: an answer that was lost with the queue pair must not make us
+    /// write a batch again whose room may have succeeded. Returns what the peer did wrong, if so.
+    fn hear_last_answers(&self) -> Option<String> {
+        let (answered, answers) = self.peer_answers.as_ref()?;
+        let Some(lost) = answered.checked_sub(self.acked) else {
+            return Some("it took answers back".into());
+        };
+        let lost = usize::try_from(lost).unwrap_or(usize::MAX);
+        let Some(known) = answers.len().checked_sub(lost) else {
+            return Some("it lost answers".into());
+        };
+        for answer in &answers[known..] {
+            if let Err(broken) = self.hub.on_ack(self.peer, self.handle.id, answer) {
+                // Of a peer that is gone nothing is waited for.
+                return self
+                    .link
+                    .upgrade()
+                    .filter(|link| !link.is_closed())
+                    .map(|_| broken);
+            }
+        }
+        None
     }
 
     /// Looks at the clock.

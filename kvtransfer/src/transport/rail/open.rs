@@ -350,7 +350,7 @@ impl Prepared {
     }
 
     /// What the peer must know of this end.
-    pub(crate) fn terms(&self, failures_told: u64) -> QpTerms {
+    pub(crate) fn terms(&self) -> QpTerms {
         let rail = &self.rail;
         let end = match rail.connector {
             Connector::Compat => QpEnd::Compat(self.endpoint()),
@@ -360,7 +360,7 @@ impl Prepared {
                 token: 0,
             },
         };
-        terms(end, self.slots, failures_told)
+        terms(end, self.slots)
     }
 
     fn endpoint(&self) -> Endpoint {
@@ -503,7 +503,6 @@ fn lane_io(rail: &Arc<Rail>, handle: &Arc<QueuePairLane>, wires: Wires, parts: Q
     };
     let terms = Terms {
         setup,
-        failures_told: parts.terms.failures_told,
         targets: Targets::new(&parts.link.agreement.regions, &parts.offer),
         slots: (ours && parts.offer.imm).then_some(parts.terms.slots),
         peer_receives: parts.terms.receives,
@@ -533,7 +532,10 @@ fn lane_io(rail: &Arc<Rail>, handle: &Arc<QueuePairLane>, wires: Wires, parts: Q
             until: parts.until,
         },
         is_closing: false,
-        answer_hello: false,
+        answer_hello: None,
+        answered: 0,
+        answers: VecDeque::new(),
+        peer_answers: None,
         credits: Credits::new(terms.peer_receives, RECEIVES),
         sends: Slots::new(rail.send_queue, rail.send_queue, handle.key.life << 1),
         chain: Chain::new(CHAIN_WRS_MAX, sges_max, terms.message_bytes_max),
@@ -591,13 +593,13 @@ impl Listening {
     }
 
     /// What the peer must know.
-    pub(crate) fn terms(&self, failures_told: u64) -> QpTerms {
+    pub(crate) fn terms(&self) -> QpTerms {
         let end = QpEnd::Standard {
             address: self.prepared.rail.address.octets(),
             port: self.listener.local_port(),
             token: self.token,
         };
-        terms(end, self.prepared.slots, failures_told)
+        terms(end, self.prepared.slots)
     }
 
     /// Takes the announced connection, and no other.
@@ -632,12 +634,11 @@ impl Listening {
     }
 }
 
-fn terms(end: QpEnd, slots: (u64, u32), failures_told: u64) -> QpTerms {
+fn terms(end: QpEnd, slots: (u64, u32)) -> QpTerms {
     QpTerms {
         end,
         receives: RECEIVES,
         slots,
-        failures_told,
     }
 }
 

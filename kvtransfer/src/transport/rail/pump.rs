@@ -57,13 +57,15 @@ impl LaneIo {
                 ..
             } if !*has_spoken => {
                 *has_spoken = true;
-                self.add_frame(Frame::Hello)?;
+                let failures_told = self.hub.lane_offered(self.peer, self.handle.id);
+                self.add_frame(Frame::Hello { failures_told })?;
             }
-            Phase::Up if self.answer_hello => {
-                self.answer_hello = false;
-                self.add_frame(Frame::Hello)?;
+            Phase::Up => {
+                if let Some(failures_told) = self.answer_hello.take() {
+                    self.add_frame(Frame::Hello { failures_told })?;
+                }
+                self.add_work(rail, now)?;
             }
-            Phase::Up => self.add_work(rail, now)?,
             Phase::Greeting { .. } | Phase::Draining { .. } | Phase::Fenced { .. } => {}
         }
         if self.chain.is_empty() {
