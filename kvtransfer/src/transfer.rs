@@ -24,6 +24,7 @@ mod ebb;
 mod ends;
 mod grants;
 mod inputs;
+mod lane;
 mod node;
 mod peer;
 mod picture;
@@ -35,8 +36,8 @@ mod timers;
 
 #[cfg(feature = "testing")]
 pub use audit::NodeAudit;
+pub use lane::{BatchOut, LaneSetup};
 pub use node::{Node, NodeConfig, Output, PeerSetup};
-pub use peer::{BatchOut, LaneSetup};
 pub use receive::{Admission, BatchIn, Placement};
 
 use std::{sync::Arc, time::Duration};

@@ -9,8 +9,9 @@ use crate::{
     time::Time,
     transfer::{
         Summary,
+        lane::{BatchOut, LaneSetup},
         node::{Node, Output, PeerSetup},
-        peer::{BatchOut, LaneSetup, Peer},
+        peer::Peer,
         receive::{Admission, BatchIn, Placement},
         send::Orphan,
         timers::Due,

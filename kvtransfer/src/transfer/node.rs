@@ -9,7 +9,8 @@ use std::{
 use super::{
     Chunk, ReceiveRequest, SendRequest, Summary,
     ebb::Ebbs,
-    peer::{Peer, Sends, Window},
+    lane::Window,
+    peer::{Peer, Sends},
     receive::{Owed, ReceiveLeg, ReceiveRoom, SeqSet},
     send::{Orphan, SendRoom},
     timers::{Due, Timers},
