@@ -18,6 +18,11 @@ const ROCE_V2: &str = "RoCE v2";
 /// How the kernel names the type of the others.
 const ROCE_V1: &str = "IB/RoCE v1";
 
+/// The network interface of a device.
+pub(super) fn netdev(index: usize) -> String {
+    format!("eth{}", index + 1)
+}
+
 /// One entry of a GID table.
 pub(super) struct GidEntry {
     pub(super) raw: [u8; 16],
@@ -124,7 +129,7 @@ impl Sysfs {
             .join(state.behaviour.driver);
         fs::create_dir_all(&driver)?;
         symlink(&driver, hardware.join("driver"))?;
-        let netdev = format!("eth{}", index + 1);
+        let netdev = netdev(index);
         let mac = state.devices[index].mac.map(|byte| format!("{byte:02x}"));
         put(
             &hardware.join("net").join(&netdev),
@@ -132,6 +137,9 @@ impl Sysfs {
             &mac.join(":"),
         )?;
         put(&hardware.join("net").join(&netdev), "mtu", "8500")?;
+        let interfaces = self.root.join("class/net");
+        fs::create_dir_all(&interfaces)?;
+        symlink(hardware.join("net").join(&netdev), interfaces.join(&netdev))?;
 
         let class = self.root.join("class/infiniband").join(name);
         let node = if state.behaviour.looks_iwarp {
@@ -157,7 +165,10 @@ impl Sysfs {
             if let Some(kind) = entry.kind {
                 put(&port.join("gid_attrs/types"), &at, kind)?;
             }
-            put(&port.join("gid_attrs/ndevs"), &at, &netdev)?;
+            // For iWARP the kernel names no interface here.
+            if !state.behaviour.looks_iwarp {
+                put(&port.join("gid_attrs/ndevs"), &at, &netdev)?;
+            }
         }
         let verbs = self.root.join("class/infiniband_verbs");
         put(&verbs.join(format!("uverbs{index}")), "ibdev", name)

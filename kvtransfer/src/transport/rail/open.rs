@@ -6,7 +6,6 @@ use std::{
     collections::VecDeque,
     net::{Ipv4Addr, SocketAddr},
     os::fd::{AsFd, OwnedFd},
-    path::Path,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU32, Ordering},
@@ -160,7 +159,7 @@ impl Rail {
         }
         let poll = mio::Poll::new().map_err(|error| error.to_string())?;
         let waker = mio::Waker::new(poll.registry(), WAKE).map_err(|error| error.to_string())?;
-        let address = address_of(&library.sysfs, candidate, chosen);
+        let address = address_of(library, candidate, chosen);
         if connector == Connector::Standard && address.is_none() {
             return Err(
                 "its network interface has no IPv4 address, which rdma_cm connects by".into(),
@@ -254,14 +253,14 @@ fn register(pd: &Arc<Pd>, region: &Arc<Region>) -> Result<Option<RegisteredRegio
     }
 }
 
-fn address_of(sysfs: &Path, candidate: &Candidate, chosen: &Chosen) -> Option<Ipv4Addr> {
+fn address_of(library: &Library, candidate: &Candidate, chosen: &Chosen) -> Option<Ipv4Addr> {
     let by_gid = chosen.gid.as_ref().and_then(device::GidEntry::ipv4);
     by_gid.or_else(|| {
         let interfaces = candidate.gids.iter().filter_map(|gid| {
             let named = gid.netdev.clone();
-            named.or_else(|| interface_of(sysfs, gid.gid))
+            named.or_else(|| interface_of(&library.sysfs, gid.gid))
         });
-        interfaces.filter_map(|name| ipv4_of(&name)).next()
+        interfaces.filter_map(|name| ipv4_of(library, &name)).next()
     })
 }
 
