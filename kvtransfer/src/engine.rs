@@ -7,6 +7,7 @@
 mod accept;
 mod control;
 mod dial;
+mod effects;
 mod greeting;
 mod handle;
 pub(crate) mod hub;

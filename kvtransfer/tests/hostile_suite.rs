@@ -8,6 +8,8 @@ mod decoders;
 mod lanes;
 #[path = "hostile_suite/local.rs"]
 mod local;
+#[path = "hostile_suite/queue_pairs.rs"]
+mod queue_pairs;
 #[path = "hostile_suite/raw.rs"]
 mod raw;
 #[path = "promise_suite/rig.rs"]

@@ -21,6 +21,19 @@ pub(crate) struct Wanted {
     pub(crate) test_targets: BTreeSet<String>,
     /// Binaries, as package and target.
     pub(crate) binaries: BTreeSet<(String, String)>,
+    /// Take them from a build of the whole workspace's tests, which may be there already.
+    pub(crate) as_tested: bool,
+}
+
+impl Wanted {
+    fn has(&self, built: &Built, is_test: bool) -> bool {
+        match built.kind.as_str() {
+            "lib" => is_test && self.unit_tests && built.name == PACKAGE,
+            "test" => self.test_targets.contains(&built.name),
+            "bin" => !is_test && self.binaries.iter().any(|(_, name)| *name == built.name),
+            _ => false,
+        }
+    }
 }
 
 /// What was built.
@@ -87,6 +100,17 @@ fn targets_of(facts: &Value, prefix: &str) -> Vec<String> {
 
 /// Builds; what cargo says goes to the terminal.
 pub(crate) fn build(wanted: &Wanted) -> Result<Vec<Built>> {
+    if wanted.as_tested {
+        let mut command = cargo();
+        command.args([
+            "test",
+            "--quiet",
+            "--no-run",
+            "--message-format=json",
+            "--workspace",
+        ]);
+        return programs(command, wanted);
+    }
     let mut built = Vec::new();
     if wanted.unit_tests || !wanted.test_targets.is_empty() {
         let mut command = cargo();
@@ -105,32 +129,27 @@ pub(crate) fn build(wanted: &Wanted) -> Result<Vec<Built>> {
         for target in &wanted.test_targets {
             command.args(["--test", target]);
         }
-        built.extend(programs(command)?);
+        built.extend(programs(command, wanted)?);
     }
     for (package, binary) in &wanted.binaries {
         let mut command = cargo();
         command.args(["build", "--quiet", "--message-format=json"]);
         command.args(["--package", package, "--bin", binary]);
-        let programs = programs(command)?;
-        built.extend(
-            programs
-                .into_iter()
-                .filter(|program| program.name == *binary),
-        );
+        built.extend(programs(command, wanted)?);
     }
     Ok(built)
 }
 
-fn programs(mut command: Command) -> Result<Vec<Built>> {
+fn programs(mut command: Command, wanted: &Wanted) -> Result<Vec<Built>> {
     let output = command.output().context("starting cargo")?;
     if !output.status.success() {
         bail!("{command:?}: {}", output.status);
     }
-    programs_of(&String::from_utf8_lossy(&output.stdout))
+    programs_of(&String::from_utf8_lossy(&output.stdout), wanted)
 }
 
-/// The executables among cargo's messages.
-fn programs_of(messages: &str) -> Result<Vec<Built>> {
+/// The wanted executables among cargo's messages.
+fn programs_of(messages: &str, wanted: &Wanted) -> Result<Vec<Built>> {
     let mut built = Vec::new();
     for line in messages.lines().filter(|line| line.starts_with('{')) {
         let message: Value = serde_json::from_str(line).context("reading cargo's messages")?;
@@ -141,11 +160,15 @@ fn programs_of(messages: &str) -> Result<Vec<Built>> {
             target["kind"][0].as_str(),
         );
         if let (Some(path), Some(name), Some(kind)) = fields {
-            built.push(Built {
+            let program = Built {
                 name: name.to_owned(),
                 kind: kind.to_owned(),
                 path: path.into(),
-            });
+            };
+            let is_test = message["profile"]["test"] == true;
+            if wanted.has(&program, is_test) && !built.contains(&program) {
+                built.push(program);
+            }
         }
     }
     Ok(built)
@@ -198,14 +221,26 @@ mod tests {
     fn the_executables_are_found_among_cargos_messages() {
         let messages = r#"
 {"reason":"compiler-artifact","target":{"kind":["lib"],"name":"serde"},"executable":null}
-{"reason":"compiler-artifact","target":{"kind":["test"],"name":"rdma_x"},"executable":"/t/rdma \"x\""}
+{"reason":"compiler-artifact","target":{"kind":["test"],"name":"rdma_x"},"profile":{"test":true},"executable":"/t/rdma \"x\""}
+{"reason":"compiler-artifact","target":{"kind":["test"],"name":"other"},"profile":{"test":true},"executable":"/t/other"}
+{"reason":"compiler-artifact","target":{"kind":["bin"],"name":"demo"},"profile":{"test":true},"executable":"/t/demo-tests"}
+{"reason":"compiler-artifact","target":{"kind":["bin"],"name":"demo"},"profile":{"test":false},"executable":"/t/demo"}
 {"reason":"build-finished","success":true}"#;
-        let expected = Built {
-            name: "rdma_x".to_owned(),
-            kind: "test".to_owned(),
-            path: "/t/rdma \"x\"".into(),
+        let wanted = Wanted {
+            test_targets: BTreeSet::from(["rdma_x".to_owned()]),
+            binaries: BTreeSet::from([("examples".to_owned(), "demo".to_owned())]),
+            ..Wanted::default()
         };
-        assert_eq!(programs_of(messages).expect("valid"), [expected]);
+        let program = |kind: &str, name: &str, path: &str| Built {
+            name: name.to_owned(),
+            kind: kind.to_owned(),
+            path: path.into(),
+        };
+        let expected = [
+            program("test", "rdma_x", "/t/rdma \"x\""),
+            program("bin", "demo", "/t/demo"),
+        ];
+        assert_eq!(programs_of(messages, &wanted).expect("valid"), expected);
     }
 
     #[test]

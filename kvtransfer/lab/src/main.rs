@@ -52,6 +52,9 @@ pub(crate) struct Arguments {
     /// Build this test target of kvtransfer and put it on the guest's PATH; `lib` means the unit tests
     #[arg(long, value_name = "TARGET")]
     build_test: Vec<String>,
+    /// Take programs from a build of `cargo test --workspace`, which has been made before
+    #[arg(long)]
+    as_tested: bool,
     /// Leave the image and the logs in their folder
     #[arg(long)]
     keep: bool,

@@ -53,7 +53,10 @@ pub(crate) fn listing() -> Result<String> {
 /// Chooses, builds, and writes the orders.
 pub(crate) fn make(arguments: &Arguments) -> Result<Plan> {
     let chosen = choose(arguments)?;
-    let mut wanted = Wanted::default();
+    let mut wanted = Wanted {
+        as_tested: arguments.as_tested,
+        ..Wanted::default()
+    };
     for name in &arguments.build {
         let (package, binary) = name.split_once(':').context("--build is PACKAGE:BINARY")?;
         wanted
