@@ -132,11 +132,15 @@ pub(super) struct Side {
     pub(super) decoder: ControlDecoder,
     /// The peer has said that its end is destroyed.
     pub(super) peer_is_down: bool,
+    /// Why, in its words.
+    pub(super) peer_reason: String,
 }
 
 /// One queue pair, owned by whoever holds the rail's core.
 pub(super) struct LaneIo {
     pub(super) handle: Arc<QueuePairLane>,
+    /// A shutdown waits until the queue pair is gone: then peers cannot write any more.
+    pub(super) _alive: Arc<()>,
     pub(super) hub: Arc<Hub>,
     pub(super) peer: PeerId,
     /// Not kept alive by its own lanes.

@@ -516,6 +516,7 @@ fn lane_io(rail: &Arc<Rail>, handle: &Arc<QueuePairLane>, wires: Wires, parts: Q
     let sges_max = rail.capabilities.send_sge.value as usize;
     LaneIo {
         handle: Arc::clone(handle),
+        _alive: parts.hub.lane_alive(),
         hub: parts.hub,
         peer: parts.link.peer,
         link: Arc::downgrade(&parts.link),
@@ -524,6 +525,7 @@ fn lane_io(rail: &Arc<Rail>, handle: &Arc<QueuePairLane>, wires: Wires, parts: Q
             socket: parts.socket,
             decoder: parts.decoder,
             peer_is_down: false,
+            peer_reason: String::new(),
         },
         phase: Phase::Greeting {
             is_active: parts.is_active,
