@@ -135,7 +135,7 @@ fn writes_never_land_after_a_receiver_has_shut_down() {
     let pages = addresses(&rig, 1, &deal.to[0]);
     rig.fabric.shut_down(1);
     for page in pages {
-        fabric.watch(page);
+        let _ = fabric.watch(page);
     }
     fabric.run();
     let end = receive.result().expect("shut down");

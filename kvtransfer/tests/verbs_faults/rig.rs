@@ -7,7 +7,9 @@ use kvtransfer::{
     engine::Transfer,
     layout::Shard,
     testing::{
-        conformance::{Bench, Deal, EngineFabric, Fabric, FakeNetwork, Path, to_send, wait_for},
+        conformance::{
+            Bench, Deal, EngineFabric, Fabric, FakeNetwork, Path, SOON, to_send, wait_for,
+        },
         fake_verbs::{Behaviour, Fabric as Devices, QueuePairId},
         model::{KV_REGION, Model, item_ranges},
         sim::RankSpec,
@@ -124,9 +126,12 @@ pub(crate) fn opened(rig: &mut Rig, deal: &Deal, timeout: Duration) -> (Transfer
     rig.fill(deal.room);
     rig.fill_rank(1, BLANK);
     let mut request = rig.receive_of(1, deal);
-    request.timeout = timeout;
+    request.timeout = timeout * 2;
     let receive = rig.fabric.receive(1, &request).expect("it opens");
-    let send = rig.fabric.send(0, &to_send(deal.room, timeout));
+    // The sender is the first to give up, so that it says why.
+    let send = rig
+        .fabric
+        .send(0, &to_send(deal.room, timeout.min(SOON / 2)));
     let send = send.expect("it opens");
     rig.fabric.wait_ready(&send).expect("it is granted");
     (send, receive)
@@ -143,7 +148,7 @@ pub(crate) fn push(rig: &mut Rig, deal: &Deal, send: &Transfer) {
 #[track_caller]
 pub(crate) fn succeeded(rig: &mut Rig, deal: &Deal, send: &Transfer, receive: &Transfer) {
     for side in [receive, send] {
-        let end = side.wait(kvtransfer::testing::conformance::SOON);
+        let end = side.wait(SOON);
         end.expect("it ends in time").expect("it succeeds");
     }
     rig.check(1, deal, deal.room, BLANK);
@@ -154,7 +159,7 @@ pub(crate) fn succeeded(rig: &mut Rig, deal: &Deal, send: &Transfer, receive: &T
 pub(crate) fn run_with_fault(rig: &mut Rig, deal: &Deal, fault: impl FnOnce(&Rig)) {
     use kvtransfer::testing::fake_verbs::Mode;
     let fabric = devices(rig);
-    let (send, receive) = opened(rig, deal, kvtransfer::testing::conformance::SOON);
+    let (send, receive) = opened(rig, deal, SOON);
     fabric.set_mode(Mode::Manual);
     push(rig, deal, &send);
     wait_for("work requests", || (fabric.waiting() > 0).then_some(()));

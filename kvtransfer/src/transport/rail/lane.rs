@@ -192,17 +192,6 @@ pub(super) struct LaneIo {
 }
 
 impl LaneIo {
-    /// Whether its completion queue must be looked at all the time.
-    pub(super) fn is_busy(&self) -> bool {
-        match self.phase {
-            Phase::Draining { .. } => true,
-            Phase::Greeting { .. } | Phase::Up => {
-                self.sends.outstanding() > 0 || self.given > self.acked || !self.acks.is_empty()
-            }
-            Phase::Fenced { .. } => false,
-        }
-    }
-
     /// Whether it must be looked at although nothing woke it.
     pub(super) fn is_due(&self, now: Time, heartbeat: Duration) -> bool {
         matches!(self.phase, Phase::Draining { .. })

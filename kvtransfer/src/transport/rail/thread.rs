@@ -58,7 +58,7 @@ pub(super) struct Core {
 struct Turn {
     /// Something happened.
     has_moved: bool,
-    /// There is a queue pair that must be looked at all the time.
+    /// Something happened a moment ago at a queue pair: more may come.
     is_busy: bool,
 }
 
@@ -136,7 +136,7 @@ impl Core {
                 }
             }
             turn.has_moved |= lane.destroy_if_drained(now);
-            turn.is_busy |= lane.is_busy() || now < lane.last_active + spin;
+            turn.is_busy |= now < lane.last_active + spin;
             if lane.is_settled()
                 && let Some(lane) = place.lane.take()
             {
