@@ -36,9 +36,10 @@ fn source_pages_are_not_free_before_the_card_has_said_so() {
     let (send, _receive) = opened(&mut rig, &deal, SOON);
     let fabric = devices(&rig);
     fabric.hold_completions(0, true);
+    let before = fabric.counters().bytes_written;
     push(&mut rig, &deal, &send);
     wait_for("writes", || {
-        (fabric.counters().bytes_written > 0).then_some(())
+        (fabric.counters().bytes_written > before).then_some(())
     });
     let (sender, told) = mpsc::channel();
     send.on_end(move |end| drop(sender.send(end.clone())));
