@@ -28,7 +28,10 @@ macro_rules! path {
             const SAME_HOST: SameHost = SameHost::Off;
             const NAME: &'static str = "verbs";
 
-            fn rdma(rank: usize) -> RdmaConfig {
+            type Network = ();
+            fn network() {}
+
+            fn rdma((): &(), rank: usize) -> RdmaConfig {
                 rdma(rank, $devices, Connector::$connector, $immediate)
             }
         }

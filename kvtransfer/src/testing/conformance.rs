@@ -12,9 +12,11 @@ mod engine_fabric;
 pub mod peers;
 pub mod rooms;
 mod sim_fabric;
+mod verbs_fabric;
 
 pub use engine_fabric::{EngineFabric, Path, PullPath, RingPath, TcpPath};
 pub use sim_fabric::{Inline, Mode, Pull, Ring, SimFabric, Write};
+pub use verbs_fabric::{FakeNetwork, wait_for};
 
 use std::{sync::Arc, time::Duration};
 

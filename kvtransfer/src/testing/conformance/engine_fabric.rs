@@ -1,6 +1,6 @@
 //! The real engine as a fabric: every rank in this process, over loopback.
 
-use std::{marker::PhantomData, net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use super::{Fabric, Outcome, PREFIX, Receive, SOON, room};
 use crate::{
@@ -21,8 +21,12 @@ pub trait Path {
     const SAME_HOST: SameHost;
     /// The name that the engine must report.
     const NAME: &'static str;
+    /// What the ranks of one fabric share; it is dropped after they are.
+    type Network;
+    /// Makes it.
+    fn network() -> Self::Network;
     /// How the rank of that index uses RDMA.
-    fn rdma(_rank: usize) -> RdmaConfig {
+    fn rdma(_network: &Self::Network, _rank: usize) -> RdmaConfig {
         RdmaConfig::default()
     }
 }
@@ -37,16 +41,22 @@ pub struct RingPath;
 impl Path for TcpPath {
     const SAME_HOST: SameHost = SameHost::Off;
     const NAME: &'static str = "tcp";
+    type Network = ();
+    fn network() {}
 }
 
 impl Path for PullPath {
     const SAME_HOST: SameHost = SameHost::PullOnly;
     const NAME: &'static str = "shm-pull";
+    type Network = ();
+    fn network() {}
 }
 
 impl Path for RingPath {
     const SAME_HOST: SameHost = SameHost::RingOnly;
     const NAME: &'static str = "shm-ring";
+    type Network = ();
+    fn network() {}
 }
 
 struct Rank {
@@ -56,12 +66,18 @@ struct Rank {
 }
 
 /// Engines in this process.
-pub struct EngineFabric<P> {
+pub struct EngineFabric<P: Path> {
     ranks: Vec<Rank>,
-    path: PhantomData<P>,
+    // Dropped after the engines that use it.
+    network: P::Network,
 }
 
-fn start<P: Path>(rank: usize, spec: &RankSpec, address: SocketAddr) -> Engine {
+fn start<P: Path>(
+    network: &P::Network,
+    rank: usize,
+    spec: &RankSpec,
+    address: SocketAddr,
+) -> Engine {
     let mut memory = Memory::new();
     for len in &spec.regions {
         memory.add(Region::heap(*len).expect("this host has memory"));
@@ -69,7 +85,7 @@ fn start<P: Path>(rank: usize, spec: &RankSpec, address: SocketAddr) -> Engine {
     let config = EngineConfig {
         listen: Some(address),
         same_host: P::SAME_HOST,
-        rdma: P::rdma(rank),
+        rdma: P::rdma(network, rank),
         batch_bytes: 64 << 10,
         pull_batch_bytes: 64 << 10,
         ring_bytes: 512 << 10,
@@ -80,6 +96,37 @@ fn start<P: Path>(rank: usize, spec: &RankSpec, address: SocketAddr) -> Engine {
 }
 
 impl<P: Path> EngineFabric<P> {
+    /// Starts the ranks on a network that the test has made.
+    ///
+    /// # Panics
+    /// If an engine does not start.
+    pub fn on(network: P::Network, ranks: Vec<RankSpec>) -> Self {
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let ranks = ranks.into_iter().enumerate().map(|(rank, spec)| {
+            let engine = start::<P>(&network, rank, &spec, any);
+            let address = engine.local_addr().expect("it listens");
+            Rank {
+                spec,
+                engine,
+                address,
+            }
+        });
+        Self {
+            ranks: ranks.collect(),
+            network,
+        }
+    }
+
+    /// What the ranks share.
+    pub fn network(&self) -> &P::Network {
+        &self.network
+    }
+
+    /// Where a rank listens.
+    pub fn address(&self, rank: usize) -> SocketAddr {
+        self.ranks[rank].address
+    }
+
     /// The engine of a rank.
     pub fn engine(&self, rank: usize) -> &Engine {
         &self.ranks[rank].engine
@@ -98,20 +145,7 @@ impl<P: Path> Fabric for EngineFabric<P> {
     type Transfer = Transfer;
 
     fn start(ranks: Vec<RankSpec>) -> Self {
-        let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        let ranks = ranks.into_iter().enumerate().map(|(rank, spec)| {
-            let engine = start::<P>(rank, &spec, any);
-            let address = engine.local_addr().expect("it listens");
-            Rank {
-                spec,
-                engine,
-                address,
-            }
-        });
-        Self {
-            ranks: ranks.collect(),
-            path: PhantomData,
-        }
+        Self::on(P::network(), ranks)
     }
 
     fn path(&mut self, from: usize, to: usize) -> (String, &'static str) {
@@ -208,7 +242,7 @@ impl<P: Path> Fabric for EngineFabric<P> {
         let index = rank;
         let rank = &mut self.ranks[index];
         rank.engine.shut_down();
-        rank.engine = start::<P>(index, &rank.spec, rank.address);
+        rank.engine = start::<P>(&self.network, index, &rank.spec, rank.address);
     }
 
     fn late_messages(&mut self, rank: usize) -> u64 {

@@ -165,6 +165,7 @@ unsafe extern "C" fn open_device(device: *mut sys::ibv_device) -> *mut sys::ibv_
         set_errno(libc::ENODEV);
         return ptr::null_mut();
     };
+    shared.lock().devices[index].contexts += 1;
     shared.retain();
     context.cast()
 }
@@ -173,9 +174,11 @@ unsafe extern "C" fn close_device(context: *mut sys::ibv_context) -> c_int {
     // SAFETY: the caller passes a context of a living fabric.
     let (shared, index) = unsafe { fabric_of(context) };
     let mut state = shared.lock();
-    let objects = state.devices[index].objects();
-    // Other contexts of the device may own them, if the connection manager keeps one.
-    if objects > 0 && state.behaviour.cm.is_none() {
+    let device = &mut state.devices[index];
+    device.contexts = device.contexts.saturating_sub(1);
+    let (objects, contexts) = (device.objects(), device.contexts);
+    // Other contexts of the device may own them, also one that the connection manager keeps.
+    if objects > 0 && contexts == 0 && state.behaviour.cm.is_none() {
         state.violate(Violation::ClosedWithObjects {
             device: index,
             objects,

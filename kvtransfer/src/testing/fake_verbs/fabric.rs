@@ -220,6 +220,16 @@ impl Fabric {
             .is_some_and(|queue| queue.hardware == Hardware::Ready)
     }
 
+    /// Objects of a device that are alive, opened contexts included: none when every user is gone.
+    #[must_use]
+    pub fn objects(&self, device: usize) -> usize {
+        let state = self.shared.lock();
+        state
+            .devices
+            .get(device)
+            .map_or(0, |found| found.objects() + found.contexts as usize)
+    }
+
     /// Bytes of this process that no WRITE may touch any more, because their transfer has ended. WRITEs that land
     /// there all the same are counted in [`Counters::late_writes`].
     #[must_use]

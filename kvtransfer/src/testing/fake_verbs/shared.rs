@@ -5,8 +5,11 @@
 )]
 
 use std::{
+    cell::Cell,
     ffi::{c_char, c_int},
-    fmt, ptr,
+    fmt,
+    ops::{Deref, DerefMut},
+    ptr,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak, atomic::AtomicU32},
 };
 
@@ -22,6 +25,39 @@ pub(super) const COMPLETION_VECTORS: c_int = 4;
 
 static FABRICS: Mutex<[Weak<Shared>; FABRICS_MAX]> =
     Mutex::new([const { Weak::new() }; FABRICS_MAX]);
+
+thread_local! {
+    /// Locks of fabrics that this thread holds or waits for.
+    static INSIDE: Cell<u32> = const { Cell::new(0) };
+}
+
+/// Whether this thread is inside a fabric: what it does then an adapter would do.
+pub(super) fn is_inside() -> bool {
+    INSIDE.with(Cell::get) > 0
+}
+
+/// A fabric's state, locked.
+pub(super) struct Locked<'a>(MutexGuard<'a, State>);
+
+impl Deref for Locked<'_> {
+    type Target = State;
+
+    fn deref(&self) -> &State {
+        &self.0
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut State {
+        &mut self.0
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        INSIDE.with(|inside| inside.set(inside.get() - 1));
+    }
+}
 
 /// An adapter as C sees it, and which one of which fabric it is.
 #[repr(C)]
@@ -153,8 +189,9 @@ impl Shared {
         fabrics.get(slot)?.upgrade()
     }
 
-    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn lock(&self) -> Locked<'_> {
+        INSIDE.with(|inside| inside.set(inside.get() + 1));
+        Locked(self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     pub(super) fn devices(&self) -> &[*mut FakeDevice] {

@@ -66,6 +66,8 @@ pub(super) struct Device {
     pub(super) removed: bool,
     /// The host is stopped: it polls nothing and hears nothing. The adapter goes on.
     pub(super) frozen: bool,
+    /// Contexts that users have open.
+    pub(super) contexts: u32,
     pub(super) next_queue: u32,
     pub(super) next_handle: u32,
     /// IPv4 address, host byte order.
@@ -86,6 +88,7 @@ impl Device {
             port_up: true,
             removed: false,
             frozen: false,
+            contexts: 0,
             next_queue: FIRST_QUEUE,
             next_handle: 1,
             address: u32::from_be_bytes([127, 0, FABRIC_SUBNET, low.wrapping_add(1)]),

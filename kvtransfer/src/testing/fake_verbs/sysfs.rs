@@ -13,10 +13,17 @@ use super::{behaviour::OutOfBand, calls::node_guid, state::State};
 
 /// Firmware version of every device.
 pub(super) const FIRMWARE: &str = "0.0.77";
+/// Where Linux hosts keep files in memory.
+const MEMORY_FOLDER: &str = "/dev/shm";
 /// How the kernel names the type of a RoCE v2 GID.
 const ROCE_V2: &str = "RoCE v2";
 /// How the kernel names the type of the others.
 const ROCE_V1: &str = "IB/RoCE v1";
+
+/// The network interface of a device.
+pub(super) fn netdev(index: usize) -> String {
+    format!("eth{}", index + 1)
+}
 
 /// One entry of a GID table.
 pub(super) struct GidEntry {
@@ -81,12 +88,17 @@ impl Sysfs {
             process::id(),
             NEXT.fetch_add(1, Ordering::Relaxed)
         );
-        let root = std::env::temp_dir().join(name);
+        // In memory where that is possible: a test makes and reads hundreds of files.
+        let in_memory = Self::at(Path::new(MEMORY_FOLDER).join(&name));
+        in_memory.or_else(|_| Self::at(std::env::temp_dir().join(&name)))
+    }
+
+    fn at(root: PathBuf) -> io::Result<Self> {
         // One that an earlier process of this number has left is not ours to trust.
         if root.exists() {
             fs::remove_dir_all(&root)?;
         }
-        fs::create_dir_all(&root)?;
+        fs::create_dir(&root)?;
         Ok(Self { root })
     }
 
@@ -124,7 +136,7 @@ impl Sysfs {
             .join(state.behaviour.driver);
         fs::create_dir_all(&driver)?;
         symlink(&driver, hardware.join("driver"))?;
-        let netdev = format!("eth{}", index + 1);
+        let netdev = netdev(index);
         let mac = state.devices[index].mac.map(|byte| format!("{byte:02x}"));
         put(
             &hardware.join("net").join(&netdev),
@@ -132,6 +144,9 @@ impl Sysfs {
             &mac.join(":"),
         )?;
         put(&hardware.join("net").join(&netdev), "mtu", "8500")?;
+        let interfaces = self.root.join("class/net");
+        fs::create_dir_all(&interfaces)?;
+        symlink(hardware.join("net").join(&netdev), interfaces.join(&netdev))?;
 
         let class = self.root.join("class/infiniband").join(name);
         let node = if state.behaviour.looks_iwarp {
@@ -157,7 +172,10 @@ impl Sysfs {
             if let Some(kind) = entry.kind {
                 put(&port.join("gid_attrs/types"), &at, kind)?;
             }
-            put(&port.join("gid_attrs/ndevs"), &at, &netdev)?;
+            // For iWARP the kernel names no interface here.
+            if !state.behaviour.looks_iwarp {
+                put(&port.join("gid_attrs/ndevs"), &at, &netdev)?;
+            }
         }
         let verbs = self.root.join("class/infiniband_verbs");
         put(&verbs.join(format!("uverbs{index}")), "ibdev", name)

@@ -3,6 +3,8 @@
 
 use std::{ffi::CStr, fs, mem, net::Ipv4Addr, path::Path, ptr};
 
+use crate::transport::verbs::library::Library;
+
 /// Most addresses of a host that are looked at.
 const ADDRESSES_MAX: usize = 4096;
 
@@ -27,8 +29,18 @@ pub(super) fn interface_of(sysfs: &Path, gid: [u8; 16]) -> Option<String> {
     names.next()
 }
 
-/// The first IPv4 address of an interface; `None` if it has none or is not there.
-pub(super) fn ipv4_of(interface: &str) -> Option<Ipv4Addr> {
+/// The first IPv4 address of an interface, as the library's devices see it; `None` if it has none or is not there.
+pub(super) fn ipv4_of(library: &Library, interface: &str) -> Option<Ipv4Addr> {
+    match &library.interfaces {
+        Some(known) => {
+            let found = known.iter().find(|(name, _)| name == interface);
+            found.map(|(_, address)| *address)
+        }
+        None => ipv4_of_host(interface),
+    }
+}
+
+fn ipv4_of_host(interface: &str) -> Option<Ipv4Addr> {
     let mut list = ptr::null_mut();
     // SAFETY: the result is ours; the call has no other condition.
     if unsafe { libc::getifaddrs(&raw mut list) } != 0 {
@@ -73,12 +85,12 @@ fn ipv4(address: *const libc::sockaddr) -> Option<Ipv4Addr> {
 
 #[cfg(test)]
 mod tests {
-    use super::ipv4_of;
+    use super::ipv4_of_host;
     use std::net::Ipv4Addr;
 
     #[test]
     fn the_loopback_interface_has_its_address() {
-        assert_eq!(ipv4_of("lo"), Some(Ipv4Addr::LOCALHOST));
-        assert_eq!(ipv4_of("nosuch0"), None);
+        assert_eq!(ipv4_of_host("lo"), Some(Ipv4Addr::LOCALHOST));
+        assert_eq!(ipv4_of_host("nosuch0"), None);
     }
 }

@@ -127,8 +127,10 @@ impl LaneIo {
             Frame::Hello { .. } => Err("it said hello twice".into()),
             Frame::Credit | Frame::Heartbeat => Ok(()),
             Frame::Ack(ack) => {
+                // One that does not fit, because one before it was lost, leaves both to the peer's last word.
+                self.hub.on_ack(self.peer, self.handle.id, &ack)?;
                 self.acked += 1;
-                self.hub.on_ack(self.peer, self.handle.id, &ack)
+                Ok(())
             }
             Frame::Batch(header) => self.batch(&header),
         }
@@ -220,9 +222,10 @@ impl LaneIo {
                                 answered,
                                 answers,
                             } => {
-                                self.side.peer_is_down = true;
-                                self.peer_answers = Some((answered, answers));
                                 tracing::info!(peer = %self.peer, lane = self.handle.id.0, reason, "the peer destroyed a queue pair");
+                                self.side.peer_is_down = true;
+                                self.side.peer_reason = reason;
+                                self.peer_answers = Some((answered, answers));
                             }
                             other => return Err(format!("it said {other:?} beside a queue pair")),
                         }

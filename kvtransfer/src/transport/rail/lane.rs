@@ -132,11 +132,15 @@ pub(super) struct Side {
     pub(super) decoder: ControlDecoder,
     /// The peer has said that its end is destroyed.
     pub(super) peer_is_down: bool,
+    /// Why, in its words.
+    pub(super) peer_reason: String,
 }
 
 /// One queue pair, owned by whoever holds the rail's core.
 pub(super) struct LaneIo {
     pub(super) handle: Arc<QueuePairLane>,
+    /// A shutdown waits until the queue pair is gone: then peers cannot write any more.
+    pub(super) _alive: Arc<()>,
     pub(super) hub: Arc<Hub>,
     pub(super) peer: PeerId,
     /// Not kept alive by its own lanes.
@@ -188,17 +192,6 @@ pub(super) struct LaneIo {
 }
 
 impl LaneIo {
-    /// Whether its completion queue must be looked at all the time.
-    pub(super) fn is_busy(&self) -> bool {
-        match self.phase {
-            Phase::Draining { .. } => true,
-            Phase::Greeting { .. } | Phase::Up => {
-                self.sends.outstanding() > 0 || self.given > self.acked || !self.acks.is_empty()
-            }
-            Phase::Fenced { .. } => false,
-        }
-    }
-
     /// Whether it must be looked at although nothing woke it.
     pub(super) fn is_due(&self, now: Time, heartbeat: Duration) -> bool {
         matches!(self.phase, Phase::Draining { .. })

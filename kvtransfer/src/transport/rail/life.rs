@@ -156,7 +156,8 @@ impl LaneIo {
         let was_down = self.side.peer_is_down;
         match self.listen() {
             Ok(()) if self.side.peer_is_down && !was_down => {
-                let reason = "the peer destroyed its end of the queue pair".to_owned();
+                let theirs = &self.side.peer_reason;
+                let reason = format!("the peer destroyed its end of the queue pair: {theirs}");
                 self.drain(now, drain, reason);
             }
             Ok(()) => {}

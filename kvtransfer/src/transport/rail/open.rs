@@ -6,7 +6,6 @@ use std::{
     collections::VecDeque,
     net::{Ipv4Addr, SocketAddr},
     os::fd::{AsFd, OwnedFd},
-    path::Path,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU32, Ordering},
@@ -160,7 +159,7 @@ impl Rail {
         }
         let poll = mio::Poll::new().map_err(|error| error.to_string())?;
         let waker = mio::Waker::new(poll.registry(), WAKE).map_err(|error| error.to_string())?;
-        let address = address_of(&library.sysfs, candidate, chosen);
+        let address = address_of(library, candidate, chosen);
         if connector == Connector::Standard && address.is_none() {
             return Err(
                 "its network interface has no IPv4 address, which rdma_cm connects by".into(),
@@ -254,14 +253,14 @@ fn register(pd: &Arc<Pd>, region: &Arc<Region>) -> Result<Option<RegisteredRegio
     }
 }
 
-fn address_of(sysfs: &Path, candidate: &Candidate, chosen: &Chosen) -> Option<Ipv4Addr> {
+fn address_of(library: &Library, candidate: &Candidate, chosen: &Chosen) -> Option<Ipv4Addr> {
     let by_gid = chosen.gid.as_ref().and_then(device::GidEntry::ipv4);
     by_gid.or_else(|| {
         let interfaces = candidate.gids.iter().filter_map(|gid| {
             let named = gid.netdev.clone();
-            named.or_else(|| interface_of(sysfs, gid.gid))
+            named.or_else(|| interface_of(&library.sysfs, gid.gid))
         });
-        interfaces.filter_map(|name| ipv4_of(&name)).next()
+        interfaces.filter_map(|name| ipv4_of(library, &name)).next()
     })
 }
 
@@ -517,6 +516,7 @@ fn lane_io(rail: &Arc<Rail>, handle: &Arc<QueuePairLane>, wires: Wires, parts: Q
     let sges_max = rail.capabilities.send_sge.value as usize;
     LaneIo {
         handle: Arc::clone(handle),
+        _alive: parts.hub.lane_alive(),
         hub: parts.hub,
         peer: parts.link.peer,
         link: Arc::downgrade(&parts.link),
@@ -525,6 +525,7 @@ fn lane_io(rail: &Arc<Rail>, handle: &Arc<QueuePairLane>, wires: Wires, parts: Q
             socket: parts.socket,
             decoder: parts.decoder,
             peer_is_down: false,
+            peer_reason: String::new(),
         },
         phase: Phase::Greeting {
             is_active: parts.is_active,

@@ -37,6 +37,10 @@ const SLEEP_MAX: Duration = Duration::from_secs(1);
 /// While another thread drives, the rail's thread looks so often whether it still does.
 const DRIVEN_SLEEP: Duration = Duration::from_millis(1);
 
+/// While there is work, descriptors are looked at so often: a queue pair that is waited for may have died, and only an event
+/// of the device or a word of the peer says so.
+const LOOK_PERIOD: Duration = Duration::from_micros(200);
+
 #[derive(Default)]
 struct Place {
     life: u32,
@@ -54,7 +58,7 @@ pub(super) struct Core {
 struct Turn {
     /// Something happened.
     has_moved: bool,
-    /// There is a queue pair that must be looked at all the time.
+    /// Something happened a moment ago at a queue pair: more may come.
     is_busy: bool,
 }
 
@@ -132,7 +136,7 @@ impl Core {
                 }
             }
             turn.has_moved |= lane.destroy_if_drained(now);
-            turn.is_busy |= lane.is_busy() || now < lane.last_active + spin;
+            turn.is_busy |= now < lane.last_active + spin;
             if lane.is_settled()
                 && let Some(lane) = place.lane.take()
             {
@@ -179,6 +183,7 @@ impl Rail {
         if let Err(error) = listened {
             tracing::warn!(rail = self.name, %error, "events of the device are not seen");
         }
+        let mut looked_at = Time(0);
         loop {
             let mut core = self.lock();
             self.apply(&mut core, &poll);
@@ -191,7 +196,10 @@ impl Rail {
                 let turn = core.turn(self, now);
                 if turn.has_moved || turn.is_busy {
                     drop(core);
-                    if !turn.has_moved {
+                    if now >= looked_at + LOOK_PERIOD {
+                        looked_at = now;
+                        self.look(&mut poll, &mut events, Duration::ZERO);
+                    } else if !turn.has_moved {
                         thread::yield_now();
                     }
                     continue;
@@ -203,9 +211,21 @@ impl Rail {
             let until = core.next_timeout(self);
             drop(core);
             self.sleep(&mut poll, &mut events, until, is_driven);
-            let mut core = self.lock();
-            self.wake(&mut core, &events);
         }
+    }
+
+    /// Waits for what the descriptors say, and deals with it.
+    fn look(&self, poll: &mut Poll, events: &mut Events, wait: Duration) {
+        events.clear();
+        if let Err(error) = poll.poll(events, Some(wait))
+            && error.kind() != std::io::ErrorKind::Interrupted
+        {
+            tracing::error!(rail = self.name, %error, "the rail's thread cannot sleep");
+            thread::sleep(DRIVEN_SLEEP);
+        }
+        self.is_asleep.store(false, Ordering::SeqCst);
+        let mut core = self.lock();
+        self.wake(&mut core, events);
     }
 
     fn sleep(&self, poll: &mut Poll, events: &mut Events, until: Time, is_driven: bool) {
@@ -215,14 +235,7 @@ impl Rail {
         let has_requests = !self.lock_requests().is_empty();
         let wait = until.since(clock::now()).min(most);
         let wait = if has_requests { Duration::ZERO } else { wait };
-        events.clear();
-        if let Err(error) = poll.poll(events, Some(wait))
-            && error.kind() != std::io::ErrorKind::Interrupted
-        {
-            tracing::error!(rail = self.name, %error, "the rail's thread cannot sleep");
-            thread::sleep(DRIVEN_SLEEP);
-        }
-        self.is_asleep.store(false, Ordering::SeqCst);
+        self.look(poll, events, wait);
     }
 
     /// Deals with what woke the thread.

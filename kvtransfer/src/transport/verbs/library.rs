@@ -8,6 +8,7 @@
 use std::{
     ffi::{c_int, c_uint, c_void},
     mem::ManuallyDrop,
+    net::Ipv4Addr,
     path::PathBuf,
     sync::{Arc, Mutex, OnceLock, Weak},
 };
@@ -191,6 +192,8 @@ pub(crate) struct Library {
     pub(crate) cm: Result<CmCalls, VerbsError>,
     /// Where the kernel describes its devices; `/sys`, but for tests.
     pub(crate) sysfs: PathBuf,
+    /// IPv4 addresses of network interfaces that exist only in a test; `None`: the host's are asked for.
+    pub(crate) interfaces: Option<Vec<(String, Ipv4Addr)>>,
     /// The devices that are open, so that each is opened once; at most two entries a device.
     pub(super) contexts: Mutex<Vec<Weak<Context>>>,
     /// What devices have shown to be capable of; one entry a device and firmware.
@@ -221,20 +224,29 @@ impl Library {
             verbs,
             cm,
             sysfs,
+            interfaces: None,
             contexts: Mutex::new(Vec::new()),
             probed: Mutex::new(Vec::new()),
         }
     }
 
-    /// A library made of the given calls, with a folder in the shape of `/sys`: a provider written for tests.
+    /// A library made of the given calls, with a folder in the shape of `/sys` and the addresses of its network
+    /// interfaces: a provider written for tests.
     #[cfg(any(test, feature = "testing"))]
-    pub(crate) fn from_table(verbs: VerbsCalls, cm: Option<CmCalls>, sysfs: PathBuf) -> Arc<Self> {
+    pub(crate) fn from_table(
+        verbs: VerbsCalls,
+        cm: Option<CmCalls>,
+        sysfs: PathBuf,
+        interfaces: Vec<(String, Ipv4Addr)>,
+    ) -> Arc<Self> {
         let cm = cm.ok_or(VerbsError::NoLibrary {
             library: LIBRDMACM,
             package: "librdmacm1",
             reason: "the test gave none".to_owned(),
         });
-        Arc::new(Self::new(verbs, cm, sysfs))
+        let mut library = Self::new(verbs, cm, sysfs);
+        library.interfaces = Some(interfaces);
+        Arc::new(library)
     }
 
     /// librdmacm's calls, or the reason why there are none.
