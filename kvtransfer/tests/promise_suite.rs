@@ -12,6 +12,8 @@ mod bounds;
 mod child;
 #[path = "promise_suite/freeze.rs"]
 mod freeze;
+#[path = "promise_suite/frozen.rs"]
+mod frozen;
 #[path = "promise_suite/neighbours.rs"]
 mod neighbours;
 #[path = "promise_suite/order.rs"]

@@ -51,6 +51,13 @@ impl Lanes {
         self.lock().iter().any(|(lane, _)| lane.id() == id)
     }
 
+    /// Where the lane of that number is, if there is one.
+    pub(crate) fn stage(&self, id: LaneId) -> Option<Stage> {
+        let lanes = self.lock();
+        let found = lanes.iter().find(|(lane, _)| lane.id() == id);
+        found.map(|(_, stage)| *stage)
+    }
+
     /// Those in any stage.
     pub(crate) fn all(&self) -> Vec<DataLane> {
         self.lock().iter().map(|(lane, _)| lane.clone()).collect()

@@ -12,10 +12,11 @@ use std::{
 };
 
 use kvtransfer::{
-    config::{EngineConfig, SameHost},
+    config::{EngineConfig, RdmaUse, SameHost},
     engine::{Engine, Transfer},
     ids::PeerId,
     transfer::{Chunk, SendRequest},
+    wire::rdma::Connector,
 };
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -31,16 +32,38 @@ pub(crate) enum Path {
     Tcp,
     Pull,
     Ring,
+    /// RDMA from one device of the lab to another, connected by rdma_cm or out of band.
+    Siw,
+    RxeCompat,
+    RxeStandard,
 }
 
 impl Path {
-    pub(crate) const ALL: [Self; 3] = [Self::Tcp, Self::Pull, Self::Ring];
+    const ALL: [Self; 6] = [
+        Self::Tcp,
+        Self::Pull,
+        Self::Ring,
+        Self::Siw,
+        Self::RxeCompat,
+        Self::RxeStandard,
+    ];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Tcp => "tcp",
             Self::Pull => "shm-pull",
             Self::Ring => "shm-ring",
+            Self::Siw => "siw",
+            Self::RxeCompat => "rxe-compat",
+            Self::RxeStandard => "rxe-standard",
+        }
+    }
+
+    /// What an engine calls it.
+    pub(crate) fn shown(self) -> &'static str {
+        match self {
+            Self::Siw | Self::RxeCompat | Self::RxeStandard => "verbs",
+            Self::Tcp | Self::Pull | Self::Ring => self.name(),
         }
     }
 
@@ -48,13 +71,25 @@ impl Path {
     pub(crate) fn config(self) -> EngineConfig {
         let mut config = EngineConfig::default();
         config.same_host = match self {
-            Self::Tcp => SameHost::Off,
             Self::Pull => SameHost::PullOnly,
             Self::Ring => SameHost::RingOnly,
+            Self::Tcp | Self::Siw | Self::RxeCompat | Self::RxeStandard => SameHost::Off,
         };
         config.batch_bytes = 256 << 10;
         config.pull_batch_bytes = 256 << 10;
         config.ring_bytes = 2 << 20;
+        let (devices, connector) = match self {
+            Self::Tcp | Self::Pull | Self::Ring => return config,
+            Self::Siw => (["siw0", "siw1"], Connector::Standard),
+            Self::RxeCompat => (["rxe0", "rxe1"], Connector::Compat),
+            Self::RxeStandard => (["rxe0", "rxe1"], Connector::Standard),
+        };
+        let is_child = std::env::var_os(ROLE).is_some();
+        config.rdma.usage = RdmaUse::Required;
+        config.rdma.devices = devices[usize::from(is_child)].to_owned();
+        config.rdma.connector = Some(connector);
+        config.rdma.queue_pairs = 2;
+        config.rdma.batch_bytes = 64 << 10;
         config
     }
 }

@@ -1,4 +1,4 @@
-//! Promises P1 and P2 between processes: a frozen side, a killed side, on every path.
+//! Promises P1 and P2 between processes: a frozen side, a killed side. Which paths they are kept on is for the suites to say.
 
 use std::{sync::Arc, time::Duration};
 
@@ -77,7 +77,11 @@ fn moved(engine: &Engine, number: u64) -> u64 {
 fn until_moving(engine: &Engine, number: u64) {
     let start = clock::now();
     while moved(engine, number) < MOVING_BYTES {
-        assert!(clock::now().since(start) < WATCHDOG, "nothing moves");
+        assert!(
+            clock::now().since(start) < WATCHDOG,
+            "nothing moves in room {number}: {:?}",
+            engine.snapshot()
+        );
         std::thread::yield_now();
     }
 }
@@ -106,14 +110,14 @@ fn report(what: &str, path: Path, figures: &mut [Duration], bound: Duration) {
 }
 
 /// The child sends and is frozen; we receive, give up, and own our pages again.
-fn frozen_sender(path: Path) {
+pub(crate) fn frozen_sender(path: Path) {
     let mut sender = Other::start(path, Some(([127, 0, 0, 1], 0).into()));
     let engine = rig::start(path.config());
     let peer = engine
         .connect(sender.address(), WATCHDOG)
         .expect("a connection")
         .peer;
-    assert_eq!(sender.path(), path.name());
+    assert_eq!(sender.path(), path.shown());
     sender.tell(&format!("fill 7 0..{PAGES}"));
     sender.hear("filled");
     let mut late = Vec::new();
@@ -191,11 +195,11 @@ fn push_some(transfer: &Transfer) {
 }
 
 /// The child receives and is frozen; we send, give up, and put garbage into our pages.
-fn frozen_receiver(path: Path) {
+pub(crate) fn frozen_receiver(path: Path) {
     let engine = rig::start(rig::listening(path.config()));
     let mut receiver = Other::start(path, None);
     let us = receiver.connect(engine.local_addr().expect("it listens"));
-    assert_eq!(engine.peers()[0].path, path.name());
+    assert_eq!(engine.peers()[0].path, path.shown());
     let mut late = Vec::new();
     let mut outcomes = Vec::new();
     for round in 1..=ROUNDS {
@@ -243,7 +247,7 @@ fn frozen_receiver(path: Path) {
 }
 
 /// A killed peer is noticed at once, whichever role it had.
-fn killed(path: Path) {
+pub(crate) fn killed(path: Path) {
     let mut took = Vec::new();
     for round in 0..4 {
         let engine = rig::start(rig::listening(path.config()));
@@ -272,49 +276,4 @@ fn killed(path: Path) {
         );
     }
     report("killed peer reported after", path, &mut took, KILL_MAX);
-}
-
-#[test]
-fn nothing_lands_after_the_receiver_gave_up_over_tcp() {
-    frozen_sender(Path::Tcp);
-}
-
-#[test]
-fn nothing_lands_after_the_receiver_gave_up_over_pull() {
-    frozen_sender(Path::Pull);
-}
-
-#[test]
-fn nothing_lands_after_the_receiver_gave_up_over_ring() {
-    frozen_sender(Path::Ring);
-}
-
-#[test]
-fn no_success_with_recycled_pages_over_tcp() {
-    frozen_receiver(Path::Tcp);
-}
-
-#[test]
-fn no_success_with_recycled_pages_over_pull() {
-    frozen_receiver(Path::Pull);
-}
-
-#[test]
-fn no_success_with_recycled_pages_over_ring() {
-    frozen_receiver(Path::Ring);
-}
-
-#[test]
-fn a_killed_peer_is_noticed_at_once_over_tcp() {
-    killed(Path::Tcp);
-}
-
-#[test]
-fn a_killed_peer_is_noticed_at_once_over_pull() {
-    killed(Path::Pull);
-}
-
-#[test]
-fn a_killed_peer_is_noticed_at_once_over_ring() {
-    killed(Path::Ring);
 }

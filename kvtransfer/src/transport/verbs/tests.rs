@@ -4,6 +4,8 @@
 //! moves a gathered WRITE and a notice through it.
 #![expect(unsafe_code, reason = "the tests lend memory to an adapter")]
 
+mod faults;
+
 use std::{
     net::SocketAddr,
     os::fd::BorrowedFd,
@@ -275,7 +277,11 @@ struct Connected {
     passive_channel: Arc<EventChannel>,
 }
 
-fn connect_by_cm(device: &str, address: &str) -> Connected {
+fn connect_by_cm(device: &str, address: &str, words: [&[u8]; 2]) -> Connected {
+    connect_with(device, address, words, CAPS)
+}
+
+fn connect_with(device: &str, address: &str, words: [&[u8]; 2], caps: QpCaps) -> Connected {
     let library = library();
     let context = Context::open_for_cm(&library, device).expect("opened");
     let active_channel = EventChannel::open(&library).expect("a channel");
@@ -296,10 +302,10 @@ fn connect_by_cm(device: &str, address: &str) -> Connected {
     active_id.resolve_route(PATIENCE).expect("started");
     next_event(&active_channel, sys::RDMA_CM_EVENT_ROUTE_RESOLVED);
     let mut active = End::new(&context, |pd, cq| {
-        active_id.create_qp(pd, cq, cq, CAPS).expect("a queue pair")
+        active_id.create_qp(pd, cq, cq, caps).expect("a queue pair")
     });
     active.post_receives();
-    let hello = PrivateData::new(b"hello").expect("short");
+    let hello = PrivateData::new(words[0]).expect("short");
     active_id.connect(&hello).expect("started");
 
     let request = next_event(&passive_channel, sys::RDMA_CM_EVENT_CONNECT_REQUEST);
@@ -312,11 +318,11 @@ fn connect_by_cm(device: &str, address: &str) -> Connected {
     );
     let mut passive = End::new(&context, |pd, cq| {
         passive_id
-            .create_qp(pd, cq, cq, CAPS)
+            .create_qp(pd, cq, cq, caps)
             .expect("a queue pair")
     });
     passive.post_receives();
-    let welcome = PrivateData::new(b"welcome").expect("short");
+    let welcome = PrivateData::new(words[1]).expect("short");
     passive_id.accept(&welcome).expect("started");
     let event = next_event(&active_channel, sys::RDMA_CM_EVENT_ESTABLISHED);
     assert_eq!(event.private_data, Some(welcome));
@@ -332,7 +338,7 @@ fn connect_by_cm(device: &str, address: &str) -> Connected {
 }
 
 fn transfer_by_cm(device: &str, address: &str) {
-    let mut connected = connect_by_cm(device, address);
+    let mut connected = connect_by_cm(device, address, [b"hello", b"welcome"]);
     transfer(&mut connected.active, &mut connected.passive);
     transfer(&mut connected.passive, &mut connected.active);
     connected.active_id.disconnect().expect("started");
