@@ -21,6 +21,7 @@ use super::{
     address::{interface_of, ipv4_of},
     arrive::receive_id,
     buffers::Buffers,
+    counters::Counters,
     credits::Credits,
     lane::{Connection, LaneIo, Phase, QueuePairLane, Side, Terms, Wires},
     requests::{Key, Request},
@@ -186,6 +187,7 @@ impl Rail {
             is_asleep: AtomicBool::new(false),
             is_stopped: AtomicBool::new(false),
             drivers: AtomicU32::new(0),
+            counters: Counters::default(),
             core: Mutex::new(Core::default()),
             context,
         });

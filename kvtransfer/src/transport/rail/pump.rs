@@ -87,6 +87,7 @@ impl LaneIo {
             .qp
             .post(&mut self.chain)
             .map_err(|error| error.to_string())?;
+        self.handle.rail.counters.posted(count);
         self.last_sent = now;
         Ok(true)
     }
