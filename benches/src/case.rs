@@ -83,6 +83,8 @@ pub(crate) struct Extent {
     pub(crate) tiny: bool,
     /// Size of the verbs path's throughput cases.
     pub(crate) mib: usize,
+    /// Transfers of a latency case in one round.
+    pub(crate) samples: usize,
 }
 
 /// Fewest samples of the latency case over all rounds.
@@ -115,18 +117,24 @@ pub(crate) struct Block {
     pub(crate) target: u64,
 }
 
+impl Extent {
+    /// Transfers of a latency case in each of so many rounds, if nobody says otherwise.
+    pub(crate) fn samples(rounds: usize) -> usize {
+        let samples = LATENCY_SAMPLES.div_ceil(rounds);
+        samples.max(LATENCY_SAMPLES_PER_ROUND)
+    }
+}
+
 impl Case {
     pub(crate) fn new(name: CaseName, extent: Extent) -> Self {
         let Extent {
-            rounds,
             seed,
             tiny,
             mib,
+            samples,
+            ..
         } = extent;
         let divisor = if tiny { TINY } else { 1 };
-        let samples = LATENCY_SAMPLES
-            .div_ceil(rounds)
-            .max(LATENCY_SAMPLES_PER_ROUND);
         let (entries, block_bytes, pages, transfers) = match name {
             CaseName::One1Gib => (1, (1 << 30) / divisor, 1, 1),
             CaseName::Pages16k => (64, 16 << 10, 512 / divisor, 1),
@@ -272,6 +280,7 @@ mod tests {
             seed: 7,
             tiny: false,
             mib: 16,
+            samples: Extent::samples(rounds),
         }
     }
 

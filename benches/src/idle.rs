@@ -46,6 +46,7 @@ pub(crate) fn measure() -> anyhow::Result<Vec<Idle>> {
         seed: 0,
         tiny: false,
         mib: 1,
+        samples: 100,
     };
     let case = Case::new(CaseName::One1Gib, extent);
     let before_mib = rss_mib()?;

@@ -78,6 +78,9 @@ struct Cli {
     /// MiB per round of the throughput cases over verbs
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u16).range(1..=2048))]
     mib: u16,
+    /// Transfers per round of a latency case [default: 2000 over all rounds, at least 100 in each]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=10_000))]
+    samples: Option<u16>,
     /// RDMA devices for verbs: the sender's and the receiver's with a comma, or one for both [default: the first usable
     /// one and the next that speaks its protocol]
     #[arg(long, value_name = "LIST", default_value = "")]
@@ -96,6 +99,9 @@ impl Cli {
             seed: self.seed,
             tiny: self.tiny,
             mib: self.mib.into(),
+            samples: self
+                .samples
+                .map_or_else(|| Extent::samples(self.rounds.into()), usize::from),
         }
     }
 }

@@ -251,6 +251,7 @@ mod tests {
             seed: 1,
             tiny: false,
             mib: 1,
+            samples: 100,
         };
         let case = Case::new(CaseName::One1Gib, extent);
         let plan = Plan {

@@ -25,7 +25,7 @@ use crate::{
 /// Fewest iterations of a reference: perftest's first messages are slow.
 const ITERATIONS_MIN: usize = 100;
 /// Iterations of a latency reference.
-const LATENCY_ITERATIONS: usize = 500;
+const LATENCY_ITERATIONS: usize = 200;
 
 /// What is asked of a case.
 #[derive(Clone, Copy, Debug, Serialize)]

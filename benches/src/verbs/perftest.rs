@@ -82,7 +82,7 @@ impl Perftest {
         if ends.is_standard {
             reached = address(to)?;
             let source = address(from)?.to_string();
-            client.extend(["--bind_source_ip".to_owned(), source]);
+            client.extend(["--source_ip".to_owned(), source]);
         }
         Ok(Self {
             server: arguments(to),

@@ -21,6 +21,8 @@ pub(crate) struct Wanted {
     pub(crate) test_targets: BTreeSet<String>,
     /// Binaries, as package and target.
     pub(crate) binaries: BTreeSet<(String, String)>,
+    /// Binaries in the release profile.
+    pub(crate) released: BTreeSet<(String, String)>,
 }
 
 /// What was built.
@@ -107,9 +109,14 @@ pub(crate) fn build(wanted: &Wanted) -> Result<Vec<Built>> {
         }
         built.extend(programs(command)?);
     }
-    for (package, binary) in &wanted.binaries {
+    let binaries = wanted.binaries.iter().map(|binary| (binary, None));
+    let released = wanted.released.iter();
+    for ((package, binary), profile) in
+        binaries.chain(released.map(|binary| (binary, Some("--release"))))
+    {
         let mut command = cargo();
         command.args(["build", "--quiet", "--message-format=json"]);
+        command.args(profile);
         command.args(["--package", package, "--bin", binary]);
         let programs = programs(command)?;
         built.extend(

@@ -389,33 +389,42 @@ impl QueuePairLane {
             return false;
         }
         let until = clock::now() + rail.settings.spin * 4;
-        let mut has_answer = false;
-        loop {
+        // Whether an answer came, and whether the rail's thread must look because nothing else would wake it.
+        let (has_answer, is_left) = loop {
             let now = clock::now();
             let mut core = rail.core.lock().unwrap_or_else(PoisonError::into_inner);
             let before = core.find(self.key).map(|lane| (lane.acked, lane.given));
             let Some((acked, given)) = before.filter(|(acked, given)| acked < given) else {
-                has_answer = true;
-                break;
+                break (true, true);
             };
             if let Some(lane) = core.find(self.key) {
                 lane.is_armed = false;
             }
             core.turn(rail, now);
             let after = core.find(self.key).map_or(given, |lane| lane.acked);
-            drop(core);
             if after > acked {
-                has_answer = true;
-                break;
+                break (true, self.leave(&mut core, now));
             }
             if now >= until {
-                break;
+                break (false, true);
             }
+            drop(core);
             std::hint::spin_loop();
-        }
+        };
         rail.drivers.fetch_sub(1, Ordering::SeqCst);
-        // Completion queues that were looked at here are armed by the thread before it sleeps.
-        self.kick();
+        if is_left {
+            self.kick();
+        }
         has_answer
+    }
+
+    /// Arms what was looked at here, so that the rail's thread may go on sleeping: waking it costs more than the whole
+    /// transfer. Returns whether it must be woken even so.
+    fn leave(&self, core: &mut Core, now: Time) -> bool {
+        let has_moved = core.arm(now, self.rail.settings.drain);
+        let is_sleeping = core
+            .lanes()
+            .all(|lane| lane.is_armed && matches!(lane.phase, Phase::Up) && !lane.has_work());
+        has_moved || !is_sleeping
     }
 }
