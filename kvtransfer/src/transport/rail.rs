@@ -20,6 +20,8 @@ mod credits;
 mod lane;
 mod life;
 mod open;
+#[cfg(feature = "testing")]
+pub(crate) mod posting;
 mod pump;
 mod requests;
 mod targets;

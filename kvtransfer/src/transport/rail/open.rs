@@ -404,6 +404,18 @@ impl Prepared {
         connected.map_err(|error| format!("{}: {error}", rail.name))
     }
 
+    /// Connects it to its own end.
+    #[cfg(feature = "testing")]
+    pub(super) fn connect_to_itself(&mut self) -> Result<(), String> {
+        let own = self.endpoint();
+        self.connect(&own)
+    }
+
+    #[cfg(feature = "testing")]
+    pub(super) fn wires_mut(&mut self) -> Option<&mut Wires> {
+        self.wires.as_mut()
+    }
+
     /// Before the peer's listener is known: nothing but a place.
     ///
     /// # Errors

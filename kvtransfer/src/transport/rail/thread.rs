@@ -384,34 +384,41 @@ impl QueuePairLane {
     /// no answer came: then the rail's thread goes on and wakes the caller.
     pub(crate) fn drive(&self) -> bool {
         let rail = &self.rail;
-        if rail.settings.spin.is_zero() || rail.drivers.fetch_add(1, Ordering::SeqCst) > 0 {
+        if rail.settings.spin.is_zero() {
+            return false;
+        }
+        if rail.drivers.fetch_add(1, Ordering::SeqCst) > 0 {
             rail.drivers.fetch_sub(1, Ordering::SeqCst);
             return false;
         }
         let until = clock::now() + rail.settings.spin * 4;
         // Whether an answer came, and whether the rail's thread must look because nothing else would wake it.
-        let (has_answer, is_left) = loop {
+        let (has_answer, is_left, core) = loop {
             let now = clock::now();
             let mut core = rail.core.lock().unwrap_or_else(PoisonError::into_inner);
             let before = core.find(self.key).map(|lane| (lane.acked, lane.given));
             let Some((acked, given)) = before.filter(|(acked, given)| acked < given) else {
-                break (true, true);
+                // Answered meanwhile, or the queue pair is gone.
+                break (true, true, core);
             };
             if let Some(lane) = core.find(self.key) {
                 lane.is_armed = false;
             }
             core.turn(rail, now);
             let after = core.find(self.key).map_or(given, |lane| lane.acked);
+            // A queue pair that ended meanwhile counts as answered: its failure has woken the caller.
             if after > acked {
-                break (true, self.leave(&mut core, now));
+                break (true, self.leave(&mut core, now), core);
             }
             if now >= until {
-                break (false, true);
+                break (false, true, core);
             }
             drop(core);
             std::hint::spin_loop();
         };
+        // Under the lock: an event that comes now must find the rail's thread in charge again.
         rail.drivers.fetch_sub(1, Ordering::SeqCst);
+        drop(core);
         if is_left {
             self.kick();
         }
