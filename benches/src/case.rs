@@ -1,4 +1,4 @@
-//! The four cases: how many blocks of which size, where they lie, and the layout that tells an engine so.
+//! The cases: how many blocks of which size, where they lie, and the layout that tells an engine so.
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
@@ -29,6 +29,62 @@ pub(crate) enum CaseName {
     #[value(name = "latency-16k")]
     #[serde(rename = "latency-16k")]
     Latency16k,
+    /// Scattered blocks of 64 KiB, `--mib` in all (verbs)
+    #[value(name = "write-64k")]
+    #[serde(rename = "write-64k")]
+    Write64k,
+    /// Pages of 4 KiB, scattered on both sides, `--mib` in all (verbs)
+    #[value(name = "write-4k")]
+    #[serde(rename = "write-4k")]
+    Write4k,
+    /// Scattered pages of 4 KiB into fresh pages that lie in order, `--mib` in all (verbs)
+    #[value(name = "gather-4k")]
+    #[serde(rename = "gather-4k")]
+    Gather4k,
+    /// 64 bytes per transfer, from push to acknowledged (verbs)
+    #[value(name = "latency-64")]
+    #[serde(rename = "latency-64")]
+    Latency64,
+    /// One 4 KiB page per transfer, from push to acknowledged (verbs)
+    #[value(name = "latency-4k")]
+    #[serde(rename = "latency-4k")]
+    Latency4k,
+}
+
+impl CaseName {
+    /// The cases of the paths between processes of one host.
+    pub(crate) const SAME_HOST: [Self; 4] = [
+        Self::One1Gib,
+        Self::Pages16k,
+        Self::Pages4k,
+        Self::Latency16k,
+    ];
+    /// The cases of the verbs path.
+    pub(crate) const VERBS: [Self; 6] = [
+        Self::Write64k,
+        Self::Write4k,
+        Self::Gather4k,
+        Self::Latency64,
+        Self::Latency4k,
+        Self::Latency16k,
+    ];
+
+    /// Whether single transfers are timed, one after the other.
+    pub(crate) fn is_latency(self) -> bool {
+        matches!(self, Self::Latency64 | Self::Latency4k | Self::Latency16k)
+    }
+}
+
+/// How much of a case is measured, the same in both processes.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct Extent {
+    pub(crate) rounds: usize,
+    pub(crate) seed: u64,
+    pub(crate) tiny: bool,
+    /// Size of the verbs path's throughput cases.
+    pub(crate) mib: usize,
+    /// Transfers of a latency case in one round.
+    pub(crate) samples: usize,
 }
 
 /// Fewest samples of the latency case over all rounds.
@@ -61,22 +117,42 @@ pub(crate) struct Block {
     pub(crate) target: u64,
 }
 
+impl Extent {
+    /// Transfers of a latency case in each of so many rounds, if nobody says otherwise.
+    pub(crate) fn samples(rounds: usize) -> usize {
+        let samples = LATENCY_SAMPLES.div_ceil(rounds);
+        samples.max(LATENCY_SAMPLES_PER_ROUND)
+    }
+}
+
 impl Case {
-    pub(crate) fn new(name: CaseName, rounds: usize, seed: u64, tiny: bool) -> Self {
+    pub(crate) fn new(name: CaseName, extent: Extent) -> Self {
+        let Extent {
+            seed,
+            tiny,
+            mib,
+            samples,
+            ..
+        } = extent;
         let divisor = if tiny { TINY } else { 1 };
-        let samples = LATENCY_SAMPLES
-            .div_ceil(rounds)
-            .max(LATENCY_SAMPLES_PER_ROUND);
         let (entries, block_bytes, pages, transfers) = match name {
             CaseName::One1Gib => (1, (1 << 30) / divisor, 1, 1),
             CaseName::Pages16k => (64, 16 << 10, 512 / divisor, 1),
             CaseName::Pages4k => (64, 4 << 10, 1024 / divisor, 1),
             CaseName::Latency16k => (1, 16 << 10, samples / divisor, samples / divisor),
+            CaseName::Latency64 => (1, 64, samples / divisor, samples / divisor),
+            CaseName::Latency4k => (1, 4 << 10, samples / divisor, samples / divisor),
+            CaseName::Write64k => (1, 64 << 10, (mib << 4) / divisor, 1),
+            CaseName::Write4k | CaseName::Gather4k => (1, 4 << 10, (mib << 8) / divisor, 1),
         };
         let pages = pages.max(1);
         let mut random = Random::new(seed);
         let source = scattered(pages, &mut random);
-        let target = scattered(pages, &mut random);
+        let target = if name == CaseName::Gather4k {
+            (0..).take(pages).collect()
+        } else {
+            scattered(pages, &mut random)
+        };
         let pool = if pages == 1 { 1 } else { 2 * pages };
         Self {
             name,
@@ -196,7 +272,17 @@ fn scattered(pages: usize, random: &mut Random) -> Vec<i32> {
 mod tests {
     use std::collections::HashSet;
 
-    use super::{Block, Case, CaseName};
+    use super::{Block, Case, CaseName, Extent};
+
+    fn extent(rounds: usize) -> Extent {
+        Extent {
+            rounds,
+            seed: 7,
+            tiny: false,
+            mib: 16,
+            samples: Extent::samples(rounds),
+        }
+    }
 
     #[test]
     fn a_case_has_the_size_it_is_named_after_and_touches_no_block_twice() {
@@ -204,9 +290,11 @@ mod tests {
             (CaseName::One1Gib, 1 << 30, 1),
             (CaseName::Pages16k, 512 << 20, 64 * 512),
             (CaseName::Pages4k, 256 << 20, 65_536),
+            (CaseName::Write64k, 16 << 20, 256),
+            (CaseName::Write4k, 16 << 20, 4096),
         ];
         for (name, bytes, blocks) in sizes {
-            let case = Case::new(name, 5, 7, false);
+            let case = Case::new(name, extent(5));
             assert_eq!(case.bytes(), bytes, "{name:?}");
             let places: Vec<_> = case.all_blocks().collect();
             assert_eq!(places.len(), blocks, "{name:?}");
@@ -231,7 +319,7 @@ mod tests {
     #[test]
     fn the_latency_case_takes_its_samples_however_many_rounds_there_are() {
         for rounds in [1, 3, 7, 1000] {
-            let case = Case::new(CaseName::Latency16k, rounds, 1, false);
+            let case = Case::new(CaseName::Latency16k, extent(rounds));
             assert!(case.transfers() * rounds >= 2000);
             assert_eq!(case.blocks_per_transfer(), 1);
         }

@@ -12,7 +12,7 @@ use kvtransfer::{
 use serde::Serialize;
 
 use crate::{
-    case::{Case, CaseName},
+    case::{Case, CaseName, Extent},
     report::Machine,
 };
 
@@ -41,7 +41,14 @@ pub(crate) struct Idle {
 
 /// Starts an engine over 1 GiB and reads its resident memory, before and after the region is touched.
 pub(crate) fn measure() -> anyhow::Result<Vec<Idle>> {
-    let case = Case::new(CaseName::One1Gib, 1, 0, false);
+    let extent = Extent {
+        rounds: 1,
+        seed: 0,
+        tiny: false,
+        mib: 1,
+        samples: 100,
+    };
+    let case = Case::new(CaseName::One1Gib, extent);
     let before_mib = rss_mib()?;
     let region = Arc::new(Region::mmap(case.region_bytes())?);
     let mut memory = Memory::new();

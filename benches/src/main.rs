@@ -14,20 +14,22 @@ mod raw;
 mod reference;
 mod report;
 mod target;
+mod verbs;
 
 use std::{
     io::{self, Write as _},
     process::ExitCode,
 };
 
+use anyhow::Context as _;
 use clap::{Parser, Subcommand, ValueEnum as _};
 use serde::Serialize;
 use tracing_subscriber::EnvFilter;
 
 use crate::{
-    case::{Case, CaseName},
+    case::{Case, CaseName, Extent},
     pair::{Pair, Plan},
-    protocol::Path,
+    protocol::{Path, Tuning},
     report::{Machine, Report},
 };
 
@@ -45,6 +47,8 @@ Examples:
   kvbench --json > figures.jsonl        every case over every path; about three minutes
   kvbench --path tcp --case pages-16k   one case, with a table at the end
   kvbench --path shm --rounds 25        more rounds for a noisy machine
+  kvbench --path verbs --mib 256        RDMA beside perftest, between the devices that are found
+  kvbench --path verbs --rdma-devices rxe1,rxe0 --mib 8
   kvbench idle                          resident memory of an idle engine
 KVTRANSFER_LOG=info shows what the engines say. Needs up to 3 GiB of memory. See benches/README.md for the columns.")]
 struct Cli {
@@ -53,10 +57,10 @@ struct Cli {
     /// JSON only: no table for people on stderr
     #[arg(long, global = true)]
     json: bool,
-    /// Path to measure [default: all]
+    /// Path to measure; `all` is every path but verbs, which needs RDMA devices [default: all]
     #[arg(long, value_parser = path_names())]
     path: Option<String>,
-    /// Case to measure; may be repeated [default: all]
+    /// Case to measure; may be repeated [default: all of the path]
     #[arg(long, value_enum)]
     case: Vec<CaseName>,
     /// Timed rounds per case and path; figures are medians over them. One more goes before to warm up
@@ -71,6 +75,35 @@ struct Cli {
     /// A 64th of the size: shows that everything works, its figures mean nothing
     #[arg(long)]
     tiny: bool,
+    /// MiB per round of the throughput cases over verbs
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u16).range(1..=2048))]
+    mib: u16,
+    /// Transfers per round of a latency case [default: 2000 over all rounds, at least 100 in each]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=10_000))]
+    samples: Option<u16>,
+    /// RDMA devices for verbs: the sender's and the receiver's with a comma, or one for both [default: the first usable
+    /// one and the next that speaks its protocol]
+    #[arg(long, value_name = "LIST", default_value = "")]
+    rdma_devices: String,
+    /// How queue pairs are connected over verbs [default: as the device's mode asks for]
+    #[arg(long, value_parser = ["compat", "standard"])]
+    rdma_connector: Option<String>,
+    #[command(flatten)]
+    tuning: Tuning,
+}
+
+impl Cli {
+    fn extent(&self) -> Extent {
+        Extent {
+            rounds: self.rounds.into(),
+            seed: self.seed,
+            tiny: self.tiny,
+            mib: self.mib.into(),
+            samples: self
+                .samples
+                .map_or_else(|| Extent::samples(self.rounds.into()), usize::from),
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -114,14 +147,15 @@ fn main() -> anyhow::Result<ExitCode> {
 
 fn measure(cli: &Cli) -> anyhow::Result<ExitCode> {
     let paths: Vec<Path> = match cli.path.as_deref() {
-        None | Some("all") => Path::value_variants().to_vec(),
+        None | Some("all") => Path::SAME_HOST.to_vec(),
+        Some("verbs") => return measure_verbs(cli),
         Some(name) => vec![Path::from_str(name, false).map_err(anyhow::Error::msg)?],
     };
-    let all = CaseName::value_variants();
-    let cases = if cli.case.is_empty() { all } else { &cli.case };
     let mut reports = Vec::new();
     let mut sound = true;
     for path in paths {
+        let all = path.cases();
+        let cases = if cli.case.is_empty() { all } else { &cli.case };
         for case in cases {
             match one(cli, *case, path) {
                 Ok(report) => {
@@ -147,24 +181,45 @@ fn measure(cli: &Cli) -> anyhow::Result<ExitCode> {
     })
 }
 
+fn measure_verbs(cli: &Cli) -> anyhow::Result<ExitCode> {
+    let ends = verbs::ends(&cli.rdma_devices, cli.rdma_connector.as_deref())?;
+    let all = Path::Verbs.cases();
+    let cases = if cli.case.is_empty() { all } else { &cli.case };
+    let mut reports = Vec::new();
+    for case in cases {
+        let report = verbs::measure(*case, cli.extent(), &ends, &cli.tuning);
+        let report = report.with_context(|| format!("{case:?} over verbs"))?;
+        print_line(&report)?;
+        reports.push(report);
+    }
+    if !cli.json {
+        verbs::table(&reports, &mut io::stderr())?;
+    }
+    // A missed goal is a figure; a wrong byte is a failure.
+    Ok(if reports.iter().all(|report| report.verified) {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
 fn one(cli: &Cli, name: CaseName, path: Path) -> anyhow::Result<Report> {
     let plan = Plan {
-        rounds: cli.rounds.into(),
-        seed: cli.seed,
+        extent: cli.extent(),
         lanes: cli.lanes,
-        tiny: cli.tiny,
+        rdma: None,
     };
     let machine = Machine::here();
-    let case = Case::new(name, plan.rounds, plan.seed, plan.tiny);
-    let mut pair = Pair::start(case, path, plan)?;
+    let case = Case::new(name, plan.extent);
+    let mut pair = Pair::start(case, path, plan.clone())?;
     let warm_up = pair.round(0)?;
-    let mut rounds = Vec::with_capacity(plan.rounds);
-    for number in 1..=plan.rounds {
+    let mut rounds = Vec::with_capacity(plan.extent.rounds);
+    for number in 1..=plan.extent.rounds {
         let round = pair.round(number)?;
         let micros = |pass: &pair::Pass| pass.nanos.iter().sum::<u64>() / 1000;
         say(&format!(
             "{name:?} over {path:?}, round {number} of {}: {} us, plain {} us",
-            plan.rounds,
+            plan.extent.rounds,
             micros(&round.ours),
             micros(&round.reference)
         ))?;
@@ -173,7 +228,7 @@ fn one(cli: &Cli, name: CaseName, path: Path) -> anyhow::Result<Report> {
     Report::new(
         &pair.case,
         path,
-        plan,
+        &plan,
         &pair.path_reason,
         machine,
         (&warm_up, &rounds),

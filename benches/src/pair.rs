@@ -7,29 +7,29 @@ use anyhow::Context as _;
 use kvtransfer::{
     clock,
     config::EngineConfig,
-    engine::{Engine, Memory},
+    engine::{Engine, Memory, RailCounts},
     ids::Room,
     memory::Region,
     transfer::{Chunk, SendRequest},
 };
 
 use crate::{
-    case::{Block, Case},
+    case::{Block, Case, Extent},
     child::TargetProcess,
     data::{self, Side},
-    protocol::{Answer, Command, Path, ReferenceKind, Setup},
+    protocol::{Answer, Command, Path, Rdma, ReferenceKind, Setup},
     raw,
     reference::{self, Sender, Waiting},
     target::TRANSFER_MAX,
 };
 
 /// What was asked for on the command line.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Plan {
-    pub(crate) rounds: usize,
-    pub(crate) seed: u64,
+    pub(crate) extent: Extent,
     pub(crate) lanes: u8,
-    pub(crate) tiny: bool,
+    /// The initiator's use of RDMA and the target's.
+    pub(crate) rdma: Option<[Rdma; 2]>,
 }
 
 /// What one pass over all transfers of a case took.
@@ -78,6 +78,9 @@ impl Pair {
         let mut config = EngineConfig::default();
         config.listen = Some("127.0.0.1:0".parse()?);
         config.same_host = path.same_host();
+        if let Some([rdma, _]) = &plan.rdma {
+            config.rdma = rdma.config();
+        }
         let engine = Engine::start(config, memory, case.layout())?;
         let kind = path.reference(case.name);
         let waiting = Waiting::new(kind)?;
@@ -85,10 +88,9 @@ impl Pair {
         let connected = target.ask(&Command::Setup(Setup {
             case: case.name,
             path,
-            rounds: plan.rounds,
-            seed: plan.seed,
-            tiny: plan.tiny,
+            extent: plan.extent,
             lanes: plan.lanes,
+            rdma: plan.rdma.as_ref().map(|[_, rdma]| rdma.clone()),
             engine: engine.local_addr().context("the engine listens")?,
             reference: waiting.address()?,
             source_pid: std::process::id(),
@@ -119,7 +121,7 @@ impl Pair {
 
     /// Fresh data, then both passes, each into poisoned blocks and checked. They take turns in going first.
     pub(crate) fn round(&mut self, number: usize) -> anyhow::Result<Round> {
-        let seed = self.plan.seed.wrapping_add(1 + number as u64);
+        let seed = self.plan.extent.seed.wrapping_add(1 + number as u64);
         data::fill(&self.source, &self.case, seed)?;
         let sums = data::checksums(&self.source, &self.case, Side::Source)?;
         let (ours, (reference, memcpy_nanos)) = if number.is_multiple_of(2) {
@@ -134,6 +136,23 @@ impl Pair {
             reference,
             memcpy_nanos,
         })
+    }
+
+    /// Fresh data, then our pass alone.
+    pub(crate) fn ours_alone(&mut self, number: usize) -> anyhow::Result<Pass> {
+        let seed = self.plan.extent.seed.wrapping_add(1 + number as u64);
+        data::fill(&self.source, &self.case, seed)?;
+        let sums = data::checksums(&self.source, &self.case, Side::Source)?;
+        self.ours(&sums)
+    }
+
+    /// What the initiator's RDMA device was asked to do so far.
+    pub(crate) fn rail_counts(&self) -> RailCounts {
+        self.engine
+            .rail_counts()
+            .into_iter()
+            .next()
+            .unwrap_or_default()
     }
 
     fn both_references(&mut self, sums: &[u64]) -> anyhow::Result<(Pass, u64)> {

@@ -1,13 +1,14 @@
 //! What the two processes say to each other: a JSON line per command and per answer, over the target's stdin and stdout.
 #![forbid(unsafe_code)]
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use clap::ValueEnum;
-use kvtransfer::config::SameHost;
+use kvtransfer::config::{RdmaConfig, RdmaUse, SameHost};
+use kvtransfer::wire::rdma::Connector;
 use serde::{Deserialize, Serialize};
 
-use crate::case::CaseName;
+use crate::case::{CaseName, Extent};
 
 /// The way that bytes take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -19,13 +20,26 @@ pub(crate) enum Path {
     Shm,
     /// Shared memory between both, one copy in and one out
     Ring,
+    /// RDMA verbs between two devices of this host, beside perftest on the same devices
+    Verbs,
 }
 
 impl Path {
+    /// The paths that every host has.
+    pub(crate) const SAME_HOST: [Self; 3] = [Self::Tcp, Self::Shm, Self::Ring];
+
+    /// What is measured over it, if nothing else is asked for.
+    pub(crate) fn cases(self) -> &'static [CaseName] {
+        match self {
+            Self::Tcp | Self::Shm | Self::Ring => &CaseName::SAME_HOST,
+            Self::Verbs => &CaseName::VERBS,
+        }
+    }
+
     /// What an engine must be told to take this path and no other.
     pub(crate) fn same_host(self) -> SameHost {
         match self {
-            Self::Tcp => SameHost::Off,
+            Self::Tcp | Self::Verbs => SameHost::Off,
             Self::Shm => SameHost::PullOnly,
             Self::Ring => SameHost::RingOnly,
         }
@@ -37,6 +51,7 @@ impl Path {
             Self::Tcp => "tcp",
             Self::Shm => "shm-pull",
             Self::Ring => "shm-ring",
+            Self::Verbs => "verbs",
         }
     }
 
@@ -48,6 +63,7 @@ impl Path {
             // A copy of one page within one process tells nobody anything: the other side must learn of it.
             Self::Ring if case == CaseName::Latency16k => ReferenceKind::Unix,
             Self::Ring => ReferenceKind::Memcpy,
+            Self::Verbs => ReferenceKind::Perftest,
         }
     }
 }
@@ -67,6 +83,9 @@ pub(crate) enum ReferenceKind {
     /// One thread copies the blocks within one process.
     #[serde(rename = "memcpy")]
     Memcpy,
+    /// `ib_write_bw`, `ib_write_lat` and `ib_send_lat`, which are processes of their own.
+    #[serde(rename = "perftest")]
+    Perftest,
 }
 
 /// Where the target finds the reference's socket.
@@ -77,15 +96,70 @@ pub(crate) enum ReferenceAddress {
     Unix(String),
 }
 
+/// How an engine uses RDMA.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Rdma {
+    pub(crate) device: String,
+    pub(crate) is_standard: bool,
+    pub(crate) tuning: Tuning,
+}
+
+/// What can be tried out; the engine's defaults where nothing is said.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, clap::Args)]
+pub(crate) struct Tuning {
+    /// Queue pairs [verbs; default: the engine's]
+    #[arg(long, value_name = "COUNT")]
+    rdma_queue_pairs: Option<u8>,
+    /// Most KiB of a batch [verbs; default: the engine's]
+    #[arg(long, value_name = "KIB")]
+    rdma_batch_kib: Option<u64>,
+    /// Unacknowledged batches per queue pair [verbs; default: the engine's]
+    #[arg(long, value_name = "COUNT")]
+    rdma_window: Option<usize>,
+    /// Work requests of a send queue [verbs; default: the engine's]
+    #[arg(long, value_name = "COUNT")]
+    rdma_send_queue: Option<u32>,
+    /// Microseconds of looking for work before sleeping [verbs; default: the engine's]
+    #[arg(long, value_name = "US")]
+    rdma_spin_us: Option<u64>,
+    /// Notices as immediate data, where both devices can [verbs]
+    #[arg(long)]
+    rdma_immediate: bool,
+}
+
+impl Rdma {
+    /// The engine's configuration.
+    pub(crate) fn config(&self) -> RdmaConfig {
+        let mut config = RdmaConfig::default();
+        config.usage = RdmaUse::Required;
+        config.devices.clone_from(&self.device);
+        config.connector = Some(if self.is_standard {
+            Connector::Standard
+        } else {
+            Connector::Compat
+        });
+        let tuning = &self.tuning;
+        config.queue_pairs = tuning.rdma_queue_pairs.unwrap_or(config.queue_pairs);
+        let batch_bytes = tuning.rdma_batch_kib.map(|kib| kib << 10);
+        config.batch_bytes = batch_bytes.unwrap_or(config.batch_bytes);
+        config.window = tuning.rdma_window.unwrap_or(config.window);
+        config.send_queue = tuning.rdma_send_queue.unwrap_or(config.send_queue);
+        let spin = tuning.rdma_spin_us.map(Duration::from_micros);
+        config.spin = spin.unwrap_or(config.spin);
+        config.immediate = tuning.rdma_immediate;
+        config
+    }
+}
+
 /// What the target needs to take part in a case.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Setup {
     pub(crate) case: CaseName,
     pub(crate) path: Path,
-    pub(crate) rounds: usize,
-    pub(crate) seed: u64,
-    pub(crate) tiny: bool,
+    pub(crate) extent: Extent,
     pub(crate) lanes: u8,
+    /// What the target's engine does with RDMA; nothing without it.
+    pub(crate) rdma: Option<Rdma>,
     /// The initiator's engine.
     pub(crate) engine: SocketAddr,
     pub(crate) reference: Option<ReferenceAddress>,

@@ -38,7 +38,7 @@ impl Waiting {
                 let address = SocketAddr::from_abstract_name(&name)?;
                 Ok(Self::Unix(UnixListener::bind_addr(&address)?, name))
             }
-            ReferenceKind::Memcpy => Ok(Self::Nothing),
+            ReferenceKind::Memcpy | ReferenceKind::Perftest => Ok(Self::Nothing),
         }
     }
 
@@ -129,7 +129,9 @@ impl Sender {
                 raw::write_all(socket, &mut self.ranges[number])?;
             }
             ReferenceKind::Pull => socket.write_all(&[1])?,
-            ReferenceKind::Memcpy => anyhow::bail!("a copy has no target"),
+            ReferenceKind::Memcpy | ReferenceKind::Perftest => {
+                anyhow::bail!("this reference has no target")
+            }
         }
         read_byte(socket)?;
         Ok(())
@@ -184,7 +186,9 @@ impl Receiver {
                     read_byte(socket)?;
                     raw::pull_all(self.source_pid, target, local, remote)?;
                 }
-                ReferenceKind::Memcpy => anyhow::bail!("a copy has no target"),
+                ReferenceKind::Memcpy | ReferenceKind::Perftest => {
+                    anyhow::bail!("this reference has no target")
+                }
             }
             socket.write_all(&[1])?;
         }

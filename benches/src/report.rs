@@ -83,7 +83,7 @@ impl Report {
     pub(crate) fn new(
         case: &Case,
         path: Path,
-        plan: Plan,
+        plan: &Plan,
         path_reason: &str,
         machine: Machine,
         (warm_up, rounds): (&Round, &[Round]),
@@ -127,8 +127,8 @@ impl Report {
             wrong_blocks,
             rounds: rounds.len(),
             lanes: plan.lanes,
-            seed: plan.seed,
-            tiny: plan.tiny,
+            seed: plan.extent.seed,
+            tiny: plan.extent.tiny,
             path_reason: path_reason.to_owned(),
             machine,
         })
@@ -175,18 +175,18 @@ pub(crate) fn table(reports: &[Report], out: &mut impl io::Write) -> io::Result<
 }
 
 /// A name as it is spelled in JSON.
-fn name(value: impl Serialize) -> String {
+pub(crate) fn name(value: impl Serialize) -> String {
     let value = serde_json::to_value(value).unwrap_or_default();
     value.as_str().unwrap_or_default().to_owned()
 }
 
 /// Four decimals: more would be noise.
-fn rounded(figure: f64) -> f64 {
+pub(crate) fn rounded(figure: f64) -> f64 {
     (figure * 1e4).round() / 1e4
 }
 
 /// GB/s (1e9).
-fn rate(bytes: usize, nanos: u64) -> f64 {
+pub(crate) fn rate(bytes: usize, nanos: u64) -> f64 {
     bytes as f64 / nanos.max(1) as f64
 }
 
@@ -195,7 +195,7 @@ fn gib(bytes: usize) -> f64 {
 }
 
 /// The middle value, or the mean of the middle two. Zero of none.
-fn median(mut values: Vec<f64>) -> f64 {
+pub(crate) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
     match values.len() {
@@ -205,7 +205,9 @@ fn median(mut values: Vec<f64>) -> f64 {
     }
 }
 
-fn histogram<'a>(passes: impl Iterator<Item = &'a Pass>) -> anyhow::Result<Histogram<u64>> {
+pub(crate) fn histogram<'a>(
+    passes: impl Iterator<Item = &'a Pass>,
+) -> anyhow::Result<Histogram<u64>> {
     const DIGITS: u8 = 3;
     let mut histogram = Histogram::new(DIGITS)?;
     for nanos in passes.flat_map(|pass| &pass.nanos) {
@@ -214,7 +216,7 @@ fn histogram<'a>(passes: impl Iterator<Item = &'a Pass>) -> anyhow::Result<Histo
     Ok(histogram)
 }
 
-fn micros(histogram: &Histogram<u64>, quantile: f64) -> f64 {
+pub(crate) fn micros(histogram: &Histogram<u64>, quantile: f64) -> f64 {
     histogram.value_at_quantile(quantile) as f64 / 1e3
 }
 
@@ -222,7 +224,7 @@ fn micros(histogram: &Histogram<u64>, quantile: f64) -> f64 {
 mod tests {
     use super::{Machine, Report, median};
     use crate::{
-        case::{Case, CaseName},
+        case::{Case, CaseName, Extent},
         pair::{Pass, Plan, Round},
         protocol::Path,
     };
@@ -244,17 +246,23 @@ mod tests {
     }
 
     fn report(warm_up: &Round, rounds: &[Round]) -> Report {
-        let case = Case::new(CaseName::One1Gib, 3, 1, false);
-        let plan = Plan {
+        let extent = Extent {
             rounds: 3,
             seed: 1,
-            lanes: 2,
             tiny: false,
+            mib: 1,
+            samples: 100,
+        };
+        let case = Case::new(CaseName::One1Gib, extent);
+        let plan = Plan {
+            extent,
+            lanes: 2,
+            rdma: None,
         };
         Report::new(
             &case,
             Path::Tcp,
-            plan,
+            &plan,
             "",
             Machine::here(),
             (warm_up, rounds),

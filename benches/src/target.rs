@@ -66,13 +66,16 @@ struct Target {
 
 impl Target {
     fn start(setup: &Setup) -> anyhow::Result<(Self, PeerInfo)> {
-        let case = Case::new(setup.case, setup.rounds, setup.seed, setup.tiny);
+        let case = Case::new(setup.case, setup.extent);
         let region = Arc::new(Region::mmap(case.region_bytes())?);
         let mut memory = Memory::new();
         memory.add_shared(Arc::clone(&region));
         let mut config = EngineConfig::default();
         config.same_host = setup.path.same_host();
         config.lanes = setup.lanes;
+        if let Some(rdma) = &setup.rdma {
+            config.rdma = rdma.config();
+        }
         let engine = Engine::start(config, memory, case.layout())?;
         let info = engine.connect(setup.engine, TRANSFER_MAX)?;
         let socket = setup.reference.as_ref().map(reference::connect);

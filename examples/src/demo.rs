@@ -19,10 +19,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::Parser;
+use clap::{Parser, ValueEnum as _};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::plane::TransferPath;
+use crate::plane::{RdmaConnector, TransferPath};
 use cluster::Cluster;
 
 const EXAMPLES: &str = "\
@@ -36,6 +36,7 @@ Examples:
   cargo demo                              the above, about ten seconds
   cargo demo -- --keep                    leaves the cluster up and prints curl lines; ends with Ctrl-C
   cargo demo -- --transfer-path tcp       as if prefill and decode were on different hosts
+  cargo demo -- --path verbs              over RDMA; without a usable device it says what is missing
   cargo demo -- --prefill-tp 4,1 --decode-tp 2
                                           heads are cut and joined between ranks on the way
 
@@ -59,8 +60,14 @@ pub struct Arguments {
     #[arg(long, value_name = "RANKS")]
     pub decode_tp: Option<u32>,
     /// How KV travels between the workers.
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, visible_alias = "path", value_enum, default_value_t)]
     pub transfer_path: TransferPath,
+    /// RDMA devices of every worker for `--path verbs`. Default: every usable one.
+    #[arg(long, value_name = "LIST", default_value = "")]
+    pub rdma_devices: String,
+    /// How queue pairs are connected. Default: as the device's mode asks for.
+    #[arg(long, value_enum)]
+    pub rdma_connector: Option<RdmaConnector>,
     /// Port of the router.
     #[arg(long, default_value_t = 8080)]
     pub router_port: u16,
@@ -90,6 +97,23 @@ impl Arguments {
             // One of each, so that the usual run joins heads of two ranks and moves whole pages too.
             (None, _, None) => [2, 1],
         }
+    }
+
+    /// The flags of a worker that say how KV travels.
+    fn path_flags(&self) -> Vec<String> {
+        let name = |value: Option<clap::builder::PossibleValue>| {
+            value.map_or_else(String::new, |value| value.get_name().to_owned())
+        };
+        let path = name(self.transfer_path.to_possible_value());
+        let mut flags = vec!["--transfer-path".to_owned(), path];
+        if !self.rdma_devices.is_empty() {
+            flags.extend(["--rdma-devices".to_owned(), self.rdma_devices.clone()]);
+        }
+        if let Some(connector) = self.rdma_connector {
+            let connector = name(connector.to_possible_value());
+            flags.extend(["--rdma-connector".to_owned(), connector]);
+        }
+        flags
     }
 
     fn decode_ranks(&self) -> u32 {
@@ -233,6 +257,24 @@ mod tests {
             ([4, 1], 2)
         );
         assert_eq!(ranks(&["--tp", "2", "--prefill-tp", "4"]), ([4, 4], 2));
+    }
+
+    #[test]
+    fn workers_are_told_of_the_path_and_the_devices() {
+        let flags =
+            |flags: &[&str]| Arguments::parse_from([&["demo"], flags].concat()).path_flags();
+        assert_eq!(flags(&[]), ["--transfer-path", "auto"]);
+        let all = [
+            "--path",
+            "verbs",
+            "--rdma-devices",
+            "a,b",
+            "--rdma-connector",
+            "standard",
+        ];
+        let told = flags(&all);
+        assert_eq!(told[1..], all[1..]);
+        assert_eq!(told[0], "--transfer-path");
     }
 
     #[test]

@@ -19,11 +19,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs as _, UdpSo
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use kvtransfer::config::{EngineConfig, SameHost};
+use kvtransfer::config::{EngineConfig, RdmaUse, SameHost};
 use kvtransfer::engine::{Engine, Memory};
 use kvtransfer::layout::Shard;
 use kvtransfer::memory::Region;
 use kvtransfer::serve::telemetry::{TelemetryConfig, TelemetryServer};
+use kvtransfer::wire::rdma::Connector;
 use tokio::runtime::Runtime;
 
 use crate::cache::heap::heap_ranks;
@@ -47,6 +48,26 @@ pub enum TransferPath {
     Ring,
     /// Always TCP.
     Tcp,
+    /// Always RDMA verbs, even within one host; the worker does not start without a usable device.
+    Verbs,
+}
+
+/// How queue pairs are connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum RdmaConnector {
+    /// Out of band, as RoCE and eRDMA's compat mode want it.
+    Compat,
+    /// Through `rdma_cm`, as iWARP and eRDMA's standard mode want it.
+    Standard,
+}
+
+impl From<RdmaConnector> for Connector {
+    fn from(connector: RdmaConnector) -> Self {
+        match connector {
+            RdmaConnector::Compat => Self::Compat,
+            RdmaConnector::Standard => Self::Standard,
+        }
+    }
 }
 
 impl From<TransferPath> for SameHost {
@@ -55,7 +76,7 @@ impl From<TransferPath> for SameHost {
             TransferPath::Auto => Self::Auto,
             TransferPath::Pull => Self::PullOnly,
             TransferPath::Ring => Self::RingOnly,
-            TransferPath::Tcp => Self::Off,
+            TransferPath::Tcp | TransferPath::Verbs => Self::Off,
         }
     }
 }
@@ -103,6 +124,11 @@ fn start_ranks(
         let mut config = EngineConfig::default();
         config.listen = listen.map(|ip| SocketAddr::new(ip, 0));
         config.same_host = settings.transfer_path.into();
+        if settings.transfer_path == TransferPath::Verbs {
+            config.rdma.usage = RdmaUse::Required;
+            config.rdma.devices.clone_from(&settings.rdma_devices);
+            config.rdma.connector = settings.rdma_connector.map(Connector::from);
+        }
         let engine = Engine::start(config, memory, layout)
             .with_context(|| format!("cannot start the transfer engine of rank {rank}"))?;
         engines.push(engine);

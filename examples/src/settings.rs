@@ -15,7 +15,7 @@ use crate::cache::pages::PageCache;
 use crate::cache::{PagedKv, RankShape};
 use crate::model::{Model, ModelShape};
 use crate::pd::{Doorbell, Plane};
-use crate::plane::{self, TransferPath};
+use crate::plane::{self, RdmaConnector, TransferPath};
 use crate::scheduler::mailbox::Mailbox;
 use crate::scheduler::{Limits, Scheduler};
 use crate::server::{Facts, Mode, Server};
@@ -46,9 +46,15 @@ pub struct Settings {
     /// Address that decodes are told to connect to, if it is not --host.
     #[arg(long)]
     pub advertise_ip: Option<IpAddr>,
-    /// Path of the bytes between two workers of one host.
-    #[arg(long, value_enum, default_value_t)]
+    /// Path of the bytes between two workers of one host; `verbs` is RDMA, between hosts too.
+    #[arg(long, visible_alias = "path", value_enum, default_value_t)]
     pub transfer_path: TransferPath,
+    /// RDMA devices for `--transfer-path verbs`, as SGLang's --disaggregation-ib-device. Default: every usable one.
+    #[arg(long, value_name = "LIST", default_value = "")]
+    pub rdma_devices: String,
+    /// How queue pairs are connected. Default: as the device's mode asks for.
+    #[arg(long, value_enum)]
+    pub rdma_connector: Option<RdmaConnector>,
     /// Serve the live transfer telemetry (gRPC) on this port; 0 lets the system choose. Default: nowhere.
     #[arg(long)]
     pub telemetry_port: Option<u16>,

@@ -19,6 +19,8 @@ pub(crate) mod redial;
 pub use dial::ConnectError;
 pub use handle::{CompletionQueue, Poll, Transfer};
 
+pub use crate::transport::rail::RailCounts;
+
 use std::{
     io,
     net::SocketAddr,
@@ -294,6 +296,11 @@ impl Engine {
     /// Connections and frames that were refused because their bytes were not the protocol.
     pub fn malformed(&self) -> u64 {
         self.hub.malformed()
+    }
+
+    /// What each RDMA device was asked to do so far; empty without RDMA.
+    pub fn rail_counts(&self) -> Vec<RailCounts> {
+        self.hub.rails.counts()
     }
 
     /// Ends every transfer with [`TransferError::Shutdown`](crate::error::TransferError::Shutdown), closes every

@@ -13,3 +13,5 @@ pub mod fake_verbs;
 pub mod model;
 #[forbid(unsafe_code)]
 pub mod sim;
+
+pub use crate::transport::rail::posting::PostDriver;

@@ -52,7 +52,8 @@ impl Cluster {
         let second_registry = ports.take_next("second bootstrap registry", first_registry)?;
         let mut worker_port =
             |purpose, place: u16| ports.take(purpose, arguments.worker_port.saturating_add(place));
-        let path = &format!("{:?}", arguments.transfer_path).to_lowercase();
+        let path = arguments.path_flags();
+        let path: Vec<&str> = path.iter().map(String::as_str).collect();
         let mut prefill = |name: &'static str, place, registry: u16, tp: u32| {
             let port = worker_port(name, place)?;
             let registry = registry.to_string();
@@ -62,19 +63,14 @@ impl Cluster {
                 "--disaggregation-bootstrap-port",
                 &registry,
             ];
-            anyhow::Ok(worker(
-                name,
-                port,
-                tp,
-                &[&flags[..], &["--transfer-path", path]].concat(),
-            ))
+            anyhow::Ok(worker(name, port, tp, &[&flags[..], &path].concat()))
         };
         let [first_tp, second_tp] = arguments.prefill_ranks();
         let prefills = [
             prefill("prefill-1", 0, first_registry, first_tp)?,
             prefill("prefill-2", 1, second_registry, second_tp)?,
         ];
-        let flags = ["--disaggregation-mode", "decode", "--transfer-path", path];
+        let flags = [&["--disaggregation-mode", "decode"], &path[..]].concat();
         let decode = worker(
             "decode",
             worker_port("decode", 2)?,

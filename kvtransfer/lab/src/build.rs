@@ -21,7 +21,9 @@ pub(crate) struct Wanted {
     pub(crate) test_targets: BTreeSet<String>,
     /// Binaries, as package and target.
     pub(crate) binaries: BTreeSet<(String, String)>,
-    /// Take them from a build of the whole workspace's tests, which may be there already.
+    /// Binaries in the release profile.
+    pub(crate) released: BTreeSet<(String, String)>,
+    /// Take all of them from a build of the whole workspace's tests, which may be there already.
     pub(crate) as_tested: bool,
 }
 
@@ -30,7 +32,10 @@ impl Wanted {
         match built.kind.as_str() {
             "lib" => is_test && self.unit_tests && built.name == PACKAGE,
             "test" => self.test_targets.contains(&built.name),
-            "bin" => !is_test && self.binaries.iter().any(|(_, name)| *name == built.name),
+            "bin" => {
+                let mut named = self.binaries.iter().chain(&self.released);
+                !is_test && named.any(|(_, name)| *name == built.name)
+            }
             _ => false,
         }
     }
@@ -131,9 +136,14 @@ pub(crate) fn build(wanted: &Wanted) -> Result<Vec<Built>> {
         }
         built.extend(programs(command, wanted)?);
     }
-    for (package, binary) in &wanted.binaries {
+    let binaries = wanted.binaries.iter().map(|binary| (binary, None));
+    let released = wanted.released.iter();
+    for ((package, binary), profile) in
+        binaries.chain(released.map(|binary| (binary, Some("--release"))))
+    {
         let mut command = cargo();
         command.args(["build", "--quiet", "--message-format=json"]);
+        command.args(profile);
         command.args(["--package", package, "--bin", binary]);
         built.extend(programs(command, wanted)?);
     }

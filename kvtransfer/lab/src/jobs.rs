@@ -22,6 +22,8 @@ pub(crate) struct Job {
     pub(crate) source: Source,
     /// Binaries of the workspace that it runs, as package and target; they are built and lie on the guest's `PATH`.
     pub(crate) binaries: &'static [(&'static str, &'static str)],
+    /// The same, built for speed.
+    pub(crate) released: &'static [(&'static str, &'static str)],
     /// Seconds until it is killed. Under emulation everything takes about ten times as long.
     pub(crate) limit_s: u64,
 }
@@ -30,7 +32,7 @@ pub(crate) struct Job {
 pub(crate) const LAB_VARIABLE: &str = "KVTRANSFER_RDMA_LAB";
 
 /// All jobs, in the order in which they run.
-pub(crate) const JOBS: [Job; 7] = [
+pub(crate) const JOBS: [Job; 11] = [
     Job {
         name: "devices",
         about: "the devices as verbs shows them",
@@ -39,6 +41,7 @@ pub(crate) const JOBS: [Job; 7] = [
              state:|active_mtu|GID\\[' && rdma link show",
         ),
         binaries: &[],
+        released: &[],
         limit_s: 30,
     },
     Job {
@@ -49,6 +52,7 @@ pub(crate) const JOBS: [Job; 7] = [
              --client 'rping -c -v -a 10.77.0.1 -I 10.77.1.1 -C 3 -S 32'",
         ),
         binaries: &[],
+        released: &[],
         limit_s: 60,
     },
     Job {
@@ -61,6 +65,7 @@ pub(crate) const JOBS: [Job; 7] = [
              --client 'ib_write_lat -R -d siw0 -s 64 -n 200 -F 10.77.0.1'",
         ),
         binaries: &[],
+        released: &[],
         limit_s: 90,
     },
     Job {
@@ -73,6 +78,7 @@ pub(crate) const JOBS: [Job; 7] = [
              --client 'ib_write_lat -d rxe1 -x 1 -s 64 -n 200 -F 10.77.2.1'",
         ),
         binaries: &[],
+        released: &[],
         limit_s: 90,
     },
     Job {
@@ -83,6 +89,7 @@ pub(crate) const JOBS: [Job; 7] = [
              --client 'rping -c -v -a 10.77.2.1 -I 10.77.2.2 -C 3 -S 32'",
         ),
         binaries: &[],
+        released: &[],
         limit_s: 60,
     },
     Job {
@@ -90,6 +97,7 @@ pub(crate) const JOBS: [Job; 7] = [
         about: "unit tests of the verbs transport that need a device",
         source: Source::UnitTests("transport::verbs"),
         binaries: &[],
+        released: &[],
         limit_s: 120,
     },
     Job {
@@ -97,6 +105,49 @@ pub(crate) const JOBS: [Job; 7] = [
         about: "kvtransfer's integration tests over verbs",
         source: Source::TestTargets("rdma_"),
         binaries: &[],
+        released: &[],
+        limit_s: 180,
+    },
+    Job {
+        name: "demo-verbs-rxe",
+        about: "a prefill/decode cluster whose KV cache travels over RoCE, connected out of band",
+        source: Source::Line(
+            "demo --path verbs --rdma-devices rxe0,rxe1 --rdma-connector compat --any-ports",
+        ),
+        binaries: &[("kvtransfer-examples", "demo")],
+        released: &[],
+        limit_s: 180,
+    },
+    Job {
+        name: "demo-verbs-siw",
+        about: "the same over iWARP, connected through the connection manager",
+        source: Source::Line(
+            "demo --path verbs --rdma-devices siw0,siw1 --rdma-connector standard --any-ports",
+        ),
+        binaries: &[("kvtransfer-examples", "demo")],
+        released: &[],
+        limit_s: 180,
+    },
+    Job {
+        name: "kvbench-verbs-rxe",
+        about: "our rates and latencies beside perftest's over RoCE; fails on wrong bytes only",
+        source: Source::Line(
+            "set -o pipefail; kvbench --path verbs --rdma-devices rxe1,rxe0 --mib 4 --rounds 3 --samples 40 \
+             | tee $LAB_OUT/kvbench-rxe.jsonl",
+        ),
+        binaries: &[],
+        released: &[("kvtransfer-benches", "kvbench")],
+        limit_s: 180,
+    },
+    Job {
+        name: "kvbench-verbs-siw",
+        about: "the same over iWARP",
+        source: Source::Line(
+            "set -o pipefail; kvbench --path verbs --rdma-devices siw1,siw0 --mib 4 --rounds 3 --samples 40 \
+             | tee $LAB_OUT/kvbench-siw.jsonl",
+        ),
+        binaries: &[],
+        released: &[("kvtransfer-benches", "kvbench")],
         limit_s: 180,
     },
 ];

@@ -77,6 +77,7 @@ pub(crate) fn make(arguments: &Arguments) -> Result<Plan> {
                 let owned =
                     |(package, binary): &(&str, &str)| ((*package).into(), (*binary).into());
                 wanted.binaries.extend(job.binaries.iter().map(owned));
+                wanted.released.extend(job.released.iter().map(owned));
             }
             Step::Missing { .. } => {}
         }

@@ -6,6 +6,7 @@
 //! lane      one queue pair's state                  pump      pages and frames out
 //! thread    the one owner of all queue pairs        arrive    completions and frames in
 //! requests  what others ask of it                   life      drain, destroy, tell the peer, make room
+//! counters  what it asked of its device (pure)
 //! ```
 //! A chain is WRITEs straight from the pages, gathered where their targets touch, none of them signalled, and a SEND with the
 //! batch header after them (or the header itself as a WRITE with immediate data). The receiver counts notices and answers;
@@ -14,10 +15,13 @@
 mod address;
 mod arrive;
 mod buffers;
+mod counters;
 mod credits;
 mod lane;
 mod life;
 mod open;
+#[cfg(feature = "testing")]
+pub(crate) mod posting;
 mod pump;
 mod requests;
 mod targets;
@@ -28,10 +32,11 @@ use std::sync::{
     atomic::{AtomicBool, AtomicU32},
 };
 
+pub use counters::RailCounts;
 pub(crate) use lane::QueuePairLane;
 pub(crate) use open::{Listening, Prepared, QpParts};
 
-use self::{requests::Request, thread::Core};
+use self::{counters::Counters, requests::Request, thread::Core};
 use crate::{
     config::RdmaConfig,
     memory::Region,
@@ -71,6 +76,7 @@ pub(crate) struct Rail {
     is_stopped: AtomicBool,
     /// Threads that have taken the place of the rail's own: none or one.
     drivers: AtomicU32,
+    counters: Counters,
     core: Mutex<Core>,
 }
 
@@ -176,6 +182,12 @@ impl Rails {
             ));
         }
         Ok(pairs)
+    }
+
+    /// What each has asked of its device.
+    pub(crate) fn counts(&self) -> Vec<RailCounts> {
+        let rails = self.rails.iter();
+        rails.map(|rail| rail.counters.counts(&rail.name)).collect()
     }
 
     /// Ends their threads, once their queue pairs are gone.

@@ -38,6 +38,10 @@ impl LaneIo {
         while let Some(wires) = &self.wires {
             let found = wires.cq.poll(&mut completions).map_err(|e| e.to_string())?;
             has_any |= found > 0;
+            let is_receive = |completion: &&Completion| completion.wr_id & RECEIVE != 0;
+            let received = completions[..found].iter().filter(is_receive).count();
+            let counters = &self.handle.rail.counters;
+            counters.polled((found - received) as u64, received as u64);
             let mut fault = None;
             for completion in &completions[..found] {
                 // The rest is looked at even so: batches that arrived before the fault have arrived.

@@ -192,6 +192,11 @@ pub(super) struct LaneIo {
 }
 
 impl LaneIo {
+    /// Whether there is something to post that only waits for its turn.
+    pub(super) fn has_work(&self) -> bool {
+        self.writing.is_some() || !self.acks.is_empty() || self.answer_hello.is_some()
+    }
+
     /// Whether it must be looked at although nothing woke it.
     pub(super) fn is_due(&self, now: Time, heartbeat: Duration) -> bool {
         matches!(self.phase, Phase::Draining { .. })

@@ -20,6 +20,7 @@ use super::{
     address::{interface_of, ipv4_of},
     arrive::receive_id,
     buffers::Buffers,
+    counters::Counters,
     credits::Credits,
     lane::{Connection, LaneIo, Phase, QueuePairLane, Side, Terms, Wires},
     requests::{Key, Request},
@@ -185,6 +186,7 @@ impl Rail {
             is_asleep: AtomicBool::new(false),
             is_stopped: AtomicBool::new(false),
             drivers: AtomicU32::new(0),
+            counters: Counters::default(),
             core: Mutex::new(Core::default()),
             context,
         });
@@ -399,6 +401,18 @@ impl Prepared {
             .enter_rtr(&path, &to)
             .and_then(|()| wires.qp.enter_rts(&path));
         connected.map_err(|error| format!("{}: {error}", rail.name))
+    }
+
+    /// Connects it to its own end.
+    #[cfg(feature = "testing")]
+    pub(super) fn connect_to_itself(&mut self) -> Result<(), String> {
+        let own = self.endpoint();
+        self.connect(&own)
+    }
+
+    #[cfg(feature = "testing")]
+    pub(super) fn wires_mut(&mut self) -> Option<&mut Wires> {
+        self.wires.as_mut()
     }
 
     /// Before the peer's listener is known: nothing but a place.

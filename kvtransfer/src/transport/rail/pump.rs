@@ -5,7 +5,7 @@ use std::{num::NonZeroU64, sync::Arc};
 use super::{
     Rail,
     buffers::slot_address,
-    lane::{LaneIo, Phase, Terms, Writing},
+    lane::{LaneIo, Phase, Writing},
 };
 use crate::{
     plan::descriptor::{Descriptor, Limits, PairCursor, Place},
@@ -87,6 +87,7 @@ impl LaneIo {
             .qp
             .post(&mut self.chain)
             .map_err(|error| error.to_string())?;
+        self.handle.rail.counters.posted(count);
         self.last_sent = now;
         Ok(true)
     }
@@ -204,7 +205,8 @@ impl LaneIo {
                 }
             }
             let left = &self.descriptors[self.descriptor_at..self.descriptor_end];
-            let (sges, count) = gather(rail, left, self.sges_max, &self.terms)?;
+            let limits = (self.terms.peer_chunk_bytes, self.terms.message_bytes_max);
+            let (sges, count) = gather(rail, left, self.sges_max, limits)?;
             let to = left
                 .first()
                 .and_then(|first| self.terms.targets.place(first.target));
@@ -293,11 +295,13 @@ fn ranges(batch: &BatchOut) -> Result<(&[i32], &[i32]), String> {
 }
 
 /// The sources of one WRITE: those from the front whose targets lie one behind the other, at most `most` of them.
-fn gather(
+///
+/// The limits are the bytes of a registered chunk of the peer's, and of one WRITE.
+pub(super) fn gather(
     rail: &Rail,
     descriptors: &[Descriptor],
     most: usize,
-    terms: &Terms,
+    (peer_chunk_bytes, message_bytes_max): (u64, u64),
 ) -> Result<([Sge; CHAIN_SGES_MAX], usize), String> {
     const EMPTY: Sge = Sge {
         address: 0,
@@ -309,9 +313,9 @@ fn gather(
     let mut next: Option<Place> = None;
     for descriptor in descriptors.iter().take(most.min(CHAIN_SGES_MAX)) {
         // A WRITE has one remote key, so it does not go on into the peer's next chunk.
-        let starts_chunk = descriptor.target.offset % terms.peer_chunk_bytes == 0;
+        let starts_chunk = descriptor.target.offset % peer_chunk_bytes == 0;
         let touches = next.is_none_or(|next| next == descriptor.target && !starts_chunk);
-        if !touches || bytes + descriptor.len > terms.message_bytes_max {
+        if !touches || bytes + descriptor.len > message_bytes_max {
             break;
         }
         sges[count] = rail.source(descriptor.source, descriptor.len)?;

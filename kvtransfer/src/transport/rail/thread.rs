@@ -397,38 +397,54 @@ impl QueuePairLane {
     /// no answer came: then the rail's thread goes on and wakes the caller.
     pub(crate) fn drive(&self) -> bool {
         let rail = &self.rail;
-        if rail.settings.spin.is_zero() || rail.drivers.fetch_add(1, Ordering::SeqCst) > 0 {
+        if rail.settings.spin.is_zero() {
+            return false;
+        }
+        if rail.drivers.fetch_add(1, Ordering::SeqCst) > 0 {
             rail.drivers.fetch_sub(1, Ordering::SeqCst);
             return false;
         }
         let until = clock::now() + rail.settings.spin * 4;
-        let mut has_answer = false;
-        loop {
+        // Whether an answer came, and whether the rail's thread must look because nothing else would wake it.
+        let (has_answer, is_left, core) = loop {
             let now = clock::now();
             let mut core = rail.core.lock().unwrap_or_else(PoisonError::into_inner);
             let before = core.find(self.key).map(|lane| (lane.acked, lane.given));
             let Some((acked, given)) = before.filter(|(acked, given)| acked < given) else {
-                has_answer = true;
-                break;
+                // Answered meanwhile, or the queue pair is gone.
+                break (true, true, core);
             };
             if let Some(lane) = core.find(self.key) {
                 lane.is_armed = false;
             }
             core.turn(rail, now);
             let after = core.find(self.key).map_or(given, |lane| lane.acked);
-            drop(core);
+            // A queue pair that ended meanwhile counts as answered: its failure has woken the caller.
             if after > acked {
-                has_answer = true;
-                break;
+                break (true, self.leave(&mut core, now), core);
             }
             if now >= until {
-                break;
+                break (false, true, core);
             }
+            drop(core);
             std::hint::spin_loop();
-        }
+        };
+        // Under the lock: an event that comes now must find the rail's thread in charge again.
         rail.drivers.fetch_sub(1, Ordering::SeqCst);
-        // Completion queues that were looked at here are armed by the thread before it sleeps.
-        self.kick();
+        drop(core);
+        if is_left {
+            self.kick();
+        }
         has_answer
+    }
+
+    /// Arms what was looked at here, so that the rail's thread may go on sleeping: waking it costs more than the whole
+    /// transfer. Returns whether it must be woken even so.
+    fn leave(&self, core: &mut Core, now: Time) -> bool {
+        let has_moved = core.arm(now, self.rail.settings.drain);
+        let is_sleeping = core
+            .lanes()
+            .all(|lane| lane.is_armed && matches!(lane.phase, Phase::Up) && !lane.has_work());
+        has_moved || !is_sleeping
     }
 }
