@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! credits   who may send a frame (pure)             buffers   frames of one queue pair, registered
-//! targets   the peer's addresses and keys (pure)    open      making a queue pair: compat, standard
+//! targets   the peer's addresses and keys (pure)    open      devices, registrations
+//! prepare   making a queue pair; compat connector   standard  the standard connector
 //! lane      one queue pair's state                  pump      pages and frames out
 //! thread    the one owner of all queue pairs        arrive    completions and frames in
 //! requests  what others ask of it                   life      drain, destroy, tell the peer, make room
@@ -22,8 +23,10 @@ mod life;
 mod open;
 #[cfg(feature = "testing")]
 pub(crate) mod posting;
+mod prepare;
 mod pump;
 mod requests;
+mod standard;
 mod targets;
 mod thread;
 
@@ -34,7 +37,8 @@ use std::sync::{
 
 pub use counters::RailCounts;
 pub(crate) use lane::QueuePairLane;
-pub(crate) use open::{Listening, Prepared, QpParts};
+pub(crate) use prepare::{Prepared, QpParts};
+pub(crate) use standard::Listening;
 
 use self::{counters::Counters, requests::Request, thread::Core};
 use crate::{
@@ -47,6 +51,9 @@ use crate::{
     },
     wire::rdma::{Connector, RailOffer},
 };
+
+/// The port that is used of a device; eRDMA devices have one, and others name their ports as devices of their own.
+const PORT: u8 = 1;
 
 /// One RDMA device with the engine's memory registered.
 pub(crate) struct Rail {

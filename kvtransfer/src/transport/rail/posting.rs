@@ -2,7 +2,7 @@
 
 use std::{num::NonZeroU64, sync::Arc};
 
-use super::{Rail, Rails, open::Prepared, pump::gather, targets::Targets};
+use super::{Rail, Rails, prepare::Prepared, pump::gather, targets::Targets};
 use crate::{
     config::{RdmaConfig, RdmaUse},
     memory::Region,
@@ -39,8 +39,10 @@ impl PostDriver {
     /// No memory, or the fake device refused, in words.
     pub fn new(bytes: usize) -> Result<Self, String> {
         let fake = FakeVerbs::with_devices(Behaviour::null(), 1).map_err(|e| e.to_string())?;
-        let mut config = RdmaConfig::default();
-        config.usage = RdmaUse::Required;
+        let config = RdmaConfig {
+            usage: RdmaUse::Required,
+            ..RdmaConfig::default()
+        };
         let library = fake.library();
         let region = Arc::new(Region::mmap(bytes).map_err(|error| error.to_string())?);
         let (base, len) = (region.base_address(), region.len() as u64);
