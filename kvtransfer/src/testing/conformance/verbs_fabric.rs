@@ -36,11 +36,13 @@ impl FakeNetwork {
             }
         });
         let fake = made.expect("the host has files and descriptors");
-        let mut config = RdmaConfig::default();
-        config.usage = RdmaUse::Required;
-        config.queue_pairs = 2;
-        config.batch_bytes = 64 << 10;
-        config.fake = Some(fake.clone());
+        let config = RdmaConfig {
+            usage: RdmaUse::Required,
+            queue_pairs: 2,
+            batch_bytes: 64 << 10,
+            fake: Some(fake.clone()),
+            ..RdmaConfig::default()
+        };
         Self {
             fake,
             config,
