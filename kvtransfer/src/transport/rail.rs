@@ -81,6 +81,8 @@ pub(crate) struct Rail {
     waker: mio::Waker,
     is_asleep: AtomicBool,
     is_stopped: AtomicBool,
+    /// The thread has ended: nobody takes requests any more. Set while `requests` is locked.
+    is_over: AtomicBool,
     /// Threads that have taken the place of the rail's own: none or one.
     drivers: AtomicU32,
     counters: Counters,

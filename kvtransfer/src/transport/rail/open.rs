@@ -167,6 +167,7 @@ impl Rail {
             waker,
             is_asleep: AtomicBool::new(false),
             is_stopped: AtomicBool::new(false),
+            is_over: AtomicBool::new(false),
             drivers: AtomicU32::new(0),
             counters: Counters::default(),
             core: Mutex::new(Core::default()),

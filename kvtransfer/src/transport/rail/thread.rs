@@ -188,7 +188,12 @@ impl Rail {
             let mut core = self.lock();
             self.apply(&mut core, &poll);
             if self.is_stopped.load(Ordering::SeqCst) && core.lanes().next().is_none() {
-                return;
+                let requests = self.lock_requests();
+                if requests.is_empty() {
+                    self.is_over.store(true, Ordering::SeqCst);
+                    return;
+                }
+                continue;
             }
             let is_driven = self.drivers.load(Ordering::SeqCst) > 0;
             if !is_driven {
@@ -339,7 +344,15 @@ impl Rail {
 
     /// Asks the rail's thread for something.
     pub(super) fn request(&self, request: Request) {
-        self.lock_requests().push(request);
+        let mut requests = self.lock_requests();
+        if self.is_over.load(Ordering::SeqCst) {
+            // A queue pair that comes too late is destroyed with its request, by who brought it.
+            drop(requests);
+            drop(request);
+            return;
+        }
+        requests.push(request);
+        drop(requests);
         if self.is_asleep.load(Ordering::SeqCst)
             && let Err(error) = self.waker.wake()
         {
