@@ -33,16 +33,31 @@ impl<'a> Down<'a> {
 
 impl Drop for Down<'_> {
     fn drop(&mut self) {
-        restore(&["link", "set", self.0, "up"]);
+        restore("ip", &["link", "set", self.0, "up"]);
     }
 }
 
-/// `ip`, in whatever state the test is: a panic here would hide why it failed.
-fn restore(words: &[&str]) {
-    let done = Command::new("ip").args(words).status();
+/// Runs a program of the guest in whatever state the test is: a panic here would hide why it failed.
+fn restore(program: &str, words: &[&str]) {
+    let done = Command::new(program).args(words).status();
     if !done.as_ref().is_ok_and(ExitStatus::success) {
-        println!("ip {words:?}: {done:?}");
+        println!("{program} {words:?}: {done:?}");
     }
+}
+
+/// Descriptors of the device that this process has open.
+fn opened(device: &str) -> usize {
+    let nodes = std::fs::read_dir("/sys/class/infiniband_verbs").expect("the kernel's list");
+    let node = nodes.flatten().find(|node| {
+        std::fs::read_to_string(node.path().join("ibdev")).is_ok_and(|name| name.trim() == device)
+    });
+    let node = node.expect("the device is there").file_name();
+    let path = Path::new("/dev/infiniband").join(node);
+    let all = std::fs::read_dir("/proc/self/fd").expect("our descriptors");
+    let names = all
+        .flatten()
+        .filter_map(|entry| std::fs::read_link(entry.path()).ok());
+    names.filter(|name| *name == path).count()
 }
 
 /// A Soft-RoCE device of the test's own. The lab's two share a wire, so they cannot fail one by one.
@@ -77,13 +92,9 @@ impl OwnDevice {
 
 impl Drop for OwnDevice {
     fn drop(&mut self) {
-        restore(&["link", "delete", Self::NET]);
-        let folder = Path::new("/sys/class/infiniband").join(Self::RDMA);
-        let start = clock::now();
-        // The kernel takes it down later; the next test makes one of the same name.
-        while folder.exists() && clock::now().since(start) < WATCHDOG {
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        // The device first: with it in use, the kernel would wait for its network interface and let nobody else near one.
+        restore("rdma", &["link", "delete", Self::RDMA]);
+        restore("ip", &["link", "delete", Self::NET]);
     }
 }
 
@@ -195,6 +206,10 @@ fn another_rail_takes_over_over_rxe_compat() {
     let own = OwnDevice::new();
     let devices = format!("rxe0,{}", OwnDevice::RDMA);
     second_rail_fails(Wire::RxeCompat, &devices, OwnDevice::RDMA, OwnDevice::NET);
+    // What is open here keeps the kernel from taking the device away.
+    until("the engines let go of the device", || {
+        opened(OwnDevice::RDMA) == 0
+    });
     drop(own);
 }
 
@@ -213,5 +228,9 @@ fn without_a_rail_a_room_fails_by_its_deadline_over_rxe_compat() {
         [OwnDevice::RDMA, OwnDevice::RDMA],
         OwnDevice::NET,
     );
+    // What is open here keeps the kernel from taking the device away.
+    until("the engines let go of the device", || {
+        opened(OwnDevice::RDMA) == 0
+    });
     drop(own);
 }
