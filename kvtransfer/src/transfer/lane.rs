@@ -178,6 +178,7 @@ impl Lane {
     }
 }
 
+#[cfg(feature = "testing")]
 impl Lane {
     pub(super) fn in_flight_count(&self) -> usize {
         self.in_flight.len()
