@@ -126,7 +126,7 @@ pub(crate) fn opened(rig: &mut Rig, deal: &Deal, timeout: Duration) -> (Transfer
     rig.fill(deal.room);
     rig.fill_rank(1, BLANK);
     let mut request = rig.receive_of(1, deal);
-    request.timeout = timeout * 2;
+    request.timeout = timeout * 10;
     let receive = rig.fabric.receive(1, &request).expect("it opens");
     // The sender is the first to give up, so that it says why.
     let send = rig
