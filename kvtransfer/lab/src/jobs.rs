@@ -116,7 +116,7 @@ pub(crate) const JOBS: [Job; 11] = [
         ),
         binaries: &[("kvtransfer-examples", "demo")],
         released: &[],
-        limit_s: 180,
+        limit_s: 300,
     },
     Job {
         name: "demo-verbs-siw",
@@ -126,7 +126,7 @@ pub(crate) const JOBS: [Job; 11] = [
         ),
         binaries: &[("kvtransfer-examples", "demo")],
         released: &[],
-        limit_s: 180,
+        limit_s: 300,
     },
     Job {
         name: "kvbench-verbs-rxe",

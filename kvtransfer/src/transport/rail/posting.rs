@@ -2,7 +2,12 @@
 
 use std::{num::NonZeroU64, sync::Arc};
 
-use super::{Rail, Rails, prepare::Prepared, pump::gather, targets::Targets};
+use super::{
+    Rail, Rails,
+    prepare::Prepared,
+    pump::{NO_SGE, gather},
+    targets::Targets,
+};
 use crate::{
     config::{RdmaConfig, RdmaUse},
     memory::Region,
@@ -13,7 +18,7 @@ use crate::{
     },
     testing::fake_verbs::{Behaviour, FakeVerbs},
     transport::verbs::{
-        chain::{CHAIN_WRS_MAX, Chain, Flags},
+        chain::{CHAIN_SGES_MAX, CHAIN_WRS_MAX, Chain, Flags, Sge},
         cq::{Completion, POLL_MAX},
     },
     wire::hello::RegionAddress,
@@ -30,6 +35,7 @@ pub struct PostDriver {
     targets: Targets,
     descriptors: Box<[Descriptor]>,
     limits: (u64, u64),
+    sges: [Sge; CHAIN_SGES_MAX],
 }
 
 impl PostDriver {
@@ -61,6 +67,7 @@ impl PostDriver {
                 offer.message_bytes_max,
             ),
             descriptors: vec![Descriptor::EMPTY; CHAIN_WRS_MAX * 2].into(),
+            sges: [NO_SGE; CHAIN_SGES_MAX],
             prepared,
             rail,
             rails,
@@ -106,9 +113,11 @@ impl PostDriver {
     fn add(&mut self, at: usize, end: usize) -> Result<usize, String> {
         let left = &self.descriptors[at..end];
         let most = self.rail.capabilities.send_sge.value as usize;
-        let (sges, count) = gather(&self.rail, left, most, self.limits)?;
+        let count = gather(&self.rail, left, most, self.limits, &mut self.sges)?;
         let to = self.targets.place(left[0].target).ok_or("no such place")?;
-        let added = self.chain.write(0, &sges[..count], to, Flags::default());
+        let added = self
+            .chain
+            .write(0, &self.sges[..count], to, Flags::default());
         added.map_err(|error| error.to_string()).map(|()| count)
     }
 

@@ -21,6 +21,13 @@ use crate::{
 /// Places of the send queue that pages leave to frames, so that answers are never behind a full queue of pages.
 const FRAMES_RESERVED: u32 = 4;
 
+/// Fills arrays of elements before they are gathered.
+pub(super) const NO_SGE: Sge = Sge {
+    address: 0,
+    bytes: 0,
+    lkey: 0,
+};
+
 /// Whether all that was to be added to a chain is in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Added {
@@ -194,6 +201,7 @@ impl LaneIo {
     }
 
     fn add_pages(&mut self, rail: &Rail, writing: &mut Writing) -> Result<Added, String> {
+        let mut sges = [NO_SGE; CHAIN_SGES_MAX];
         while self.has_place_for_pages() {
             if self.descriptor_at == self.descriptor_end {
                 let Writing { batch, cursor, .. } = writing;
@@ -206,7 +214,7 @@ impl LaneIo {
             }
             let left = &self.descriptors[self.descriptor_at..self.descriptor_end];
             let limits = (self.terms.peer_chunk_bytes, self.terms.message_bytes_max);
-            let (sges, count) = gather(rail, left, self.sges_max, limits)?;
+            let count = gather(rail, left, self.sges_max, limits, &mut sges)?;
             let to = left
                 .first()
                 .and_then(|first| self.terms.targets.place(first.target));
@@ -296,25 +304,23 @@ fn ranges(batch: &BatchOut) -> Result<(&[i32], &[i32]), String> {
 
 /// The sources of one WRITE: those from the front whose targets lie one behind the other, at most `most` of them.
 ///
-/// The limits are the bytes of a registered chunk of the peer's, and of one WRITE.
+/// The limits are the bytes of a registered chunk of the peer's, a power of two, and of one WRITE. `sges` is the caller's
+/// and used again for every WRITE: making a new one costs more than filling it. Returns how many were filled.
 pub(super) fn gather(
     rail: &Rail,
     descriptors: &[Descriptor],
     most: usize,
     (peer_chunk_bytes, message_bytes_max): (u64, u64),
-) -> Result<([Sge; CHAIN_SGES_MAX], usize), String> {
-    const EMPTY: Sge = Sge {
-        address: 0,
-        bytes: 0,
-        lkey: 0,
-    };
-    let mut sges = [EMPTY; CHAIN_SGES_MAX];
+    sges: &mut [Sge; CHAIN_SGES_MAX],
+) -> Result<usize, String> {
+    let chunk_mask = peer_chunk_bytes - 1;
     let (mut count, mut bytes) = (0, 0);
     let mut next: Option<Place> = None;
     for descriptor in descriptors.iter().take(most.min(CHAIN_SGES_MAX)) {
         // A WRITE has one remote key, so it does not go on into the peer's next chunk.
-        let starts_chunk = descriptor.target.offset % peer_chunk_bytes == 0;
-        let touches = next.is_none_or(|next| next == descriptor.target && !starts_chunk);
+        let touches = next.is_none_or(|next| {
+            next == descriptor.target && descriptor.target.offset & chunk_mask != 0
+        });
         if !touches || bytes + descriptor.len > message_bytes_max {
             break;
         }
@@ -326,5 +332,5 @@ pub(super) fn gather(
             ..descriptor.target
         });
     }
-    Ok((sges, count))
+    Ok(count)
 }
