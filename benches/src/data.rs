@@ -112,7 +112,7 @@ mod tests {
     use kvtransfer::memory::Region;
 
     use super::{Side, checksum, checksums, fill, poison};
-    use crate::case::{Case, CaseName};
+    use crate::case::{Case, CaseName, Extent};
 
     #[test]
     fn a_flipped_bit_and_swapped_words_change_the_checksum() {
@@ -131,7 +131,14 @@ mod tests {
 
     #[test]
     fn poison_and_every_round_have_other_checksums() {
-        let case = Case::new(CaseName::Pages4k, 1, 3, true);
+        let extent = Extent {
+            rounds: 1,
+            seed: 3,
+            tiny: true,
+            mib: 1,
+            samples: 1,
+        };
+        let case = Case::new(CaseName::Pages4k, extent);
         let region = Region::mmap(case.region_bytes()).unwrap();
         fill(&region, &case, 1).unwrap();
         let first = checksums(&region, &case, Side::Source).unwrap();
