@@ -92,5 +92,5 @@ fn help_teaches_and_nonsense_is_refused() {
     let refused = kvbench(&["--path", "pigeon"]);
     let said = String::from_utf8_lossy(&refused.stderr);
     assert_eq!(refused.status.code(), Some(2));
-    assert!(said.contains("tcp, shm, ring, all"), "{said}");
+    assert!(said.contains("tcp, shm, ring, verbs, all"), "{said}");
 }
