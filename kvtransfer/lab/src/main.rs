@@ -59,7 +59,7 @@ pub(crate) struct Arguments {
     #[arg(long)]
     keep: bool,
     /// Seconds for everything in the machine; it is ended after that
-    #[arg(long, value_name = "SECONDS", default_value_t = 480)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 900)]
     limit: u64,
     /// Seconds for one `--run` command
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]

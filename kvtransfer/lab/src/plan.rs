@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use crate::{
     Arguments,
     build::{self, Built, Wanted},
-    jobs::{JOBS, Job, LAB_VARIABLE, SELF_TEST, Source},
+    jobs::{JOBS, Job, LAB_VARIABLE, SELF_TEST, Source, threads_of},
     order::Order,
     report::Outcome,
 };
@@ -177,7 +177,8 @@ impl Plan {
                     self.skip(name, "it has no tests");
                     return Ok(());
                 }
-                let words = [name.as_str(), "--include-ignored", "--test-threads=1"];
+                let threads = threads_of(name);
+                let words = [name.as_str(), "--include-ignored", threads];
                 self.order(name, *limit_s, program_line(&words));
             }
             Step::Job(job) => match job.source {
