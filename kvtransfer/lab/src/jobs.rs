@@ -24,12 +24,19 @@ pub(crate) struct Job {
     pub(crate) binaries: &'static [(&'static str, &'static str)],
     /// The same, built for speed.
     pub(crate) released: &'static [(&'static str, &'static str)],
+    /// Why it runs only if it is named, if so.
+    pub(crate) on_request: Option<&'static str>,
     /// Seconds until it is killed. Under emulation everything takes about ten times as long.
     pub(crate) limit_s: u64,
 }
 
 /// The variable by which a test knows that software RDMA devices are there and must be used.
 pub(crate) const LAB_VARIABLE: &str = "KVTRANSFER_RDMA_LAB";
+
+/// A whole cluster computes tokens: minutes under emulation.
+const SLOW: &str = "a cluster under emulation takes many minutes; name it with --only";
+/// They fail on wrong bytes only, which the tests look at too.
+const FIGURES: &str = "figures, from a release build; name it with --only";
 
 /// All jobs, in the order in which they run.
 pub(crate) const JOBS: [Job; 11] = [
@@ -42,6 +49,7 @@ pub(crate) const JOBS: [Job; 11] = [
         ),
         binaries: &[],
         released: &[],
+        on_request: None,
         limit_s: 30,
     },
     Job {
@@ -53,6 +61,7 @@ pub(crate) const JOBS: [Job; 11] = [
         ),
         binaries: &[],
         released: &[],
+        on_request: None,
         limit_s: 60,
     },
     Job {
@@ -66,6 +75,7 @@ pub(crate) const JOBS: [Job; 11] = [
         ),
         binaries: &[],
         released: &[],
+        on_request: None,
         limit_s: 90,
     },
     Job {
@@ -79,6 +89,7 @@ pub(crate) const JOBS: [Job; 11] = [
         ),
         binaries: &[],
         released: &[],
+        on_request: None,
         limit_s: 90,
     },
     Job {
@@ -90,6 +101,7 @@ pub(crate) const JOBS: [Job; 11] = [
         ),
         binaries: &[],
         released: &[],
+        on_request: None,
         limit_s: 60,
     },
     Job {
@@ -98,6 +110,7 @@ pub(crate) const JOBS: [Job; 11] = [
         source: Source::UnitTests("transport::verbs"),
         binaries: &[],
         released: &[],
+        on_request: None,
         limit_s: 120,
     },
     Job {
@@ -106,6 +119,7 @@ pub(crate) const JOBS: [Job; 11] = [
         source: Source::TestTargets("rdma_"),
         binaries: &[],
         released: &[],
+        on_request: None,
         limit_s: 400,
     },
     Job {
@@ -116,6 +130,7 @@ pub(crate) const JOBS: [Job; 11] = [
         ),
         binaries: &[("kvtransfer-examples", "demo")],
         released: &[],
+        on_request: Some(SLOW),
         limit_s: 300,
     },
     Job {
@@ -126,6 +141,7 @@ pub(crate) const JOBS: [Job; 11] = [
         ),
         binaries: &[("kvtransfer-examples", "demo")],
         released: &[],
+        on_request: Some(SLOW),
         limit_s: 300,
     },
     Job {
@@ -137,6 +153,7 @@ pub(crate) const JOBS: [Job; 11] = [
         ),
         binaries: &[],
         released: &[("kvtransfer-benches", "kvbench")],
+        on_request: Some(FIGURES),
         limit_s: 180,
     },
     Job {
@@ -148,6 +165,7 @@ pub(crate) const JOBS: [Job; 11] = [
         ),
         binaries: &[],
         released: &[("kvtransfer-benches", "kvbench")],
+        on_request: Some(FIGURES),
         limit_s: 180,
     },
 ];

@@ -135,6 +135,14 @@ fn choose(arguments: &Arguments) -> Result<Vec<Step>> {
             (false, true) => true,
             (false, false) => is_named(job.name),
         };
+        if let Some(why) = job.on_request
+            && is_chosen
+            && !is_named(job.name)
+        {
+            let (name, why) = (job.name.to_owned(), why.to_owned());
+            steps.push(Step::Missing { name, why });
+            continue;
+        }
         let Source::TestTargets(prefix) = job.source else {
             steps.extend(is_chosen.then_some(Step::Job(job)));
             continue;
