@@ -34,17 +34,32 @@ fn long_layout() -> Layout {
         tp: Shard::ONE,
         pp: Shard::ONE,
         layers: 0..1,
-        components: vec![Component {
-            kind: ComponentKind::Kv,
-            entries: [0, 2 * LONG].map(entry).into(),
-            draft_entries: 0,
-        }],
+        components: vec![
+            Component {
+                kind: ComponentKind::Kv,
+                entries: [0, 2 * LONG].map(entry).into(),
+                draft_entries: 0,
+            },
+            Component {
+                kind: ComponentKind::Aux,
+                entries: vec![Entry {
+                    region: RegionId(1),
+                    offset: 0,
+                    item_len: rig::AUX,
+                    item_count: rig::ROWS,
+                    layer_id: None,
+                }],
+                draft_entries: 0,
+            },
+        ],
     }
 }
 
 fn long_memory() -> Memory {
     let mut memory = Memory::new();
     memory.add(Region::mmap(usize::try_from(4 * LONG).expect("it fits")).expect("memory"));
+    let rows = usize::try_from(rig::ROWS * rig::AUX).expect("it fits");
+    memory.add(Region::heap(rows).expect("memory"));
     memory
 }
 
