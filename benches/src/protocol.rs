@@ -122,7 +122,7 @@ pub(crate) struct Tuning {
     /// Microseconds of looking for work before sleeping [verbs; default: the engine's]
     #[arg(long, value_name = "US")]
     rdma_spin_us: Option<u64>,
-    /// Notices as immediate data, where both devices can [verbs]
+    /// Notices as immediate data, where both devices can (verbs)
     #[arg(long)]
     rdma_immediate: bool,
 }
