@@ -17,6 +17,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 pub(crate) use pair::{Pair, run as run_pair};
+use process::Printed;
 
 use crate::{
     clock::Stopwatch,
@@ -114,9 +115,18 @@ fn run_order(reporter: &Reporter, order: &Order) -> Result<()> {
     let job = || order.name.clone();
     reporter.send(&Report::Started { job: job() });
     let watch = Stopwatch::start();
-    let ended = process::run(order, &outputs, &|text| {
-        let text = text.to_owned();
-        reporter.send(&Report::Output { job: job(), text });
+    let ended = process::run(order, &outputs, &|printed| {
+        let job = job();
+        reporter.send(&match printed {
+            Printed::Line(text) => Report::Output {
+                job,
+                text: text.to_owned(),
+            },
+            Printed::Part(text) => Report::Part {
+                job,
+                text: text.to_owned(),
+            },
+        });
     })?;
     let seconds = watch.seconds();
     send_files(reporter, &order.name, &outputs)?;

@@ -10,9 +10,11 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 
 /// What the guest loads; what these need comes before them. Nothing in the guest loads modules by itself.
-const MODULES: [&str; 10] = [
+const MODULES: [&str; 11] = [
     "dummy",
     "veth",
+    // For `ss`, by which tests end connections of siw.
+    "tcp_diag",
     "ib_uverbs",
     "rdma_ucm",
     // rxe asks the kernel's crypto for "crc32", and siw for "crc32c", each by name.

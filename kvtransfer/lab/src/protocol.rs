@@ -27,6 +27,8 @@ pub(crate) enum Report {
     Started { job: String },
     /// A line that a job printed.
     Output { job: String, text: String },
+    /// What a job has printed of a line so far: libtest names a test before it runs and ends the line after it.
+    Part { job: String, text: String },
     /// A job ended.
     Job {
         job: String,
@@ -58,6 +60,7 @@ impl Report {
             Self::Stage { name, seconds } => format!("LAB stage {seconds:.2} {name}"),
             Self::Started { job } => format!("LAB start {job}"),
             Self::Output { job, text } => format!("LAB out {job} {}", printable(text)),
+            Self::Part { job, text } => format!("LAB part {job} {}", printable(text)),
             Self::Job {
                 job,
                 ended,
@@ -92,6 +95,10 @@ impl Report {
                 job: first.to_owned(),
             }),
             "out" => Some(Self::Output {
+                job: first.to_owned(),
+                text: tail.to_owned(),
+            }),
+            "part" => Some(Self::Part {
                 job: first.to_owned(),
                 text: tail.to_owned(),
             }),
@@ -207,6 +214,10 @@ mod tests {
             Report::Output {
                 job: job(),
                 text: "two  words\tand a tab".to_owned(),
+            },
+            Report::Part {
+                job: job(),
+                text: "test rails::one ... ".to_owned(),
             },
             Report::Job {
                 job: job(),

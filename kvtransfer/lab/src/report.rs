@@ -20,8 +20,10 @@ pub(crate) enum Outcome {
     Ran(Ended, f64),
     /// It was not run, and why.
     Skipped(String),
-    /// It was ordered and did not end.
+    /// It was ordered and did not start.
     Lost,
+    /// It was started and did not end: the last that it printed, and whether that was the beginning of a line.
+    Cut { last: String, is_part: bool },
 }
 
 /// The jobs of a run and their outcomes.
@@ -49,8 +51,18 @@ impl Results {
             Report::Stage { name, seconds } => {
                 return Ok(Some(format!("lab: {seconds:5.1} s  guest: {name}")));
             }
-            Report::Started { job } => return Ok(Some(format!("lab: start {job}"))),
-            Report::Output { job, text } => return Ok(Some(format!("{job} | {text}"))),
+            Report::Started { job } => {
+                self.note(&job, "", false);
+                return Ok(Some(format!("lab: start {job}")));
+            }
+            Report::Output { job, text } => {
+                // What a test leaves empty between its lines says nothing.
+                if !text.trim().is_empty() {
+                    self.note(&job, &text, false);
+                }
+                return Ok(Some(format!("{job} | {text}")));
+            }
+            Report::Part { job, text } => self.note(&job, &text, true),
             Report::Job {
                 job,
                 ended,
@@ -58,17 +70,39 @@ impl Results {
             } => {
                 let outcome = Outcome::Ran(ended, seconds);
                 let line = format!("lab: {job}: {}", outcome.words());
-                for (name, known) in &mut self.jobs {
-                    if *name == job {
-                        *known = outcome.clone();
-                    }
-                }
+                self.set(&job, outcome);
                 return Ok(Some(line));
             }
             Report::File { job, name, bytes } => self.keep(&job, &name, &bytes)?,
             Report::Broken { .. } | Report::Done => {}
         }
         Ok(None)
+    }
+
+    fn set(&mut self, job: &str, outcome: Outcome) {
+        if let Some((_, known)) = self.jobs.iter_mut().find(|(name, _)| name == job) {
+            *known = outcome;
+        }
+    }
+
+    /// Remembers the last that a job printed, for the case that nothing comes after it.
+    fn note(&mut self, job: &str, text: &str, is_part: bool) {
+        let last = text.trim_end().to_owned();
+        self.set(job, Outcome::Cut { last, is_part });
+    }
+
+    /// What was running when the machine ended, if anything was.
+    pub(crate) fn cut_short(&self) -> Option<String> {
+        let cut = |outcome: &Outcome| matches!(outcome, Outcome::Cut { .. });
+        let (name, outcome) = self.jobs.iter().find(|(_, outcome)| cut(outcome))?;
+        let Outcome::Cut { last, is_part } = outcome else {
+            return None;
+        };
+        Some(match (is_part, last.as_str()) {
+            (_, "") => format!("{name} was running, and had printed nothing"),
+            (true, last) => format!("{name} was running: {last}"),
+            (false, last) => format!("{name} was running, and had printed last: {last}"),
+        })
     }
 
     /// Appends a piece of a job's file.
@@ -106,7 +140,7 @@ impl Results {
         for (name, outcome) in &self.jobs {
             let which = match outcome {
                 Outcome::Ran(Ended::Exited(0), _) => 0,
-                Outcome::Ran(..) | Outcome::Lost => 1,
+                Outcome::Ran(..) | Outcome::Lost | Outcome::Cut { .. } => 1,
                 Outcome::Skipped(_) => 2,
             };
             counts[which] += 1;
@@ -172,6 +206,12 @@ impl Outcome {
             }
             Self::Skipped(why) => format!("skipped            {why}"),
             Self::Lost => "FAILED             the machine ended before it".to_owned(),
+            Self::Cut { last, .. } if last.is_empty() => {
+                "FAILED             the machine ended during it".to_owned()
+            }
+            Self::Cut { last, .. } => {
+                format!("FAILED             the machine ended during it: {last}")
+            }
         }
     }
 }
@@ -242,5 +282,37 @@ mod tests {
         };
         results.take(report).expect("nothing to write");
         assert!(results.table(&[]).1);
+    }
+
+    #[test]
+    fn the_test_during_which_the_machine_ended_is_named() {
+        let mut results = results(&[("a", Outcome::Lost), ("b", Outcome::Lost)]);
+        assert_eq!(results.cut_short(), None);
+        let job = || "a".to_owned();
+        let output = |text: &str| Report::Output {
+            job: job(),
+            text: text.to_owned(),
+        };
+        let reports = [
+            (Report::Started { job: job() }, "and had printed nothing"),
+            (output("test one ... ok"), "last: test one ... ok"),
+            (output(""), "last: test one ... ok"),
+            (
+                Report::Part {
+                    job: job(),
+                    text: "test rails::two ... ".to_owned(),
+                },
+                "a was running: test rails::two ...",
+            ),
+        ];
+        for (report, expected) in reports {
+            results.take(report).expect("nothing to write");
+            let said = results.cut_short().expect("it runs");
+            assert!(said.ends_with(expected), "{said}");
+        }
+        let (table, is_passed) = results.table(&[]);
+        assert!(!is_passed);
+        assert!(table.contains("ended during it: test rails::two ..."), "{table}");
+        assert!(table.contains("ended before it"), "b never started: {table}");
     }
 }

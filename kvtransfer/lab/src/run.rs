@@ -22,9 +22,10 @@ use crate::{
 };
 
 /// Programs of the host that the guest's jobs use.
-const TOOLS: [&str; 11] = [
+const TOOLS: [&str; 12] = [
     "busybox",
     "ip",
+    "ss",
     "rdma",
     "ibv_devices",
     "ibv_devinfo",
@@ -160,6 +161,9 @@ fn in_machine(
     stage("in all", whole);
     let (table, is_passed) = results.table(&arguments.only);
     crate::show(&table);
+    if let Some(running) = results.cut_short() {
+        crate::say(&format!("when the machine ended, {running}"));
+    }
     Ok(is_passed && watched.is_ok())
 }
 

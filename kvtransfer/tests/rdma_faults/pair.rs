@@ -1,6 +1,10 @@
 //! Two engines in this process, joined by queue pairs.
 
-use std::{process::Command, sync::Arc, time::Duration};
+use std::{
+    process::{Command, ExitStatus},
+    sync::Arc,
+    time::Duration,
+};
 
 use kvtransfer::{
     clock,
@@ -139,6 +143,35 @@ pub(crate) fn run(line: &str) -> String {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{line}: {said}");
     String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Runs a program of the guest in whatever state the test is: a panic here would hide why it failed.
+pub(crate) fn restore(program: &str, words: &[&str]) {
+    let done = Command::new(program).args(words).status();
+    if !done.as_ref().is_ok_and(ExitStatus::success) {
+        println!("{program} {words:?}: {done:?}");
+    }
+}
+
+/// Descriptors of the device that this process has open.
+pub(crate) fn opened(device: &str) -> usize {
+    let nodes = std::fs::read_dir("/sys/class/infiniband_verbs").expect("the kernel's list");
+    let node = nodes.flatten().find(|node| {
+        std::fs::read_to_string(node.path().join("ibdev")).is_ok_and(|name| name.trim() == device)
+    });
+    let node = node.expect("the device is there").file_name();
+    let path = std::path::Path::new("/dev/infiniband").join(node);
+    let all = std::fs::read_dir("/proc/self/fd").expect("our descriptors");
+    let names = all
+        .flatten()
+        .filter_map(|entry| std::fs::read_link(entry.path()).ok());
+    names.filter(|name| *name == path).count()
+}
+
+/// Whether a device's port carries traffic.
+pub(crate) fn is_active(device: &str) -> bool {
+    let state = format!("/sys/class/infiniband/{device}/ports/1/state");
+    std::fs::read_to_string(state).is_ok_and(|text| text.contains("ACTIVE"))
 }
 
 /// Connected queue pairs on a device.

@@ -10,7 +10,10 @@ use kvtransfer::{
     engine::Engine,
 };
 
-use super::{pair::run, rig};
+use super::{
+    pair::{is_active, opened, restore, run, until},
+    rig,
+};
 
 /// Why no engine starts with these devices.
 fn refusal(devices: &str) -> String {
@@ -47,24 +50,61 @@ fn an_unknown_device_is_refused_with_those_that_are_there() {
     );
 }
 
+/// An iWARP device of the test's own whose network interface is not up yet. None of the lab's is taken down for this: siw
+/// looks through its queue pairs without a lock when an interface goes down, and one that is destroyed meanwhile, by whichever
+/// test came before, brings the kernel down.
+struct DownDevice;
+
+impl DownDevice {
+    const NET: &'static str = "kvtfault1";
+    const RDMA: &'static str = "siwfault";
+
+    fn new() -> Self {
+        let (net, rdma) = (Self::NET, Self::RDMA);
+        run(&format!("ip link add {net} type dummy"));
+        let own = Self;
+        run(&format!("ip link set {net} mtu 8500"));
+        run(&format!("rdma link add {rdma} type siw netdev {net}"));
+        own
+    }
+}
+
+impl Drop for DownDevice {
+    fn drop(&mut self) {
+        // The device first, which waits for its last queue pair: so the interface goes down without any.
+        restore("rdma", &["link", "delete", Self::RDMA]);
+        restore("ip", &["link", "delete", Self::NET]);
+    }
+}
+
 #[test]
 #[ignore = "needs the RDMA lab"]
 fn a_device_whose_port_is_down_is_refused_with_the_fix() {
-    run("ip link set dummy1 down");
-    let text = refusal("siw0,siw1");
-    run("ip link set dummy1 up");
+    let device = DownDevice::new();
+    let both = format!("siw0,{}", DownDevice::RDMA);
     assert_says(
-        &text,
+        &refusal(&both),
         &[
-            "names siw1",
+            "names siwfault",
             "its port is down",
             "bring its network interface up",
         ],
     );
+    run(&format!("ip link set {} up", DownDevice::NET));
+    run(&format!(
+        "ip address add 10.77.8.1/24 dev {}",
+        DownDevice::NET
+    ));
+    until("the port is up", || is_active(DownDevice::RDMA));
     let mut config = EngineConfig::default();
     config.rdma.usage = RdmaUse::Required;
-    config.rdma.devices = "siw0,siw1".to_owned();
-    Engine::start(config, rig::memory(), rig::layout()).expect("it is up again");
+    config.rdma.devices = both;
+    let engine = Engine::start(config, rig::memory(), rig::layout()).expect("it is up now");
+    drop(engine);
+    until("the engine lets go of the device", || {
+        opened(DownDevice::RDMA) == 0
+    });
+    drop(device);
 }
 
 /// Set for the process that has a small limit on locked memory.

@@ -28,11 +28,22 @@ const AFTERMATH: Duration = Duration::from_secs(2);
 /// What the threads around a process tell.
 enum Event {
     Line(String),
+    /// The beginning of a line, whose rest may take a while.
+    Part(String),
     Ended(std::io::Result<ExitStatus>),
 }
 
+/// What a job has printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Printed<'a> {
+    /// A line.
+    Line(&'a str),
+    /// The beginning of one. The line comes later, as a whole.
+    Part(&'a str),
+}
+
 /// Runs a job; hands each line that it prints to `print`.
-pub(super) fn run(order: &Order, outputs: &Path, print: &dyn Fn(&str)) -> Result<Ended> {
+pub(super) fn run(order: &Order, outputs: &Path, print: &dyn Fn(Printed<'_>)) -> Result<Ended> {
     let (program, arguments) = order
         .arguments
         .split_first()
@@ -51,7 +62,8 @@ pub(super) fn run(order: &Order, outputs: &Path, print: &dyn Fn(&str)) -> Result
     let child = match spawned {
         Ok(child) => child,
         Err(error) => {
-            print(&format!("lab: {program} does not start: {error}"));
+            let text = format!("lab: {program} does not start: {error}");
+            print(Printed::Line(&text));
             return Ok(Ended::Exited(127));
         }
     };
@@ -81,20 +93,31 @@ fn watch(mut child: Child) -> Result<Receiver<Event>> {
 
 fn read_lines(pipe: impl Read, lines: &SyncSender<Event>) {
     let mut reader = BufReader::new(pipe);
-    loop {
-        let mut line = Vec::new();
-        let mut limited = reader.by_ref().take(TEXT_BYTES_MAX as u64);
-        match limited.read_until(b'\n', &mut line) {
-            Ok(0) | Err(_) => return,
-            Ok(_) => {}
-        }
-        if line.ends_with(b"\n") {
-            line.pop();
-        }
+    let mut line = Vec::new();
+    // An error is the end too: nothing more comes.
+    while let Ok(new @ [_, ..]) = reader.fill_buf() {
+        let end = new.iter().position(|byte| *byte == b'\n');
+        let room = TEXT_BYTES_MAX - line.len();
+        let text = &new[..end.unwrap_or(new.len()).min(room)];
+        line.extend_from_slice(text);
+        let is_whole = end == Some(text.len()) || line.len() == TEXT_BYTES_MAX;
+        let taken = text.len() + usize::from(end == Some(text.len()));
+        reader.consume(taken);
         let text = String::from_utf8_lossy(&line).into_owned();
-        if lines.send(Event::Line(text)).is_err() {
+        let event = if is_whole {
+            line.clear();
+            Event::Line(text)
+        } else {
+            Event::Part(text)
+        };
+        if lines.send(event).is_err() {
             return;
         }
+    }
+    if !line.is_empty() {
+        let text = String::from_utf8_lossy(&line).into_owned();
+        // Whether anybody listens to the rest makes no difference at the end.
+        let _ = lines.send(Event::Line(text));
     }
 }
 
@@ -103,10 +126,11 @@ fn follow(
     events: &Receiver<Event>,
     order: &Order,
     group: u32,
-    print: &dyn Fn(&str),
+    print: &dyn Fn(Printed<'_>),
 ) -> Result<Ended> {
     let watch = Stopwatch::start();
     let limit = Duration::from_secs(order.limit_s);
+    let say = |text: &str| print(Printed::Line(text));
     let mut printed = 0;
     let mut ended = None;
     let mut deadline = limit;
@@ -116,11 +140,18 @@ fn follow(
                 let before = printed;
                 printed += text.len() + 1;
                 if printed <= OUTPUT_BYTES_MAX {
-                    print(&text);
+                    say(&text);
                 } else if before <= OUTPUT_BYTES_MAX {
-                    print(&format!(
+                    say(&format!(
                         "lab: more than {OUTPUT_BYTES_MAX} bytes; the rest is not shown"
                     ));
+                }
+            }
+            // Each is one read of the pipe: what a job prints bit by bit costs its bound early, not a flood of reports.
+            Ok(Event::Part(text)) => {
+                printed += text.len() + 1;
+                if printed <= OUTPUT_BYTES_MAX {
+                    print(Printed::Part(&text));
                 }
             }
             Ok(Event::Ended(status)) => {
@@ -130,7 +161,7 @@ fn follow(
                 deadline = watch.elapsed() + AFTERMATH;
             }
             Err(RecvTimeoutError::Timeout) if ended.is_none() => {
-                print(&format!(
+                say(&format!(
                     "lab: still running after {} s; killed",
                     order.limit_s
                 ));
@@ -177,7 +208,11 @@ mod tests {
 
     fn run_here(order: &Order) -> (Ended, Vec<String>) {
         let lines = RefCell::new(Vec::new());
-        let print = |text: &str| lines.borrow_mut().push(text.to_owned());
+        let print = |printed: Printed<'_>| {
+            if let Printed::Line(text) = printed {
+                lines.borrow_mut().push(text.to_owned());
+            }
+        };
         let ended = run(order, Path::new("/"), &print).expect("a shell runs");
         (ended, lines.into_inner())
     }
@@ -218,6 +253,38 @@ mod tests {
         let (ended, lines) = run_here(&order(60, "sleep 600 & echo started"));
         assert_eq!(ended, Ended::Exited(0));
         assert_eq!(lines, ["started"]);
+    }
+
+    #[test]
+    fn the_beginning_of_a_line_is_told_before_its_end() {
+        let told = RefCell::new(Vec::new());
+        let print = |printed: Printed<'_>| told.borrow_mut().push(format!("{printed:?}"));
+        // The file is made by the test once it has heard the beginning.
+        let script = "printf 'test one ... '; while [ ! -e \"$WORD\" ]; do sleep 0.01; done; echo ok; printf end";
+        let word = std::env::temp_dir().join(format!("rdma-lab-part-{}", std::process::id()));
+        let mut order = order(30, script);
+        order.env = vec![("WORD".to_owned(), word.display().to_string())];
+        let print = |printed: Printed<'_>| {
+            print(printed);
+            if printed == Printed::Part("test one ... ") {
+                std::fs::write(&word, b"").expect("writable");
+            }
+        };
+        let ended = run(&order, Path::new("/"), &print).expect("a shell runs");
+        std::fs::remove_file(&word).expect("it was made");
+        assert_eq!(ended, Ended::Exited(0));
+        let told = told.into_inner();
+        assert_eq!(told[0], r#"Part("test one ... ")"#);
+        let lines: Vec<_> = told.iter().filter(|text| text.starts_with("Line")).collect();
+        assert_eq!(lines, [r#"Line("test one ... ok")"#, r#"Line("end")"#]);
+    }
+
+    #[test]
+    fn a_line_longer_than_a_report_comes_in_pieces() {
+        let script = format!("head -c {} /dev/zero | tr '\\0' 'x'; echo", 2 * TEXT_BYTES_MAX + 5);
+        let (_, lines) = run_here(&order(60, &script));
+        let lens: Vec<usize> = lines.iter().map(String::len).collect();
+        assert_eq!(lens, [TEXT_BYTES_MAX, TEXT_BYTES_MAX, 5]);
     }
 
     #[test]
