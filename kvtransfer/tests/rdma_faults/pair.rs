@@ -153,21 +153,6 @@ pub(crate) fn restore(program: &str, words: &[&str]) {
     }
 }
 
-/// Descriptors of the device that this process has open.
-pub(crate) fn opened(device: &str) -> usize {
-    let nodes = std::fs::read_dir("/sys/class/infiniband_verbs").expect("the kernel's list");
-    let node = nodes.flatten().find(|node| {
-        std::fs::read_to_string(node.path().join("ibdev")).is_ok_and(|name| name.trim() == device)
-    });
-    let node = node.expect("the device is there").file_name();
-    let path = std::path::Path::new("/dev/infiniband").join(node);
-    let all = std::fs::read_dir("/proc/self/fd").expect("our descriptors");
-    let names = all
-        .flatten()
-        .filter_map(|entry| std::fs::read_link(entry.path()).ok());
-    names.filter(|name| *name == path).count()
-}
-
 /// Whether a device's port carries traffic.
 pub(crate) fn is_active(device: &str) -> bool {
     let state = format!("/sys/class/infiniband/{device}/ports/1/state");

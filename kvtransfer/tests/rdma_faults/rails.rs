@@ -1,15 +1,13 @@
 //! A rail that goes away in the middle of a transfer: another one takes over; without another the room fails by its
 //! deadline and says why; and when the rail comes back it is used again.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use kvtransfer::{clock, engine::Engine, error::TransferError};
 
 use super::{
     child::Path as Wire,
-    pair::{
-        Pair, arrived, config, is_active, lanes, opened, pages, queue_pairs, restore, run, until,
-    },
+    pair::{Pair, arrived, config, is_active, lanes, pages, queue_pairs, restore, run, until},
     rig::{self, WATCHDOG},
 };
 
@@ -67,6 +65,21 @@ impl Drop for Gone {
             }
         }
     }
+}
+
+/// Descriptors of the device that this process has open.
+fn opened(device: &str) -> usize {
+    let nodes = std::fs::read_dir("/sys/class/infiniband_verbs").expect("the kernel's list");
+    let node = nodes.flatten().find(|node| {
+        std::fs::read_to_string(node.path().join("ibdev")).is_ok_and(|name| name.trim() == device)
+    });
+    let node = node.expect("the device is there").file_name();
+    let path = Path::new("/dev/infiniband").join(node);
+    let all = std::fs::read_dir("/proc/self/fd").expect("our descriptors");
+    let names = all
+        .flatten()
+        .filter_map(|entry| std::fs::read_link(entry.path()).ok());
+    names.filter(|name| *name == path).count()
 }
 
 /// A Soft-RoCE device of the test's own. The lab's two share a wire, so they cannot fail one by one.
