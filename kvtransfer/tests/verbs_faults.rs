@@ -11,5 +11,7 @@ mod queues;
 mod relay;
 #[path = "verbs_faults/rig.rs"]
 mod rig;
+#[path = "verbs_faults/standard.rs"]
+mod standard;
 #[path = "verbs_faults/traffic.rs"]
 mod traffic;

@@ -77,14 +77,11 @@ pub(super) fn open(
     deadline: Time,
     path_reason: &str,
 ) -> Result<(), String> {
-    let rail = hub
-        .rails
-        .get(track.rail)
-        .ok_or("a rail that is not there")?;
+    let rail = hub.rails.get(track.rail)?;
     let offers = &link.agreement.rails;
     let offer = offers.get(usize::from(track.peer_rail));
     let offer = offer.ok_or("a rail that the peer did not offer")?;
-    let mut prepared = prepare(rail, offer)?;
+    let mut prepared = prepare(&rail, offer)?;
     let left = deadline.since(clock::now());
     let stream = TcpStream::connect_timeout(&address, left.max(MINIMUM));
     let stream = stream.map_err(|error| format!("the connection beside it: {error}"))?;
@@ -182,22 +179,19 @@ pub(super) fn accept(
     open: &QpOpen,
 ) -> Result<(), String> {
     let deadline = clock::now() + hub.config.handshake_timeout;
-    let rail = hub
-        .rails
-        .get(open.peer_rail)
-        .ok_or("a rail that this engine did not offer")?;
+    let rail = hub.rails.get(open.peer_rail)?;
     let offer = link.agreement.rails.get(usize::from(open.rail));
     let offer = offer.ok_or("a rail that is not in the hello")?;
     let mut say = |message: &Control| talk.say(message, None).map_err(|error| error.to_string());
     let prepared = match &open.terms.end {
         QpEnd::Compat(end) => {
-            let mut prepared = prepare(rail, offer)?;
+            let mut prepared = prepare(&rail, offer)?;
             prepared.connect(end)?;
             say(&Control::QpReady(prepared.terms()))?;
             prepared
         }
         QpEnd::Standard { .. } => {
-            let listening = Listening::start(rail)?;
+            let listening = Listening::start(&rail)?;
             say(&Control::QpReady(listening.terms()))?;
             listening.accept(deadline)?
         }

@@ -55,12 +55,13 @@ use crate::{
 /// The port that is used of a device; eRDMA devices have one, and others name their ports as devices of their own.
 const PORT: u8 = 1;
 
+/// What is said of a device that does not come back.
+const LOST: &str = "the device failed or was removed";
+
 /// One RDMA device with the engine's memory registered.
 pub(crate) struct Rail {
     /// The device's name.
     pub(crate) name: String,
-    /// Its index in the hello.
-    pub(crate) number: u8,
     pub(crate) connector: Connector,
     pub(super) settings: RdmaConfig,
     context: Arc<Context>,
@@ -81,6 +82,8 @@ pub(crate) struct Rail {
     waker: mio::Waker,
     is_asleep: AtomicBool,
     is_stopped: AtomicBool,
+    /// The device failed or was removed: it is let go once its last queue pair is gone. Set while `core` is locked.
+    is_lost: AtomicBool,
     /// The thread has ended: nobody takes requests any more. Set while `requests` is locked.
     is_over: AtomicBool,
     /// Threads that have taken the place of the rail's own: none or one.
@@ -125,6 +128,11 @@ impl Rail {
         })
     }
 
+    /// Why there is nothing to be had of it any more.
+    fn lost(&self) -> String {
+        format!("{}: {LOST}", self.name)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Core> {
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -134,28 +142,59 @@ impl Rail {
     }
 }
 
+/// Holds a rail until its device is lost; the rail's thread empties it then.
+type Slot = Mutex<Option<Arc<Rail>>>;
+
 /// The rails of an engine, and why there are none, if so.
 pub(crate) struct Rails {
-    rails: Vec<Arc<Rail>>,
+    /// What the hello says of each: a peer names them by their numbers, so a lost one keeps its own.
+    offers: Vec<RailOffer>,
+    slots: Vec<Arc<Slot>>,
     refusal: String,
 }
 
 impl Rails {
+    /// Of devices that are all open: from here on each has a thread.
+    fn new(rails: Vec<(Arc<Rail>, mio::Poll)>) -> Result<Self, String> {
+        let offers = rails.iter().map(|(rail, _)| rail.offer()).collect();
+        let slots = rails.into_iter().map(|(rail, poll)| rail.start(poll));
+        Ok(Self {
+            offers,
+            slots: slots.collect::<Result<_, _>>()?,
+            refusal: String::new(),
+        })
+    }
+
     /// None, for the reason given.
     pub(crate) fn none(refusal: String) -> Self {
         Self {
-            rails: Vec::new(),
+            offers: Vec::new(),
+            slots: Vec::new(),
             refusal,
         }
     }
 
     /// What the hello says of them.
     pub(crate) fn offers(&self) -> Vec<RailOffer> {
-        self.rails.iter().map(|rail| rail.offer()).collect()
+        self.offers.clone()
     }
 
-    pub(crate) fn get(&self, number: u8) -> Option<&Arc<Rail>> {
-        self.rails.get(usize::from(number))
+    /// The rail of that number.
+    ///
+    /// # Errors
+    /// A sentence that says why there is none.
+    pub(crate) fn get(&self, number: u8) -> Result<Arc<Rail>, String> {
+        let index = usize::from(number);
+        let (Some(slot), Some(offer)) = (self.slots.get(index), self.offers.get(index)) else {
+            return Err("a rail that this engine did not offer".into());
+        };
+        let rail = slot.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        rail.ok_or_else(|| format!("{}: {LOST}", offer.name))
+    }
+
+    fn alive(&self) -> impl Iterator<Item = Arc<Rail>> {
+        let slots = self.slots.iter();
+        slots.filter_map(|slot| slot.lock().unwrap_or_else(PoisonError::into_inner).clone())
     }
 
     /// Which of our rails goes with which of a peer's: those of the same connector, in order, the shorter list's ones used
@@ -164,7 +203,7 @@ impl Rails {
     /// # Errors
     /// A sentence that says why there is no pair.
     pub(crate) fn pairs(&self, offers: &[RailOffer]) -> Result<Vec<(u8, u8)>, String> {
-        if self.rails.is_empty() {
+        if self.offers.is_empty() {
             return Err(self.refusal.clone());
         }
         if offers.is_empty() {
@@ -172,8 +211,10 @@ impl Rails {
         }
         let mut pairs = Vec::new();
         for connector in [Connector::Compat, Connector::Standard] {
-            let ours = self.rails.iter().filter(|rail| rail.connector == connector);
-            let ours: Vec<u8> = ours.map(|rail| rail.number).collect();
+            let ours = (0_u8..)
+                .zip(&self.offers)
+                .filter(|(_, offer)| offer.connector == connector);
+            let ours: Vec<u8> = ours.map(|(number, _)| number).collect();
             let theirs = (0_u8..)
                 .zip(offers)
                 .filter(|(_, offer)| offer.connector == connector);
@@ -185,7 +226,7 @@ impl Rails {
             }
         }
         if pairs.is_empty() {
-            let (ours, theirs) = (self.rails[0].connector.name(), offers[0].connector.name());
+            let (ours, theirs) = (self.offers[0].connector.name(), offers[0].connector.name());
             return Err(format!(
                 "RDMA devices connect in {ours} mode here and in {theirs} mode at the peer; put both in one mode"
             ));
@@ -195,13 +236,13 @@ impl Rails {
 
     /// What each has asked of its device.
     pub(crate) fn counts(&self) -> Vec<RailCounts> {
-        let rails = self.rails.iter();
+        let rails = self.alive();
         rails.map(|rail| rail.counters.counts(&rail.name)).collect()
     }
 
     /// Ends their threads, once their queue pairs are gone.
     pub(crate) fn stop(&self) {
-        for rail in &self.rails {
+        for rail in self.alive() {
             rail.stop();
         }
     }

@@ -3,14 +3,14 @@
 use std::time::Duration;
 
 use kvtransfer::testing::{
-    conformance::{SOON, wait_for},
-    fake_verbs::Mode,
+    conformance::{FakeNetwork, SOON, wait_for},
+    fake_verbs::{Behaviour, Mode},
 };
 
 use super::{
     queues::no_path,
     rig::{
-        bulk_deal, bulk_rig, compat, devices, gone, opened, push, run_with_fault, settled,
+        Rig, bulk_deal, bulk_rig, compat, devices, gone, opened, push, run_with_fault, settled,
         succeeded,
     },
 };
@@ -18,38 +18,84 @@ use super::{
 /// Steps of virtual time after which a request without an answer has failed.
 const RETRIES: u64 = 24;
 
+/// Waits until an engine that goes on holds nothing of a device any more, which is what its removal waits for.
+fn let_go(rig: &Rig, device: usize) {
+    let fabric = devices(rig);
+    wait_for("the last object of a lost device to go", || {
+        (fabric.objects(device) == 0).then_some(())
+    });
+}
+
+/// Devices that differ in how they connect, flush and fail.
+fn kinds() -> [Behaviour; 3] {
+    [
+        Behaviour::erdma_compat(),
+        Behaviour::erdma_standard(),
+        Behaviour::roce(),
+    ]
+}
+
 #[test]
 fn a_device_that_is_removed_in_flight_leaves_its_pages_to_the_other() {
-    // The sender's and the receiver's first device.
-    for removed in [0, 2] {
-        let mut rig = bulk_rig(compat(2));
-        settled(&rig);
-        run_with_fault(&mut rig, &bulk_deal(1), |rig| {
-            devices(rig).remove_device(removed);
-        });
-        for number in 2..5 {
-            rig.run(&bulk_deal(number));
+    for behaviour in kinds() {
+        // The sender's and the receiver's first device.
+        for removed in [0, 2] {
+            let mut rig = bulk_rig(FakeNetwork::new(&behaviour, 2, 2));
+            settled(&rig);
+            run_with_fault(&mut rig, &bulk_deal(1), |rig| {
+                devices(rig).remove_device(removed);
+            });
+            let_go(&rig, removed);
+            for number in 2..5 {
+                rig.run(&bulk_deal(number));
+            }
         }
     }
 }
 
 #[test]
 fn a_device_that_is_removed_without_another_is_named_at_the_deadline() {
-    let mut rig = bulk_rig(compat(1));
-    settled(&rig);
-    let deal = bulk_deal(1);
-    let (send, receive) = opened(&mut rig, &deal, Duration::from_millis(300));
-    let fabric = devices(&rig);
-    fabric.set_mode(Mode::Manual);
-    push(&mut rig, &deal, &send);
-    fabric.remove_device(0);
-    let reason = no_path(send.wait(SOON));
-    // Polling may meet the removal before its event is read.
-    let names_it = reason.contains("DEVICE_FATAL") || reason.contains("ibv_poll_cq");
-    assert!(names_it, "{reason}");
-    let told = receive.wait(SOON).expect("it ends in time");
-    assert!(told.is_err(), "nothing could have arrived");
-    fabric.set_mode(Mode::Auto);
+    for behaviour in kinds() {
+        let mut rig = bulk_rig(FakeNetwork::new(&behaviour, 2, 1));
+        settled(&rig);
+        let deal = bulk_deal(1);
+        let (send, receive) = opened(&mut rig, &deal, Duration::from_millis(300));
+        let fabric = devices(&rig);
+        fabric.set_mode(Mode::Manual);
+        push(&mut rig, &deal, &send);
+        fabric.remove_device(0);
+        let reason = no_path(send.wait(SOON));
+        let device = &rig.fabric.network().fake.device_names()[0];
+        assert!(reason.contains(device.as_str()), "{device}: {reason}");
+        // Polling, or rdma_cm, may meet the removal before its event is read.
+        let words = ["DEVICE_FATAL", "ibv_poll_cq", "rdma_cm", "or was removed"];
+        assert!(words.iter().any(|word| reason.contains(word)), "{reason}");
+        let told = receive.wait(SOON).expect("it ends in time");
+        assert!(told.is_err(), "nothing could have arrived");
+        fabric.set_mode(Mode::Auto);
+        let_go(&rig, 0);
+    }
+}
+
+/// A device that goes while its queue pairs are being made: whoever makes one is refused, and holds nothing afterwards.
+#[test]
+fn a_device_that_is_removed_under_a_rebuild_is_let_go() {
+    for behaviour in kinds() {
+        for (removed, waits) in [(0, false), (0, true), (2, false), (2, true)] {
+            let mut rig = bulk_rig(FakeNetwork::new(&behaviour, 2, 2));
+            let queues = settled(&rig);
+            run_with_fault(&mut rig, &bulk_deal(1), |rig| {
+                let fabric = devices(rig);
+                queues.iter().for_each(|queue| fabric.kill(*queue));
+                if waits {
+                    gone(rig, queues[0]);
+                }
+                fabric.remove_device(removed);
+            });
+            let_go(&rig, removed);
+            rig.run(&bulk_deal(2));
+        }
+    }
 }
 
 #[test]

@@ -36,7 +36,8 @@ impl LaneIo {
         let mut completions = [Completion::default(); POLL_MAX];
         let mut has_any = false;
         while let Some(wires) = &self.wires {
-            let found = wires.cq.poll(&mut completions).map_err(|e| e.to_string())?;
+            let found = wires.cq.poll(&mut completions);
+            let found = found.map_err(|error| format!("{}: {error}", self.handle.rail.name))?;
             has_any |= found > 0;
             let is_receive = |completion: &&Completion| completion.wr_id & RECEIVE != 0;
             let received = completions[..found].iter().filter(is_receive).count();

@@ -4,13 +4,13 @@
 use std::{
     net::Ipv4Addr,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
 };
 
 use super::{
-    PORT, Rail, Rails,
+    PORT, Rail, Rails, Slot,
     address::{interface_of, ipv4_of},
     counters::Counters,
     prepare::RECEIVES,
@@ -77,15 +77,11 @@ impl Rails {
             }
             Err(refused) => return Err(refused),
         };
-        let rails = (0..).zip(chosen.into_iter().take(RAILS_MAX));
-        let rails = rails.map(|(number, chosen)| {
-            Rail::open(config, library, number, &chosen, &candidates, memory)
+        let rails = chosen.into_iter().take(RAILS_MAX).map(|chosen| {
+            Rail::open(config, library, &chosen, &candidates, memory)
                 .map_err(|error| format!("{}: {error}", chosen.name))
         });
-        Ok(Self {
-            rails: rails.collect::<Result<_, _>>()?,
-            refusal: String::new(),
-        })
+        Self::new(rails.collect::<Result<_, _>>()?)
     }
 }
 
@@ -112,11 +108,10 @@ impl Rail {
     fn open(
         config: &RdmaConfig,
         library: &Arc<Library>,
-        number: u8,
         chosen: &Chosen,
         candidates: &[Candidate],
         memory: &[Arc<Region>],
-    ) -> Result<Arc<Self>, String> {
+    ) -> Result<(Arc<Self>, mio::Poll), String> {
         let words = |error: VerbsError| error.to_string();
         let candidate = candidates.iter().find(|known| known.name == chosen.name);
         let candidate = candidate.ok_or("it has gone")?;
@@ -150,7 +145,6 @@ impl Rail {
         }
         let rail = Arc::new(Self {
             name: chosen.name.clone(),
-            number,
             connector,
             settings: config.clone(),
             pd,
@@ -167,24 +161,36 @@ impl Rail {
             waker,
             is_asleep: AtomicBool::new(false),
             is_stopped: AtomicBool::new(false),
+            is_lost: AtomicBool::new(false),
             is_over: AtomicBool::new(false),
             drivers: AtomicU32::new(0),
             counters: Counters::default(),
             core: Mutex::new(Core::default()),
             context,
         });
-        let worker = Arc::clone(&rail);
-        let name = format!("kvt-rail-{}", rail.name);
-        let started = std::thread::Builder::new()
-            .name(name)
-            .spawn(move || worker.run(poll));
-        started.map_err(|error| format!("no thread for the rail: {error}"))?;
         tracing::info!(
             rail = rail.name, connector = connector.name(), address = %rail.address,
             sge = rail.capabilities.send_sge.value, inline = rail.capabilities.inline_bytes.value,
             imm = rail.capabilities.immediate.value, "rail opened"
         );
-        Ok(rail)
+        Ok((rail, poll))
+    }
+
+    /// Starts its thread. When that ends because the device is lost, it empties the slot: with its last user the rail's
+    /// memory is deregistered and its device closed, which whoever takes the device away waits for.
+    pub(super) fn start(self: Arc<Self>, poll: mio::Poll) -> Result<Arc<Slot>, String> {
+        let name = format!("kvt-rail-{}", self.name);
+        let slot = Arc::new(Slot::new(Some(Arc::clone(&self))));
+        let ours = Arc::clone(&slot);
+        let run = move || {
+            self.run(poll);
+            if self.is_lost.load(Ordering::SeqCst) {
+                *ours.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            }
+        };
+        let started = std::thread::Builder::new().name(name).spawn(run);
+        started.map_err(|error| format!("no thread for the rail: {error}"))?;
+        Ok(slot)
     }
 
     pub(super) fn stop(&self) {

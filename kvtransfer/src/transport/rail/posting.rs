@@ -53,7 +53,7 @@ impl PostDriver {
         let region = Arc::new(Region::mmap(bytes).map_err(|error| error.to_string())?);
         let (base, len) = (region.base_address(), region.len() as u64);
         let rails = Rails::open(&config, &library, &[region])?;
-        let rail = Arc::clone(rails.get(0).ok_or("a rail was opened")?);
+        let rail = rails.get(0)?;
         let mut prepared = Prepared::compat(&rail)?;
         prepared.connect_to_itself()?;
         let offer = rail.offer();

@@ -3,7 +3,10 @@
 use std::{
     collections::VecDeque,
     os::fd::OwnedFd,
-    sync::{Arc, atomic::AtomicBool},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use super::{
@@ -90,9 +93,16 @@ impl Prepared {
         let psn = crate::engine::hub::random().map_err(|error| error.to_string())?;
         let sends = u16::try_from(rail.send_queue).unwrap_or(u16::MAX);
         let buffers = Buffers::new(&rail.pd, RECEIVES, sends).map_err(|e| e.to_string())?;
+        let mut core = rail.lock();
+        // Under the lock: the rail's thread ends when nothing is reserved, and then nobody takes a queue pair.
+        if rail.is_lost.load(Ordering::SeqCst) {
+            return Err(rail.lost());
+        }
+        let key = core.reserve();
+        drop(core);
         Ok(Self {
             rail: Arc::clone(rail),
-            key: rail.lock().reserve(),
+            key,
             slots: buffers.slots(),
             buffers: Some(buffers),
             wires: None,

@@ -102,6 +102,12 @@ impl Core {
         }
     }
 
+    /// Whether a queue pair is on its way here.
+    fn awaits_lane(&self) -> bool {
+        let is_reserved = |place: &Place| place.lane.is_none() && place.life % 2 == 1;
+        self.places.iter().any(is_reserved)
+    }
+
     fn next_timeout(&mut self, rail: &Rail) -> Time {
         let heartbeat = rail.settings.heartbeat;
         let next = self.lanes().map(|lane| lane.next_timeout(heartbeat));
@@ -173,7 +179,7 @@ impl Core {
 }
 
 impl Rail {
-    /// Runs until the rail is stopped and its last queue pair is gone.
+    /// Runs until the rail is stopped or its device lost, and its last queue pair is gone.
     pub(super) fn run(self: &Arc<Self>, mut poll: Poll) {
         let mut events = Events::with_capacity(256);
         let event_fd = self.context.async_fd().as_raw_fd();
@@ -187,7 +193,9 @@ impl Rail {
         loop {
             let mut core = self.lock();
             self.apply(&mut core, &poll);
-            if self.is_stopped.load(Ordering::SeqCst) && core.lanes().next().is_none() {
+            let is_lost = self.is_lost.load(Ordering::SeqCst) && !core.awaits_lane();
+            let is_ending = is_lost || self.is_stopped.load(Ordering::SeqCst);
+            if is_ending && core.lanes().next().is_none() {
                 let requests = self.lock_requests();
                 if requests.is_empty() {
                     self.is_over.store(true, Ordering::SeqCst);
@@ -306,6 +314,9 @@ impl Rail {
                 lane.is_armed = false;
                 lane.drain(now, self.settings.drain, reason.clone());
             }
+            if events::loses_device(event.kind) {
+                self.is_lost.store(true, Ordering::SeqCst);
+            }
         }
     }
 
@@ -318,7 +329,12 @@ impl Rail {
         let (now, drain) = (clock::now(), self.settings.drain);
         for request in requests {
             match request {
-                Request::Adopt(lane) => adopt(core, poll, lane),
+                Request::Adopt(mut lane) => {
+                    if self.is_lost.load(Ordering::SeqCst) {
+                        lane.drain(now, drain, self.lost());
+                    }
+                    adopt(core, poll, lane);
+                }
                 Request::Kick(key) => {
                     if let Some(lane) = core.find(key) {
                         lane.is_armed = false;

@@ -34,3 +34,8 @@ pub(crate) const fn kills_queue_pair(kind: u32) -> bool {
 pub(crate) const fn kills_device(kind: u32) -> bool {
     matches!(kind, sys::IBV_EVENT_DEVICE_FATAL | sys::IBV_EVENT_PORT_ERR)
 }
+
+/// Whether the device itself is lost: nothing of it works again, and whoever takes it away waits for its last user.
+pub(crate) const fn loses_device(kind: u32) -> bool {
+    kind == sys::IBV_EVENT_DEVICE_FATAL
+}
