@@ -22,6 +22,7 @@ use anyhow::Context as _;
 use clap::{Parser, ValueEnum as _};
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::model::ModelShape;
 use crate::plane::{RdmaConnector, TransferPath};
 use cluster::Cluster;
 
@@ -37,6 +38,7 @@ Examples:
   cargo demo -- --keep                    leaves the cluster up and prints curl lines; ends with Ctrl-C
   cargo demo -- --transfer-path tcp       as if prefill and decode were on different hosts
   cargo demo -- --path verbs              over RDMA; without a usable device it says what is missing
+  cargo demo -- --quick                   the same requests, shorter, of a smaller model
   cargo demo -- --prefill-tp 4,1 --decode-tp 2
                                           heads are cut and joined between ranks on the way
 
@@ -59,6 +61,9 @@ pub struct Arguments {
     /// Ranks of the decode worker [default: 1].
     #[arg(long, value_name = "RANKS")]
     pub decode_tp: Option<u32>,
+    /// Ask the same kinds of requests of a smaller model and more briefly: for an emulator, which computes slowly.
+    #[arg(long)]
+    pub quick: bool,
     /// How KV travels between the workers.
     #[arg(long, visible_alias = "path", value_enum, default_value_t)]
     pub transfer_path: TransferPath,
@@ -97,6 +102,25 @@ impl Arguments {
             // One of each, so that the usual run joins heads of two ranks and moves whole pages too.
             (None, _, None) => [2, 1],
         }
+    }
+
+    /// The flags of every worker that say which model it has.
+    fn model_flags(&self) -> Vec<String> {
+        if !self.quick {
+            return Vec::new();
+        }
+        let shape = ModelShape::small();
+        let flags = [
+            ("--layers", shape.layers),
+            ("--hidden-size", shape.hidden),
+            ("--q-heads", shape.q_heads),
+            ("--kv-heads", shape.kv_heads),
+            ("--head-dim", shape.head_dim),
+            ("--intermediate-size", shape.ffn),
+            ("--context-length", shape.context),
+        ];
+        let flags = flags.map(|(name, value)| [name.to_owned(), value.to_string()]);
+        flags.into_iter().flatten().collect()
     }
 
     /// The flags of a worker that say how KV travels.
@@ -202,7 +226,7 @@ async fn checked_run(arguments: &Arguments) -> anyhow::Result<Ending> {
     let mut cluster = Cluster::plan(arguments)?;
     let working = async {
         cluster.start().await?;
-        let rows = requests::ask_all(&cluster).await;
+        let rows = requests::ask_all(&cluster, arguments.quick).await;
         cluster.check_alive()?;
         table::print(&rows?);
         anyhow::Ok(())
@@ -275,6 +299,17 @@ mod tests {
         let told = flags(&all);
         assert_eq!(told[1..], all[1..]);
         assert_eq!(told[0], "--transfer-path");
+    }
+
+    #[test]
+    fn quick_workers_are_told_of_the_small_model() {
+        let flags =
+            |flags: &[&str]| Arguments::parse_from([&["demo"], flags].concat()).model_flags();
+        assert!(flags(&[]).is_empty());
+        let quick = [vec!["kvworker".to_owned()], flags(&["--quick"])].concat();
+        let settings = crate::settings::Settings::parse_from(quick);
+        assert_eq!(settings.model(), ModelShape::small());
+        settings.check().expect("a model");
     }
 
     #[test]

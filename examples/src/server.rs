@@ -15,7 +15,8 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::routing::{get, post};
-use tokio::net::TcpListener;
+use axum::serve::{Listener, ListenerExt as _};
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::clock::unix_seconds;
 use crate::plane::Watch;
@@ -146,7 +147,8 @@ impl Server {
             // Nobody listens only if serving has ended by itself.
             let _ended = told.send(());
         };
-        let served = axum::serve(listener, routes(app.clone())).with_graceful_shutdown(stopping);
+        let served =
+            axum::serve(prompt(listener), routes(app.clone())).with_graceful_shutdown(stopping);
         let patience = async {
             if (&mut overdue).await.is_err() {
                 std::future::pending::<()>().await;
@@ -161,6 +163,16 @@ impl Server {
         drop(app);
         result
     }
+}
+
+/// Sends what is written at once. Otherwise the first token waits for the acknowledgement of the answer's head, which
+/// the other side delays by 40 ms.
+fn prompt(listener: TcpListener) -> impl Listener<Io = TcpStream, Addr = SocketAddr> {
+    listener.tap_io(|stream| {
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "a client was gone before it was served");
+        }
+    })
 }
 
 fn routes(app: Arc<App>) -> Router {

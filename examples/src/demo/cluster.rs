@@ -52,8 +52,13 @@ impl Cluster {
         let second_registry = ports.take_next("second bootstrap registry", first_registry)?;
         let mut worker_port =
             |purpose, place: u16| ports.take(purpose, arguments.worker_port.saturating_add(place));
-        let path = arguments.path_flags();
-        let path: Vec<&str> = path.iter().map(String::as_str).collect();
+        let (model, path) = (arguments.model_flags(), arguments.path_flags());
+        let model: Vec<&str> = model.iter().map(String::as_str).collect();
+        let all: Vec<&str> = model
+            .iter()
+            .copied()
+            .chain(path.iter().map(String::as_str))
+            .collect();
         let mut prefill = |name: &'static str, place, registry: u16, tp: u32| {
             let port = worker_port(name, place)?;
             let registry = registry.to_string();
@@ -63,21 +68,21 @@ impl Cluster {
                 "--disaggregation-bootstrap-port",
                 &registry,
             ];
-            anyhow::Ok(worker(name, port, tp, &[&flags[..], &path].concat()))
+            anyhow::Ok(worker(name, port, tp, &[&flags[..], &all].concat()))
         };
         let [first_tp, second_tp] = arguments.prefill_ranks();
         let prefills = [
             prefill("prefill-1", 0, first_registry, first_tp)?,
             prefill("prefill-2", 1, second_registry, second_tp)?,
         ];
-        let flags = [&["--disaggregation-mode", "decode"], &path[..]].concat();
+        let flags = [&["--disaggregation-mode", "decode"], &all[..]].concat();
         let decode = worker(
             "decode",
             worker_port("decode", 2)?,
             arguments.decode_ranks(),
             &flags,
         );
-        let single = worker("single", worker_port("single", 3)?, 1, &[]);
+        let single = worker("single", worker_port("single", 3)?, 1, &model);
         let registries = [first_registry, second_registry];
         let router = router(router_port, &prefills, registries, &decode);
         say(format_args!(

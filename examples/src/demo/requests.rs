@@ -19,8 +19,42 @@ const CHAT: &str = "/v1/chat/completions";
 /// Requests sent at once.
 const BURST: usize = 6;
 
-/// Lines of the long prompt: some 600 tokens, 40 pages of the cache and 10 steps of chunked prefill.
-const LONG_PROMPT_LINES: usize = 12;
+/// A kind of request that takes so long is reported at once: a slow machine must not look like a stuck one.
+const SLOW: Duration = Duration::from_secs(2);
+
+/// How much is asked.
+struct Sizes {
+    /// Tokens of the first answer.
+    hello_tokens: u32,
+    /// Lines of the long prompt; a line has some 50 tokens.
+    long_lines: usize,
+    /// Lines that the longer prompt has besides.
+    more_lines: usize,
+    /// Tokens of the answers to both.
+    long_tokens: u32,
+    /// Tokens of each answer of a burst.
+    burst_tokens: u32,
+}
+
+impl Sizes {
+    /// The long prompt has some 600 tokens: 40 pages of the cache and 10 steps of chunked prefill.
+    const USUAL: Self = Self {
+        hello_tokens: 50,
+        long_lines: 12,
+        more_lines: 3,
+        long_tokens: 32,
+        burst_tokens: 24,
+    };
+
+    /// The long prompt still has some 250 tokens: 16 pages and 4 steps.
+    const QUICK: Self = Self {
+        hello_tokens: 16,
+        long_lines: 5,
+        more_lines: 2,
+        long_tokens: 8,
+        burst_tokens: 8,
+    };
+}
 
 /// What is compared. Cached token counts are left out: the single worker has one cache, the cluster three.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -33,19 +67,21 @@ struct Answer {
 }
 
 /// Asks everything. A row per kind of request.
-pub(super) async fn ask_all(cluster: &Cluster) -> anyhow::Result<Vec<Row>> {
+pub(super) async fn ask_all(cluster: &Cluster, quick: bool) -> anyhow::Result<Vec<Row>> {
+    let sizes = if quick { Sizes::QUICK } else { Sizes::USUAL };
     let mut asker = Asker {
         cluster,
         last_serial: 0,
+        begun: Instant::now(),
         registries: BTreeSet::new(),
     };
-    let hello = chat("Hello, this is a test", 50);
+    let hello = chat("Hello, this is a test", sizes.hello_tokens);
     say(format_args!(
         "\n> Hello, this is a test  (the answer, as it streams; random weights, so no sense)"
     ));
     let mut rows = vec![asker.streamed("hello, streamed", &hello, true).await?];
     rows.push(asker.whole("hello, in one piece", &hello).await?);
-    let long = chat(&long_text(LONG_PROMPT_LINES), 32);
+    let long = chat(&long_text(sizes.long_lines), sizes.long_tokens);
     rows.push(
         asker
             .streamed("long prompt, in chunks", &long, false)
@@ -56,13 +92,16 @@ pub(super) async fn ask_all(cluster: &Cluster) -> anyhow::Result<Vec<Row>> {
             .streamed("the same, cached by decode", &long, false)
             .await?,
     );
-    let longer = chat(&long_text(LONG_PROMPT_LINES + 3), 32);
+    let longer = chat(
+        &long_text(sizes.long_lines + sizes.more_lines),
+        sizes.long_tokens,
+    );
     rows.push(
         asker
             .streamed("a longer one, part cached", &longer, false)
             .await?,
     );
-    rows.push(asker.burst().await?);
+    rows.push(asker.burst(sizes.burst_tokens).await?);
     ensure!(
         asker.registries.len() == cluster.prefills.len(),
         "only {:?} served, but there are {} prefill workers",
@@ -76,6 +115,8 @@ struct Asker<'a> {
     cluster: &'a Cluster,
     /// The decode's last transfer that belongs to a row.
     last_serial: u64,
+    /// When the row in hand began.
+    begun: Instant,
     /// Who has served so far.
     registries: BTreeSet<String>,
 }
@@ -95,10 +136,10 @@ impl Asker<'_> {
         self.row(name, 1, None).await
     }
 
-    async fn burst(&mut self) -> anyhow::Result<Row> {
+    async fn burst(&mut self, tokens: u32) -> anyhow::Result<Row> {
         let name = format!("{BURST} at once, two prefills");
         let bodies: Vec<Value> = (0..BURST)
-            .map(|i| chat(&format!("Request {i}. {}", long_text(1 + i % 3)), 24))
+            .map(|i| chat(&format!("Request {i}. {}", long_text(1 + i % 3)), tokens))
             .collect();
         let asking = bodies
             .iter()
@@ -140,6 +181,14 @@ impl Asker<'_> {
                     .max(peer["handshake_ms"].as_f64().unwrap_or_default());
             }
             row.gb_s = row.gb_s.max(self.rate(registry).await?);
+        }
+        let took = self.begun.elapsed();
+        self.begun = Instant::now();
+        if took >= SLOW {
+            say(format_args!(
+                "{name}: equal, after {:.1} s",
+                took.as_secs_f64()
+            ));
         }
         Ok(row)
     }

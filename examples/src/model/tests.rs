@@ -81,7 +81,13 @@ fn run(
 
 #[test]
 fn logits_are_bit_equal_for_every_tp_chunk_and_page_size() {
-    let model = Model::from_seed(ModelShape::default(), SEED).expect("model");
+    for shape in [ModelShape::default(), ModelShape::small()] {
+        logits_are_bit_equal(shape);
+    }
+}
+
+fn logits_are_bit_equal(shape: ModelShape) {
+    let model = Model::from_seed(shape, SEED).expect("model");
     let prompt = encode("The quick brown fox jumps over the lazy dog. Pack my box with jugs.");
     let reference = run(&model, &prompt, 1, 16, prompt.len(), 12);
     for (tp, page_size, chunk) in [
@@ -134,7 +140,16 @@ fn two_processes_with_one_seed_have_one_model_and_other_seeds_differ() {
 
 #[test]
 fn damage_to_one_page_of_any_layer_changes_what_is_generated() {
-    let model = Model::from_seed(ModelShape::default(), SEED).expect("model");
+    damage_shows(ModelShape::default());
+}
+
+#[test]
+fn so_it_does_in_the_small_model() {
+    damage_shows(ModelShape::small());
+}
+
+fn damage_shows(shape: ModelShape) {
+    let model = Model::from_seed(shape, SEED).expect("model");
     let prompt = encode("Damage must show: forty-eight tokens and a few more here.");
     let (new, page_size) = (24, 16);
     let clean = run(&model, &prompt, 1, page_size, 4096, new);
@@ -177,7 +192,13 @@ fn damage_to_one_page_of_any_layer_changes_what_is_generated() {
 
 #[test]
 fn greedy_text_depends_on_the_prompt_and_does_not_loop() {
-    let model = Model::from_seed(ModelShape::default(), SEED).expect("model");
+    for shape in [ModelShape::default(), ModelShape::small()] {
+        text_depends_on_the_prompt(shape);
+    }
+}
+
+fn text_depends_on_the_prompt(shape: ModelShape) {
+    let model = Model::from_seed(shape, SEED).expect("model");
     let prompts = [
         "Hello, this is a test",
         "Hello, this is a tesu",

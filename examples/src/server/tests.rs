@@ -596,3 +596,13 @@ async fn a_pd_worker_insists_on_its_bootstrap_fields() {
     assert_eq!(first.0, StatusCode::INTERNAL_SERVER_ERROR);
     assert_eq!(first.1["message"], "the KV transfer failed: cable cut");
 }
+
+#[tokio::test]
+async fn tokens_do_not_wait_for_acknowledgements() {
+    let bound = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = bound.local_addr().expect("bound");
+    let mut listener = prompt(bound);
+    let _client = TcpStream::connect(address).await.expect("a connection");
+    let (accepted, _) = listener.accept().await;
+    assert!(accepted.nodelay().expect("an option"));
+}

@@ -33,8 +33,6 @@ pub(crate) struct Job {
 /// The variable by which a test knows that software RDMA devices are there and must be used.
 pub(crate) const LAB_VARIABLE: &str = "KVTRANSFER_RDMA_LAB";
 
-/// A whole cluster computes tokens: minutes under emulation.
-const SLOW: &str = "a cluster under emulation takes many minutes; name it with --only";
 /// They fail on wrong bytes only, which the tests look at too.
 const FIGURES: &str = "figures, from a release build; name it with --only";
 
@@ -126,23 +124,23 @@ pub(crate) const JOBS: [Job; 11] = [
         name: "demo-verbs-rxe",
         about: "a prefill/decode cluster whose KV cache travels over RoCE, connected out of band",
         source: Source::Line(
-            "demo --path verbs --rdma-devices rxe0,rxe1 --rdma-connector compat --any-ports",
+            "demo --quick --path verbs --rdma-devices rxe0,rxe1 --rdma-connector compat --any-ports",
         ),
         binaries: &[("kvtransfer-examples", "demo")],
         released: &[],
-        on_request: Some(SLOW),
-        limit_s: 300,
+        on_request: None,
+        limit_s: 90,
     },
     Job {
         name: "demo-verbs-siw",
         about: "the same over iWARP, connected through the connection manager",
         source: Source::Line(
-            "demo --path verbs --rdma-devices siw0,siw1 --rdma-connector standard --any-ports",
+            "demo --quick --path verbs --rdma-devices siw0,siw1 --rdma-connector standard --any-ports",
         ),
         binaries: &[("kvtransfer-examples", "demo")],
         released: &[],
-        on_request: Some(SLOW),
-        limit_s: 300,
+        on_request: None,
+        limit_s: 90,
     },
     Job {
         name: "kvbench-verbs-rxe",

@@ -239,16 +239,14 @@ impl Caller {
         &self.facts
     }
 
-    /// Says over which devices the RDMA steps go: the first pair of the path that connects by queue pair numbers.
+    /// Says over which devices the RDMA steps go: the first pair of the path.
     pub fn choose(&mut self, path: &PeerPath, rails: &[Rail]) {
         let ours = |name: &String| rails.iter().find(|rail| rail.device == *name);
-        let by_number = path.pairs.iter().find_map(|(local, remote)| {
-            let rail = ours(local).filter(|rail| !rail.mode.needs_cm())?;
-            Some((rail.clone(), remote.clone()))
-        });
-        self.pair = by_number.ok_or_else(|| {
-            "the devices connect with rdma_cm, which the doctor does not try: start two engines instead".to_owned()
-        });
+        let first = path
+            .pairs
+            .iter()
+            .find_map(|(local, remote)| Some((ours(local)?.clone(), remote.clone())));
+        self.pair = first.ok_or_else(|| "no device reaches one of the peer's".to_owned());
     }
 
     /// Performs one step.

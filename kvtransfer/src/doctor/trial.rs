@@ -1,10 +1,11 @@
 //! Tries the RDMA path between two hosts with queue pairs of its own: bytes, latency, bandwidth and faults.
 //!
 //! The engine never sends without a receive at the peer and never with a wrong key, so what a device does then is only
-//! seen here. Both doctors make an [`endpoint`]; the asking one ([`client`]) drives, the serving one ([`server`]) obeys,
+//! seen here. Both doctors make an [`endpoint`], connected by queue pair numbers or through rdma_cm ([`door`]); the asking one ([`client`]) drives, the serving one ([`server`]) obeys,
 //! and [`wire`] is what they say to each other over their TCP connection.
 
 pub(super) mod client;
+mod door;
 mod endpoint;
 pub(super) mod server;
 mod wire;
@@ -28,6 +29,8 @@ pub(super) enum TrialError {
     Nothing(&'static str, u64),
     #[error("a request failed: {0}")]
     Completion(String),
+    #[error("rdma_cm: {0} (status {1})")]
+    Connection(&'static str, i32),
     #[error("the peer says: {0}")]
     Peer(String),
     #[error("byte {0} is not the one that was sent")]

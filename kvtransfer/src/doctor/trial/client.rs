@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use super::TrialError;
+use super::door;
 use super::endpoint::{AREA_BYTES, Endpoint, SENDS};
 use super::wire::{Card, MISLED, Order, Reply, STARVED, TRAFFIC, pattern};
 use crate::clock;
@@ -34,6 +35,9 @@ impl Trial {
         rail: &Rail,
         remote: &str,
     ) -> Result<Self, TrialError> {
+        if rail.mode.needs_cm() {
+            return Self::dial(line, rail, remote);
+        }
         let mut endpoint = Endpoint::open(rail)?;
         let peer = match ask(line, &Order::Open(endpoint.card(remote)))? {
             Reply::Opened(card) => card,
@@ -41,6 +45,24 @@ impl Trial {
         };
         endpoint.connect(&peer)?;
         Ok(Self { endpoint, peer })
+    }
+
+    /// The same through rdma_cm: the peer listens, and takes the connections while we make them.
+    fn dial(line: &mut Line, rail: &Rail, remote: &str) -> Result<Self, TrialError> {
+        let listen = Order::Listen {
+            device: remote.to_owned(),
+        };
+        let endpoint = door::dial(rail, || match ask(line, &listen)? {
+            Reply::Listens(door) => {
+                line.order(&encode(&Order::Admit))?;
+                Ok(door)
+            }
+            other => Err(unexpected(&other)),
+        })?;
+        match decode(&line.reply()?)? {
+            Reply::Opened(peer) => Ok(Self { endpoint, peer }),
+            other => Err(unexpected(&other)),
+        }
     }
 
     /// Performs an RDMA step.

@@ -11,8 +11,10 @@ use super::wire::{Card, End, QUEUE_PAIRS, STARVED};
 use crate::clock;
 use crate::doctor::rails::Rail;
 use crate::transport::verbs::chain::{Chain, Flags, RemotePlace, Sge};
-use crate::transport::verbs::context::Context;
+use crate::transport::verbs::cm::{CmId, EventChannel};
+use crate::transport::verbs::context::{Context, EventTarget};
 use crate::transport::verbs::cq::{Completion, Cq, POLL_MAX};
+use crate::transport::verbs::error::VerbsError;
 use crate::transport::verbs::library::Library;
 use crate::transport::verbs::mr::{Access, Mr};
 use crate::transport::verbs::pd::Pd;
@@ -37,7 +39,11 @@ const RECEIVE: u64 = 1 << 32;
 /// Fields are dropped in order: queue pairs before the registration, that before its memory.
 pub(super) struct Endpoint {
     qps: Vec<Qp>,
+    /// rdma_cm's side of each queue pair, where it connects them.
+    ids: Vec<CmId>,
+    channel: Option<Arc<EventChannel>>,
     mr: Mr,
+    pd: Arc<Pd>,
     memory: Box<[AtomicU8]>,
     cq: Arc<Cq>,
     context: Arc<Context>,
@@ -50,13 +56,35 @@ pub(super) struct Endpoint {
 }
 
 impl Endpoint {
+    /// An end whose queue pairs are connected by what two cards say.
     pub(super) fn open(rail: &Rail) -> Result<Self, TrialError> {
         let Some(gid) = rail.gid.as_ref().filter(|_| rail.is_usable()) else {
             let why = format!("{} cannot be used for queue pair numbers", rail.device);
             return Err(TrialError::Refused(why));
         };
+        let mut endpoint = Self::unconnected(rail, Context::open)?;
+        endpoint.gid = gid.gid.octets();
+        endpoint.path.gid_index = u8::try_from(gid.index)
+            .map_err(|_| TrialError::Refused("its GID's index is over 255".to_owned()))?;
+        for _ in 0..QUEUE_PAIRS {
+            let mut qp = Qp::create(&endpoint.pd, &endpoint.cq, &endpoint.cq, endpoint.caps)?;
+            qp.enter_init(rail.port)?;
+            endpoint.add(qp)?;
+        }
+        Ok(endpoint)
+    }
+
+    /// An end without queue pairs.
+    pub(super) fn unconnected(
+        rail: &Rail,
+        open: impl Fn(&Arc<Library>, &str) -> Result<Arc<Context>, VerbsError>,
+    ) -> Result<Self, TrialError> {
+        if !rail.is_usable() {
+            let why = format!("{} cannot be used", rail.device);
+            return Err(TrialError::Refused(why));
+        }
         let library = Library::open()?;
-        let context = Context::open(&library, &rail.device)?;
+        let context = open(&library, &rail.device)?;
         let port = context.port(rail.port)?;
         let can = capabilities(&context, rail.port)?;
         let caps = QpCaps {
@@ -77,35 +105,63 @@ impl Endpoint {
         let mr = unsafe { Mr::register(&pd, address, bytes as u64, Access::WriteTarget) }?;
         let psn = u32::try_from(clock::now().nanos() & u64::from(PSN_MASK))
             .expect("invariant: masked to 24 bits");
-        let mut endpoint = Self {
+        Ok(Self {
             qps: Vec::with_capacity(QUEUE_PAIRS),
+            ids: Vec::new(),
+            channel: None,
             mr,
+            pd,
             memory,
             cq,
             context,
             path: LocalPath {
                 port: rail.port,
-                gid_index: u8::try_from(gid.index)
-                    .map_err(|_| TrialError::Refused("its GID's index is over 255".to_owned()))?,
+                gid_index: 0,
                 mtu: port.active_mtu,
                 psn,
             },
-            gid: gid.gid.octets(),
+            gid: [0; 16],
             lid: port.lid,
             caps,
             waiting: VecDeque::new(),
-        };
-        for index in 0..QUEUE_PAIRS {
-            let mut qp = Qp::create(&pd, &endpoint.cq, &endpoint.cq, caps)?;
-            qp.enter_init(rail.port)?;
-            endpoint.qps.push(qp);
-            if index != STARVED {
-                for slot in 0..RECEIVES {
-                    endpoint.post_receive(index, slot)?;
-                }
+        })
+    }
+
+    /// Adds the next queue pair and posts its receives.
+    fn add(&mut self, qp: Qp) -> Result<(), TrialError> {
+        let index = self.qps.len();
+        self.qps.push(qp);
+        if index != STARVED {
+            for slot in 0..RECEIVES {
+                self.post_receive(index, slot)?;
             }
         }
-        Ok(endpoint)
+        Ok(())
+    }
+
+    /// Makes the next queue pair on a connection of rdma_cm.
+    pub(super) fn make(&mut self, id: &mut CmId) -> Result<(), TrialError> {
+        let qp = id.create_qp(&self.pd, &self.cq, &self.cq, self.caps)?;
+        self.add(qp)
+    }
+
+    /// Keeps the connection of the queue pair that was made last.
+    pub(super) fn keep(&mut self, id: CmId) {
+        self.ids.push(id);
+    }
+
+    /// Connections so far.
+    pub(super) fn connections(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Listens to what happens to the connections.
+    pub(super) fn listen_to(&mut self, channel: Arc<EventChannel>) {
+        self.channel = Some(channel);
+    }
+
+    pub(super) fn library(&self) -> &Arc<Library> {
+        self.context.library()
     }
 
     /// This side, for a peer that is to use `device`.
@@ -120,7 +176,11 @@ impl Endpoint {
         };
         Card {
             device: device.to_owned(),
-            ends: self.qps.iter().map(end).collect(),
+            ends: if self.ids.is_empty() {
+                self.qps.iter().map(end).collect()
+            } else {
+                Vec::new()
+            },
             mtu: self.path.mtu,
             address: self.address(0),
             rkey: self.mr.rkey(),
@@ -294,8 +354,8 @@ impl Endpoint {
                     return Ok((said.join(", "), Some(clock::now().since(start))));
                 }
             }
-            if let Some(event) = self.context.next_event()? {
-                said.push(format!("asynchronous event {}", event.kind));
+            if let Some(what) = self.happened(qp)? {
+                said.push(what);
                 return Ok((said.join(", "), Some(clock::now().since(start))));
             }
             if clock::now().since(start) >= PATIENCE {
@@ -304,6 +364,27 @@ impl Endpoint {
             }
             std::thread::yield_now();
         }
+    }
+}
+
+impl Endpoint {
+    /// What the device or rdma_cm says of a queue pair, and of no other one.
+    fn happened(&self, qp: usize) -> Result<Option<String>, TrialError> {
+        let number = self.qps[qp].qp_num();
+        while let Some(event) = self.context.next_event()? {
+            if !matches!(event.target, EventTarget::Qp(other) if other != number) {
+                return Ok(Some(format!("asynchronous event {}", event.kind)));
+            }
+        }
+        let (Some(channel), Some(id)) = (&self.channel, self.ids.get(qp)) else {
+            return Ok(None);
+        };
+        while let Some(event) = channel.next_event()? {
+            if event.id == id.key() {
+                return Ok(Some(format!("rdma_cm: {}", event.words())));
+            }
+        }
+        Ok(None)
     }
 }
 

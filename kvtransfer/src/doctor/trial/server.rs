@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::TrialError;
+use super::door::Listener;
 use super::endpoint::{AREA_BYTES, Endpoint};
 use super::wire::{Order, Reply, TRAFFIC, pattern};
 use crate::doctor::rails::Rail;
@@ -12,6 +13,8 @@ const ANSWERS_MAX: usize = 10_000;
 /// What one caller has here.
 #[derive(Default)]
 pub(in crate::doctor) struct Obedient {
+    /// Waits to be connected.
+    listener: Option<Listener>,
     endpoint: Option<Endpoint>,
 }
 
@@ -29,13 +32,23 @@ impl Obedient {
 
     fn carry_out(&mut self, rails: &[Rail], order: Order) -> Result<Reply, TrialError> {
         if let Order::Open(card) = &order {
-            // The old queue pairs go first: a caller never has two sets.
-            self.endpoint = None;
-            let rail = rails.iter().find(|rail| rail.device == card.device);
-            let rail = rail.ok_or_else(|| refused("no such device"))?;
+            let rail = self.begin(rails, &card.device)?;
             let mut endpoint = Endpoint::open(rail)?;
             endpoint.connect(card)?;
             let reply = Reply::Opened(endpoint.card(&card.device));
+            self.endpoint = Some(endpoint);
+            return Ok(reply);
+        }
+        if let Order::Listen { device } = &order {
+            let listener = Listener::start(self.begin(rails, device)?)?;
+            let reply = Reply::Listens(listener.door());
+            self.listener = Some(listener);
+            return Ok(reply);
+        }
+        if let Order::Admit = order {
+            let listener = self.listener.take();
+            let endpoint = listener.ok_or_else(|| refused("nobody listens"))?.admit()?;
+            let reply = Reply::Opened(endpoint.card(""));
             self.endpoint = Some(endpoint);
             return Ok(reply);
         }
@@ -43,7 +56,9 @@ impl Obedient {
             return Err(refused("nothing is open"));
         };
         match order {
-            Order::Open(_) => unreachable!("handled above"),
+            Order::Open(_) | Order::Listen { .. } | Order::Admit => {
+                unreachable!("handled above")
+            }
             Order::Compare { bytes } if bytes <= AREA_BYTES => {
                 endpoint.await_notice(0)?;
                 Ok(match endpoint.difference(bytes, pattern) {
@@ -67,6 +82,15 @@ impl Obedient {
             }
             _ => Err(refused("more than is allowed")),
         }
+    }
+}
+
+impl Obedient {
+    /// The device for a new endpoint. The old queue pairs go first: a caller never has two sets.
+    fn begin<'a>(&mut self, rails: &'a [Rail], device: &str) -> Result<&'a Rail, TrialError> {
+        (self.listener, self.endpoint) = (None, None);
+        let rail = rails.iter().find(|rail| rail.device == device);
+        rail.ok_or_else(|| refused("no such device"))
     }
 }
 
@@ -96,6 +120,9 @@ mod tests {
         );
         let open = br#"{"open":{"device":"x","ends":[],"mtu":5,"address":0,"rkey":0}}"#;
         failed(reply(&mut obedient, open), "no such device");
+        let listen = br#"{"listen":{"device":"x"}}"#;
+        failed(reply(&mut obedient, listen), "no such device");
+        failed(reply(&mut obedient, br#""admit""#), "nobody listens");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::door::Door;
 use crate::transport::verbs::qp::QpAddress;
 
 /// Queue pairs of an endpoint: four for traffic, one without receives, one for a wrong key.
@@ -56,7 +57,7 @@ impl From<&End> for QpAddress {
 pub(super) struct Card {
     /// Name of the device that the *reader* is to use.
     pub(super) device: String,
-    /// [`QUEUE_PAIRS`] ends, in order.
+    /// [`QUEUE_PAIRS`] ends, in order; none where rdma_cm connects them.
     pub(super) ends: Vec<End>,
     /// Path MTU as verbs numbers it.
     pub(super) mtu: u32,
@@ -72,6 +73,13 @@ pub(super) struct Card {
 pub(super) enum Order {
     /// Make an endpoint that answers this one, and say what it is.
     Open(Card),
+    /// Make an endpoint of this device that waits for rdma_cm connections, and say where.
+    Listen {
+        /// The device.
+        device: String,
+    },
+    /// Take the connections, which come now.
+    Admit,
     /// Wait for a SEND on the first queue pair, then compare so many bytes with the pattern.
     Compare {
         /// How many.
@@ -93,6 +101,8 @@ pub(super) enum Order {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Reply {
+    /// Where it waits for connections.
+    Listens(Door),
     /// The endpoint that was made.
     Opened(Card),
     /// Done as asked.
