@@ -162,8 +162,10 @@ impl Face {
             w.text(name);
             connector.write(w);
         }
-        let end = self.refusal.floor_char_boundary(REFUSAL_BYTES_MAX);
-        w.text(&self.refusal[..end]);
+        let most = self.refusal.len().min(REFUSAL_BYTES_MAX);
+        let mut ends = (0..=most).rev();
+        let end = ends.find(|end| self.refusal.is_char_boundary(*end));
+        w.text(&self.refusal[..end.unwrap_or(0)]);
     }
 
     pub(super) fn read(r: &mut Reader<'_>) -> Result<Self, WireError> {
