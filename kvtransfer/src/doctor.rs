@@ -6,6 +6,7 @@
 //! operator can be judged again elsewhere.
 
 pub mod collect;
+pub mod engine;
 pub mod exchange;
 pub mod facts;
 pub mod findings;

@@ -370,7 +370,7 @@ fn snapshot_source(hub: &Arc<hub::Hub>) -> Arc<dyn Fn() -> Snapshot + Send + Syn
 }
 
 /// Reads the host's boot id, which tells one kernel's life from another's.
-fn boot_id() -> io::Result<[u8; 16]> {
+pub(crate) fn boot_id() -> io::Result<[u8; 16]> {
     let text = std::fs::read_to_string(Path::new("/proc/sys/kernel/random/boot_id"))?;
     let mut id = [0; 16];
     let digits: Vec<u32> = text.chars().filter_map(|c| c.to_digit(16)).collect();

@@ -1,10 +1,15 @@
 //! The doctor on real (software) devices: what it sees, and its trial between two of them.
 
+use kvtransfer::config::{EngineConfig, RdmaConfig, RdmaUse};
 use kvtransfer::doctor::collect::{Host, collect};
+use kvtransfer::doctor::engine;
 use kvtransfer::doctor::exchange::{Caller, Served};
 use kvtransfer::doctor::rails::Mode;
 use kvtransfer::doctor::report::{PeerReport, Report};
 use kvtransfer::doctor::steps::{self, Done, Outcome, Step};
+
+#[path = "doctor/engine.rs"]
+mod one;
 
 /// Serves this host's facts to itself and asks for the path from `device`.
 fn asked(device: &str) -> (Report, PeerReport) {
@@ -87,4 +92,33 @@ fn the_trial_moves_bytes_and_meets_faults() {
 fn the_trial_connects_through_rdma_cm() {
     // siw reports neither fault of the peer as a failed request: the connection ends.
     tried("siw1", "siw0", "rdma_cm", "rdma_cm");
+}
+
+#[test]
+#[ignore = "needs RDMA"]
+fn an_engine_is_asked_which_devices_would_meet() {
+    let mut config = EngineConfig::default();
+    config.listen = Some("127.0.0.1:0".parse().expect("an address"));
+    config.rdma = RdmaConfig::default();
+    config.rdma.usage = RdmaUse::Required;
+    config.rdma.devices = "siw0".to_owned();
+    let engine = one::engine(config);
+    let address = engine.local_addr().expect("it listens").to_string();
+    let face = engine::look(&address, "").expect("it answers");
+    let rails = Report::of(collect(&Host::this()), None).rails;
+    let said = |device: &str| {
+        let ours: Vec<_> = rails
+            .iter()
+            .filter(|rail| rail.device == device)
+            .cloned()
+            .collect();
+        engine::judge(&address, &face, &ours).remove(0)
+    };
+    let met = said("siw1");
+    assert!(met.what.ends_with("siw1 to siw0 (standard)"), "{met:?}");
+    let missed = said("rxe1");
+    assert!(
+        missed.why.contains("compat mode here and in standard mode"),
+        "{missed:?}"
+    );
 }

@@ -9,8 +9,10 @@ use anyhow::Context as _;
 use clap::Args;
 use clap::error::ErrorKind;
 use kvtransfer::doctor::collect::{Host, collect};
+use kvtransfer::doctor::engine;
 use kvtransfer::doctor::exchange::{Caller, ExchangeError, Served};
 use kvtransfer::doctor::findings::Finding;
+use kvtransfer::doctor::rails::Rail;
 use kvtransfer::doctor::report::{Report, devices_of, is_device_file};
 use kvtransfer::doctor::steps;
 
@@ -23,6 +25,8 @@ Examples:
   kvtransfer doctor --serve 0.0.0.0:8999      on one node, then on the other:
   kvtransfer doctor --peer node-a:8999
       Which path the two would use, why better ones are refused, and how fast it is.
+  kvtransfer doctor --peer node-a:30100       (the port of a running engine)
+      The same comparison with what that engine uses; nothing is measured.
   kvtransfer doctor --json > report.json
       The same for programs, and for a bug report.
 
@@ -39,9 +43,12 @@ pub(crate) struct Options {
     /// Devices that must be usable: `a`, `a,b`, a JSON map per GPU, or a path to a file with one
     #[arg(long, value_name = "FILTER")]
     device: Option<String>,
-    /// Another node's doctor: compare both hosts and measure the path
+    /// Another node's doctor: compare both hosts and measure the path; or an engine: only compare
     #[arg(long, value_name = "HOST:PORT", conflicts_with = "serve")]
     peer: Option<String>,
+    /// The token of the engine that --peer names, if it asks for one
+    #[arg(long, value_name = "FILE", requires = "peer")]
+    token_file: Option<PathBuf>,
     /// Answer other nodes' --peer at this address until stopped
     #[arg(long, value_name = "ADDR", conflicts_with_all = ["json", "device"])]
     serve: Option<SocketAddr>,
@@ -76,6 +83,15 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
                     steps::run(&steps::steps(path), |step| caller.perform(step))
                 });
             }
+            Err(ExchangeError::NoDoctor) => match engine::look(peer, &token(options)?) {
+                Ok(face) => {
+                    let is_wanted =
+                        |rail: &&Rail| wanted.is_none_or(|names| names.contains(&rail.device));
+                    let ours: Vec<Rail> = report.rails.iter().filter(is_wanted).cloned().collect();
+                    report.findings.extend(engine::judge(peer, &face, &ours));
+                }
+                Err(error) => report.findings.push(unreachable(peer, &error)),
+            },
             Err(error) => report.findings.push(unreachable(peer, &error)),
         }
     }
@@ -87,6 +103,16 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     std::io::stdout().write_all(text.as_bytes())?;
     let code = if report.has_failed() { 1 } else { 0 };
     Ok(ExitCode::from(code))
+}
+
+/// The token of the engine that is looked at; empty if it asks for none.
+fn token(options: &Options) -> anyhow::Result<String> {
+    let Some(path) = &options.token_file else {
+        return Ok(String::new());
+    };
+    let text = std::fs::read_to_string(path);
+    let text = text.with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(text.trim().to_owned())
 }
 
 /// The names of a filter; a wrong one is wrong usage.

@@ -27,7 +27,7 @@ pub const FACTS_BYTES_MAX: usize = 4 << 20;
 /// Most bytes of a message; the size at which bandwidth is measured.
 const MESSAGE_BYTES_MAX: usize = 64 << 10;
 /// How long either side waits for the other. A healthy peer answers within milliseconds.
-const WAIT_MAX: Duration = Duration::from_secs(5);
+pub(super) const WAIT_MAX: Duration = Duration::from_secs(5);
 /// Most doctors that are served at a time; each costs a thread and a message buffer.
 const CALLERS_MAX: usize = 8;
 /// Round trips of which the median is taken.
@@ -51,6 +51,9 @@ pub enum ExchangeError {
     /// Something else answers.
     #[error("what listens there is no doctor")]
     NoDoctor,
+    /// An engine answers, and does not want to be looked at.
+    #[error("the engine there refuses: {0}")]
+    Engine(String),
     /// A length beyond its bound.
     #[error("the peer announces {got} bytes, at most {max} are taken")]
     TooLong {
@@ -140,7 +143,7 @@ impl Drop for Slot {
     }
 }
 
-fn prepare(stream: &TcpStream) -> io::Result<()> {
+pub(super) fn prepare(stream: &TcpStream) -> io::Result<()> {
     stream.set_read_timeout(Some(WAIT_MAX))?;
     stream.set_write_timeout(Some(WAIT_MAX))?;
     stream.set_nodelay(true)

@@ -66,7 +66,7 @@ impl Finding {
         Self::not_ok(Level::Fail, subject, what, why, fix)
     }
 
-    fn ok(subject: &str, what: impl Into<String>, why: impl Into<String>) -> Self {
+    pub(super) fn ok(subject: &str, what: impl Into<String>, why: impl Into<String>) -> Self {
         Self {
             level: Level::Ok,
             subject: subject.to_owned(),
@@ -77,7 +77,7 @@ impl Finding {
     }
 
     /// A finding that is not ok; so the fix is no option.
-    fn not_ok(
+    pub(super) fn not_ok(
         level: Level,
         subject: &str,
         what: impl Into<String>,

@@ -8,7 +8,7 @@ use std::{
 
 use super::{
     control::{Adopted, Strangers},
-    greeting::{LaneStart, LocalPath, Talk, agree, check_token, introduce, start_lane},
+    greeting::{LaneStart, LocalPath, Talk, agree, check_token, face, introduce, start_lane},
     hub::Hub,
     link::Link,
     queue_pairs,
@@ -88,6 +88,10 @@ fn converse(hub: &Arc<Hub>, stranger: Stranger) -> io::Result<()> {
                 Err(reason) => reject(&mut talk, reason),
             }
         }
+        Control::Look(token) if !stranger.is_local => match check_token(hub, &token) {
+            Ok(()) => talk.say(&Control::Seen(Box::new(face(hub))), None),
+            Err(reason) => reject(&mut talk, reason),
+        },
         other => reject(
             &mut talk,
             format!("a connection cannot start with {other:?}"),

@@ -35,7 +35,7 @@ use crate::{
     },
     wire::{
         control::{Control, ControlDecoder},
-        hello::{Hello, HostIdentity, RegionAddress},
+        hello::{Face, Hello, HostIdentity, RegionAddress},
         lane::PayloadMode,
     },
 };
@@ -71,6 +71,16 @@ pub(super) fn introduce(hub: &Hub, link: u64, lanes: u8) -> Hello {
             .collect(),
         layout: hub.layout.clone(),
         rails: hub.rails.offers(),
+    }
+}
+
+/// What somebody who only looks is shown.
+pub(super) fn face(hub: &Hub) -> Face {
+    let (rails, refusal) = hub.rails.faces();
+    Face {
+        boot_id: super::boot_id().unwrap_or_default(),
+        rails,
+        refusal,
     }
 }
 

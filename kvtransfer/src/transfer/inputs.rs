@@ -385,6 +385,8 @@ impl Node {
             | Control::Reject { .. }
             | Control::LaneOpen { .. }
             | Control::LaneReady { .. }
+            | Control::Look(_)
+            | Control::Seen(_)
             | Control::QpOpen(_)
             | Control::QpReady(_)
             | Control::QpUp

@@ -197,6 +197,15 @@ impl Rails {
         slots.filter_map(|slot| slot.lock().unwrap_or_else(PoisonError::into_inner).clone())
     }
 
+    /// Their devices and connectors, and why there is none, for somebody who only looks.
+    pub(crate) fn faces(&self) -> (Vec<(String, Connector)>, String) {
+        let faces = self
+            .rails
+            .iter()
+            .map(|rail| (rail.name.clone(), rail.connector));
+        (faces.collect(), self.refusal.clone())
+    }
+
     /// Which of our rails goes with which of a peer's: those of the same connector, in order, the shorter list's ones used
     /// again.
     ///

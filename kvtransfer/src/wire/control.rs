@@ -3,7 +3,7 @@
 use super::{
     WireError,
     codec::{Reader, Writer},
-    hello::{COMPONENTS_MAX, Hello, LANES_MAX, TOKEN_BYTES_MAX},
+    hello::{COMPONENTS_MAX, Face, Hello, LANES_MAX, TOKEN_BYTES_MAX},
     lane::Ack,
     rdma::{ANSWERS_MAX, QpOpen, QpTerms, read_terms, write_terms},
 };
@@ -183,6 +183,10 @@ pub enum Control {
         /// From the ping.
         nonce: u64,
     },
+    /// First and last message of somebody who only looks (the doctor), with the engine's token.
+    Look(Vec<u8>),
+    /// Answers [`Control::Look`]; the stream ends.
+    Seen(Box<Face>),
 }
 
 impl Control {
@@ -217,6 +221,8 @@ impl Control {
             Self::QpReady(_) => 12,
             Self::QpUp => 13,
             Self::QpDown { .. } => 14,
+            Self::Look(_) => 15,
+            Self::Seen(_) => 16,
         }
     }
 
@@ -276,6 +282,11 @@ impl Control {
                 }
             }
             Self::Ping { nonce } | Self::Pong { nonce } => w.u64(*nonce),
+            Self::Look(token) => {
+                w.count(token.len());
+                w.raw(token);
+            }
+            Self::Seen(face) => face.write(w),
         }
     }
 
@@ -315,6 +326,8 @@ impl Control {
             12 => Self::QpReady(read_terms(&mut r)?),
             13 => Self::QpUp,
             14 => read_down(&mut r)?,
+            15 => Self::Look(r.bytes("token", TOKEN_BYTES_MAX)?),
+            16 => Self::Seen(Box::new(Face::read(&mut r)?)),
             got => {
                 return Err(WireError::Value {
                     what: "message kind",
@@ -439,24 +452,22 @@ impl ControlDecoder {
     )]
     pub fn next(&mut self) -> Result<Option<Control>, WireError> {
         let left = &self.buffer[self.taken..];
+        // The first word tells: who speaks another protocol may never send a whole head.
+        let magic = left.first_chunk().map(|word| u32::from_le_bytes(*word));
+        if let Some(got) = magic.filter(|got| *got != CONTROL_MAGIC) {
+            let expected = CONTROL_MAGIC;
+            return Err(WireError::Magic { expected, got });
+        }
         let Some(head) = left.first_chunk::<HEAD_LEN>() else {
             return Ok(None);
         };
-        let word =
-            |at: usize| u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
-        if word(0) != CONTROL_MAGIC {
-            return Err(WireError::Magic {
-                expected: CONTROL_MAGIC,
-                got: word(0),
-            });
-        }
         if head[4] != VERSION {
             return Err(WireError::Version {
                 expected: VERSION,
                 got: head[4],
             });
         }
-        let got = word(8);
+        let got = u32::from_le_bytes([head[8], head[9], head[10], head[11]]);
         let len = usize::try_from(got).unwrap_or(usize::MAX);
         if len > self.body_max {
             let limit = self.body_max as u64;

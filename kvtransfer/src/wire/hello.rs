@@ -3,7 +3,7 @@
 use super::{
     WireError,
     codec::{Reader, Writer},
-    rdma::{RAILS_MAX, RailOffer},
+    rdma::{Connector, RAILS_MAX, RailOffer},
 };
 use crate::{
     ids::InstanceId,
@@ -136,6 +136,45 @@ impl Hello {
             regions,
             rails,
             layout,
+        })
+    }
+}
+
+/// Most bytes of the reason against RDMA that a [`Face`] tells; a longer one is cut.
+const REFUSAL_BYTES_MAX: usize = 2048;
+
+/// What an engine shows to somebody who only looks: how it would connect, and nothing that gives access to memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Face {
+    /// As in [`HostIdentity`].
+    pub boot_id: [u8; 16],
+    /// Its RDMA devices and how each connects.
+    pub rails: Vec<(String, Connector)>,
+    /// Why it uses no RDMA device, empty if it does.
+    pub refusal: String,
+}
+
+impl Face {
+    pub(super) fn write(&self, w: &mut Writer<'_>) {
+        w.raw(&self.boot_id);
+        w.count(self.rails.len());
+        for (name, connector) in &self.rails {
+            w.text(name);
+            connector.write(w);
+        }
+        let most = self.refusal.len().min(REFUSAL_BYTES_MAX);
+        let mut ends = (0..=most).rev();
+        let end = ends.find(|end| self.refusal.is_char_boundary(*end));
+        w.text(&self.refusal[..end.unwrap_or(0)]);
+    }
+
+    pub(super) fn read(r: &mut Reader<'_>) -> Result<Self, WireError> {
+        Ok(Self {
+            boot_id: r.id()?,
+            rails: (0..r.count("rail count", RAILS_MAX, 5)?)
+                .map(|_| Ok((r.text("device name", NAME_BYTES_MAX)?, Connector::read(r)?)))
+                .collect::<Result<_, WireError>>()?,
+            refusal: r.text("refusal", REFUSAL_BYTES_MAX)?,
         })
     }
 }

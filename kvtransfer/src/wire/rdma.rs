@@ -52,14 +52,14 @@ impl Connector {
         }
     }
 
-    fn write(self, w: &mut Writer<'_>) {
+    pub(super) fn write(self, w: &mut Writer<'_>) {
         w.u8(match self {
             Self::Compat => 0,
             Self::Standard => 1,
         });
     }
 
-    fn read(r: &mut Reader<'_>) -> Result<Self, WireError> {
+    pub(super) fn read(r: &mut Reader<'_>) -> Result<Self, WireError> {
         match r.u8()? {
             0 => Ok(Self::Compat),
             1 => Ok(Self::Standard),

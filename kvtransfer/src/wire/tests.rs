@@ -7,7 +7,7 @@ use crate::{
     wire::{
         WireError,
         control::{Control, ControlDecoder, FailureCode, GRANT_ITEMS_MAX, Grant, REASON_BYTES_MAX},
-        hello::{Hello, HostIdentity, RegionAddress},
+        hello::{Face, Hello, HostIdentity, RegionAddress},
         lane::{
             Ack, AckStatus, BATCH_BYTES_MAX, BATCHES_MAX, BatchFields, BatchHeader, PayloadMode,
             Seal, WINDOW_ITEMS_MAX,
@@ -144,6 +144,15 @@ fn messages() -> Vec<Control> {
             answers: vec![Ack::new(&batch_header(), AckStatus::Placed); 3],
         },
         Control::Ping { nonce: 1 },
+        Control::Look(vec![0, 255]),
+        Control::Seen(Box::new(Face {
+            boot_id: [4; 16],
+            rails: vec![
+                ("erdma_0".into(), Connector::Compat),
+                ("siw0".into(), Connector::Standard),
+            ],
+            refusal: "keines".into(),
+        })),
         Control::Pong { nonce: u64::MAX },
     ];
     all.extend(codes.map(|code| room_failed(code, code.name())));
