@@ -312,7 +312,13 @@ mod tests {
         }
         let (table, is_passed) = results.table(&[]);
         assert!(!is_passed);
-        assert!(table.contains("ended during it: test rails::two ..."), "{table}");
-        assert!(table.contains("ended before it"), "b never started: {table}");
+        assert!(
+            table.contains("ended during it: test rails::two ..."),
+            "{table}"
+        );
+        assert!(
+            table.contains("ended before it"),
+            "b never started: {table}"
+        );
     }
 }

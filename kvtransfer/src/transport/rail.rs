@@ -200,9 +200,9 @@ impl Rails {
     /// Their devices and connectors, and why there is none, for somebody who only looks.
     pub(crate) fn faces(&self) -> (Vec<(String, Connector)>, String) {
         let faces = self
-            .rails
+            .offers
             .iter()
-            .map(|rail| (rail.name.clone(), rail.connector));
+            .map(|offer| (offer.name.clone(), offer.connector));
         (faces.collect(), self.refusal.clone())
     }
 

@@ -187,6 +187,22 @@ fn every_message_survives_any_cut_of_the_stream() {
 }
 
 #[test]
+fn a_long_refusal_is_cut_between_characters() {
+    let face = |refusal: String| {
+        Control::Seen(Box::new(Face {
+            boot_id: [4; 16],
+            rails: Vec::new(),
+            refusal,
+        }))
+    };
+    // The bound falls into the middle of the last character.
+    let (mut bytes, mut decoder) = (Vec::new(), trusting());
+    face("x".repeat(2047) + "ü").encode(&mut bytes);
+    decoder.push(&bytes);
+    assert_eq!(decoder.next().unwrap(), Some(face("x".repeat(2047))));
+}
+
+#[test]
 fn damaged_messages_are_refused_or_read_but_never_panic() {
     let mut dice = Dice::new(12);
     let mut refused = 0;

@@ -275,13 +275,19 @@ mod tests {
         assert_eq!(ended, Ended::Exited(0));
         let told = told.into_inner();
         assert_eq!(told[0], r#"Part("test one ... ")"#);
-        let lines: Vec<_> = told.iter().filter(|text| text.starts_with("Line")).collect();
+        let lines: Vec<_> = told
+            .iter()
+            .filter(|text| text.starts_with("Line"))
+            .collect();
         assert_eq!(lines, [r#"Line("test one ... ok")"#, r#"Line("end")"#]);
     }
 
     #[test]
     fn a_line_longer_than_a_report_comes_in_pieces() {
-        let script = format!("head -c {} /dev/zero | tr '\\0' 'x'; echo", 2 * TEXT_BYTES_MAX + 5);
+        let script = format!(
+            "head -c {} /dev/zero | tr '\\0' 'x'; echo",
+            2 * TEXT_BYTES_MAX + 5
+        );
         let (_, lines) = run_here(&order(60, &script));
         let lens: Vec<usize> = lines.iter().map(String::len).collect();
         assert_eq!(lens, [TEXT_BYTES_MAX, TEXT_BYTES_MAX, 5]);
