@@ -86,15 +86,21 @@ impl Window {
         }
     }
 
-    /// A window of nothing, to be filled in by [`Peer::enqueue_chunk`].
-    pub(super) fn new(transfer: TransferId, room: u64, epoch: Epoch, queued_at: Time) -> Self {
+    /// A window of none of `items`, to be filled in by [`Peer::enqueue_chunk`].
+    pub(super) fn new(
+        transfer: TransferId,
+        room: u64,
+        epoch: Epoch,
+        items: Arc<[i32]>,
+        queued_at: Time,
+    ) -> Self {
         Self {
             transfer,
             room,
             epoch,
             component: 0,
             start: 0,
-            items: Arc::from([]),
+            items,
             part: 0..0,
             offset: 0,
             end: 0,

@@ -11,7 +11,7 @@ use super::{
     arrive::receive_id,
     buffers::Buffers,
     credits::Credits,
-    lane::{Connection, LaneIo, Phase, QueuePairLane, Side, Terms, Wires},
+    lane::{Connection, LaneIo, Phase, QueuePairLane, Side, Terms, Watch, Wires},
     requests::{Key, Request},
     targets::Targets,
 };
@@ -296,7 +296,8 @@ fn lane_io(rail: &Arc<Rail>, handle: &Arc<QueuePairLane>, wires: Wires, parts: Q
         last_heard: now,
         last_active: now,
         last_timed: now,
-        is_armed: false,
+        watch: Watch::Nothing,
+        is_hungry: true,
         opened: parts.opened,
         terms,
     }
