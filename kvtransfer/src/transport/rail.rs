@@ -85,8 +85,8 @@ pub(crate) struct Rail {
     is_stopped: AtomicBool,
     /// The thread has ended: nobody takes requests any more. Set while `requests` is locked.
     is_over: AtomicBool,
-    /// Threads that have taken the place of the rail's own: none or one.
-    drivers: AtomicU32,
+    /// A thread has taken the place of the rail's own for the queue pair in this place, counted from one; zero without.
+    driver: AtomicU32,
     /// The rail's thread looks at every queue pair within a millisecond. It goes away under the core's lock only.
     is_near: AtomicBool,
     counters: Counters,

@@ -62,6 +62,7 @@ impl LaneIo {
         }
         if has_any {
             self.last_active = now;
+            self.is_stirred = true;
             if self.watch == Watch::All {
                 // It has made its event.
                 self.watch = Watch::Nothing;

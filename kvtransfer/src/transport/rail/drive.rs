@@ -65,7 +65,12 @@ impl QueuePairLane {
         }
         WAITS.set(true);
         let (before, after) = (Ordering::SeqCst, Ordering::Relaxed);
-        if rail.drivers.compare_exchange(0, 1, before, after).is_err() {
+        let place = self.key.place.saturating_add(1);
+        if rail
+            .driver
+            .compare_exchange(0, place, before, after)
+            .is_err()
+        {
             return false;
         }
         let mut now = clock::now();
@@ -94,7 +99,7 @@ impl QueuePairLane {
             now = clock::now();
         };
         // Under the lock: an event that comes now must find the rail's thread in charge again.
-        rail.drivers.store(0, Ordering::SeqCst);
+        rail.driver.store(0, Ordering::SeqCst);
         // Who announced work before that relied on this thread.
         let is_kicked = core.lanes().any(|lane| lane.handle.has_kick());
         drop(core);

@@ -49,7 +49,7 @@ impl QueuePairLane {
     pub(crate) fn kick(&self) {
         // A thread that drives sees the flag: either it looks after this, or it has left and is not counted any more.
         let is_news = !self.kicked.swap(true, Ordering::SeqCst);
-        if is_news && self.rail.drivers.load(Ordering::SeqCst) == 0 {
+        if is_news && self.rail.driven().is_none() {
             self.rail.request(Request::Kick(self.key));
         }
     }
@@ -210,6 +210,8 @@ pub(super) struct LaneIo {
     pub(super) last_timed: Time,
     /// What its completion queue will wake us for.
     pub(super) watch: Watch,
+    /// Something completed since it was last pumped.
+    pub(super) is_stirred: bool,
     /// The node may have a batch for it: it was not asked since it last might have got one.
     pub(super) is_hungry: bool,
     /// The thread that opened it waits for the outcome.
@@ -226,8 +228,8 @@ impl LaneIo {
     pub(super) fn is_asleep(&self) -> bool {
         match self.watch {
             Watch::Nothing => false,
-            Watch::Marked => !self.is_awaiting(),
-            Watch::All => true,
+            Watch::Marked => !self.is_stirred && !self.is_awaiting(),
+            Watch::All => !self.is_stirred,
         }
     }
 

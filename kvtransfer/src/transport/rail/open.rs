@@ -168,7 +168,7 @@ impl Rail {
             is_asleep: AtomicBool::new(false),
             is_stopped: AtomicBool::new(false),
             is_over: AtomicBool::new(false),
-            drivers: AtomicU32::new(0),
+            driver: AtomicU32::new(0),
             is_near: AtomicBool::new(false),
             counters: Counters::default(),
             core: Mutex::new(Core::default()),

@@ -43,6 +43,7 @@ impl LaneIo {
     /// # Errors
     /// Why the queue pair cannot be used any more, in words.
     pub(super) fn pump(&mut self, rail: &Rail, now: Time) -> Result<bool, String> {
+        self.is_stirred = false;
         let mut has_posted = false;
         while self.pump_once(rail, now)? {
             has_posted = true;

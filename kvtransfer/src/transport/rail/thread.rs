@@ -74,12 +74,10 @@ struct Ears {
 }
 
 impl Ears {
-    /// Completions can wait while another thread looks at the queues.
-    fn has_urgent(&self) -> bool {
-        self.heard.iter().any(|token| {
-            let number = token.0.checked_sub(FIRST);
-            number.is_none_or(|number| number % TOKENS != 0)
-        })
+    /// Whether there is anything but completions of the queue pair that another thread looks at just now.
+    fn has_urgent(&self, driven: u32) -> bool {
+        let completions = Token(FIRST + driven as usize * TOKENS);
+        self.heard.iter().any(|token| *token != completions)
     }
 }
 
@@ -158,7 +156,7 @@ impl Core {
             let moved = lane.poll(now).and_then(|polled| {
                 lane.report(kicked);
                 // Whatever could not be posted before waits for a completion, for a credit, or for a word of the node.
-                let has_cause = polled || kicked || is_due;
+                let has_cause = lane.is_stirred || kicked || is_due;
                 lane.is_hungry |= kicked || is_due;
                 Ok(has_cause && lane.pump(rail, now)? || polled)
             });
@@ -220,7 +218,10 @@ impl Rail {
         let mut looked_at = Time(0);
         let (mut drives, mut quiet_looks, mut empty_turns) = (0, NEAR_LOOKS, 0_u32);
         loop {
-            if self.is_driven() && self.lock_requests().is_empty() && !ears.has_urgent() {
+            if let Some(driven) = self.driven()
+                && self.lock_requests().is_empty()
+                && !ears.has_urgent(driven)
+            {
                 // Whoever drives needs the lock more: it is not asked for.
                 self.is_near.store(true, Ordering::SeqCst);
                 self.sleep(&mut ears, Time::NEVER, NEAR_SLEEP);
@@ -237,7 +238,8 @@ impl Rail {
                 }
                 continue;
             }
-            if self.is_driven() {
+            if self.driven().is_some() {
+                // What there was to hear is marked in the lanes, where whoever drives sees it.
                 continue;
             }
             let now = clock::now();
@@ -279,9 +281,9 @@ impl Rail {
         }
     }
 
-    /// Another thread has the queue pairs.
-    fn is_driven(&self) -> bool {
-        self.drivers.load(Ordering::SeqCst) > 0
+    /// The place of the queue pair for which another thread has them all.
+    pub(super) fn driven(&self) -> Option<u32> {
+        self.driver.load(Ordering::SeqCst).checked_sub(1)
     }
 
     /// Waits for what the descriptors say.
