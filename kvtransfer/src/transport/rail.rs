@@ -87,7 +87,7 @@ pub(crate) struct Rail {
     is_over: AtomicBool,
     /// A thread has taken the place of the rail's own for the queue pair in this place, counted from one; zero without.
     driver: AtomicU32,
-    /// The rail's thread looks at every queue pair within a millisecond. It goes away under the core's lock only.
+    /// The rail's thread looks at every queue pair within milliseconds. It is cleared under the core's lock only.
     is_near: AtomicBool,
     counters: Counters,
     core: Mutex<Core>,

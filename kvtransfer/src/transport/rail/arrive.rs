@@ -61,7 +61,6 @@ impl LaneIo {
             }
         }
         if has_any {
-            self.last_active = now;
             self.is_stirred = true;
             if self.watch == Watch::All {
                 // It has made its event.
@@ -130,6 +129,7 @@ impl LaneIo {
         }
         self.credits.received(credits).map_err(|e| e.to_string())?;
         self.last_heard = now;
+        self.last_active = now;
         if frame.is_marked() {
             self.watch = Watch::Nothing;
         }

@@ -83,7 +83,6 @@ impl QueuePairLane {
                 // Answered meanwhile, not posted yet, or the queue pair is gone. Who had it looks after it.
                 break (false, false, core);
             };
-            core.driven_at = Some(now);
             core.turn(rail, now, Some(self.key));
             // A queue pair that ended meanwhile counts as answered: its failure has woken the caller.
             let after = core.find(self.key).map_or(given, |lane| lane.acked);

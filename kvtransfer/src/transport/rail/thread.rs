@@ -3,7 +3,7 @@
 //! It looks at the completion queues while there is work, then arms them and sleeps until one of them, a request of another
 //! thread, a word of a peer, an event of the device or a deadline wakes it. A thread that waits for its own small transfer
 //! may take its place for some microseconds (`drive`): what has to be locked is the whole core, so there is one owner at
-//! any time. While threads do so again and again, this one stays *near*: it looks every millisecond, and the queues that
+//! any time. While threads do so again and again, this one stays *near*: it looks every few milliseconds, and the queues that
 //! they leave are armed for frames that the peer marked only. So their answers make no event and wake nobody.
 
 use std::{
@@ -37,10 +37,10 @@ const SLEEP_MAX: Duration = Duration::from_secs(1);
 
 /// While other threads drive, and for some looks after that, the rail's thread looks so often. It bounds how long an answer
 /// lies there whose thread was expected to wait for it, and did not.
-const NEAR_SLEEP: Duration = Duration::from_millis(1);
+const NEAR_SLEEP: Duration = Duration::from_millis(4);
 
 /// Looks without anybody having driven after which the rail's thread sleeps until something happens.
-const NEAR_LOOKS: u32 = 8;
+const NEAR_LOOKS: u32 = 3;
 
 /// While there is work, descriptors are looked at so often: a queue pair that is waited for may have died, and only an event
 /// of the device or a word of the peer says so.
@@ -60,9 +60,8 @@ struct Place {
 #[derive(Default)]
 pub(super) struct Core {
     places: Vec<Place>,
-    /// How often another thread has taken an answer in place of the rail's, and when such a thread last looked.
+    /// How often another thread has taken an answer in place of the rail's.
     pub(super) drives: u64,
-    pub(super) driven_at: Option<Time>,
 }
 
 /// What the rail's thread listens with.
@@ -168,10 +167,7 @@ impl Core {
                 }
             }
             turn.has_moved |= lane.destroy_if_drained(now);
-            let is_own = self
-                .driven_at
-                .is_none_or(|driven| driven < lane.last_active);
-            turn.is_busy |= is_own && now < lane.last_active + spin;
+            turn.is_busy |= now < lane.last_active + spin;
             if lane.is_settled()
                 && let Some(lane) = place.lane.take()
             {
@@ -244,7 +240,9 @@ impl Rail {
             }
             let now = clock::now();
             let turn = core.turn(self, now, None);
-            if turn.has_moved || turn.is_busy {
+            let has_driven = drives != core.drives;
+            // It does not spin beside threads that drive: they look often enough.
+            if turn.has_moved || (turn.is_busy && !has_driven) {
                 drop(core);
                 empty_turns = if turn.has_moved { 0 } else { empty_turns + 1 };
                 if now >= looked_at + LOOK_PERIOD {
@@ -258,7 +256,6 @@ impl Rail {
                 }
                 continue;
             }
-            let has_driven = drives != core.drives;
             drives = core.drives;
             quiet_looks = if has_driven {
                 0
