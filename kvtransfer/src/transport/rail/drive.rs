@@ -38,6 +38,7 @@ impl QueuePairLane {
         let Some(lane) = core.find(self.key) else {
             return false;
         };
+        lane.is_awaited = is_awaited && (lane.is_awaited || !lane.is_awaiting());
         lane.is_hungry = true;
         let posted = lane.pump(&self.rail, now).and_then(|posted| {
             if posted && !is_awaited && lane.watch == Watch::Marked {
@@ -46,9 +47,14 @@ impl QueuePairLane {
             }
             Ok(posted)
         });
+        let is_up = matches!(lane.phase, Phase::Up);
         match posted {
             // Where nothing was posted the lane is full: another may have place.
-            Ok(posted) => posted && matches!(lane.phase, Phase::Up),
+            Ok(posted) => {
+                // A rail's thread that our own work request wakes must not take the answer from who comes for it.
+                core.drives += u64::from(posted && is_awaited);
+                posted && is_up
+            }
             Err(reason) => {
                 lane.drain(now, drain, reason);
                 false
@@ -75,15 +81,18 @@ impl QueuePairLane {
         }
         let mut now = clock::now();
         let until = now + rail.settings.spin * DRIVE_SPANS;
+        let mut has_looked = false;
         // Whether an answer came, and whether the rail's thread must look because nothing else would wake it.
         let (has_answer, is_left, mut core) = loop {
             let mut core = rail.lock();
             let counts = core.find(self.key).map(|lane| (lane.acked, lane.given));
             let Some((acked, given)) = counts.filter(|(acked, given)| acked < given) else {
-                // Answered meanwhile, not posted yet, or the queue pair is gone. Who had it looks after it.
-                break (false, false, core);
+                // Answered meanwhile, not posted yet, or the queue pair is gone. Who had it looks after it, unless it was
+                // this thread.
+                break (false, has_looked, core);
             };
             core.turn(rail, now, Some(self.key));
+            has_looked = true;
             // A queue pair that ended meanwhile counts as answered: its failure has woken the caller.
             let after = core.find(self.key).map_or(given, |lane| lane.acked);
             if after > acked {
@@ -91,6 +100,9 @@ impl QueuePairLane {
                 break (true, self.leave(&mut core, now), core);
             }
             if now >= until {
+                if let Some(lane) = core.find(self.key) {
+                    lane.is_awaited = false;
+                }
                 break (false, true, core);
             }
             drop(core);

@@ -210,6 +210,8 @@ pub(super) struct LaneIo {
     pub(super) last_timed: Time,
     /// What its completion queue will wake us for.
     pub(super) watch: Watch,
+    /// Whoever pushed what it waits for is expected to look for the answer.
+    pub(super) is_awaited: bool,
     /// Something completed since it was last pumped.
     pub(super) is_stirred: bool,
     /// The node may have a batch for it: it was not asked since it last might have got one.
@@ -233,14 +235,15 @@ impl LaneIo {
         }
     }
 
-    /// Arms its completion queue, for answers too unless `is_near` and it waits for none. Returns whether there was something
+    /// Arms its completion queue, for answers too unless `is_near` and it waits for none, or somebody looks for them. Returns whether there was something
     /// after all: what completed before it was armed makes no event.
     ///
     /// # Errors
     /// Why the queue pair cannot be used any more, in words.
     pub(super) fn arm(&mut self, now: Time, is_near: bool) -> Result<bool, String> {
-        let is_idle = matches!(self.phase, Phase::Up) && !self.is_awaiting() && !self.has_work();
-        let wanted = if is_near && is_idle {
+        let is_cared_for = !self.is_awaiting() || self.is_awaited;
+        let is_up = matches!(self.phase, Phase::Up) && !self.has_work();
+        let wanted = if is_near && is_up && is_cared_for {
             Watch::Marked
         } else {
             Watch::All

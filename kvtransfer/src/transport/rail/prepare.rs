@@ -297,6 +297,7 @@ fn lane_io(rail: &Arc<Rail>, handle: &Arc<QueuePairLane>, wires: Wires, parts: Q
         last_active: now,
         last_timed: now,
         watch: Watch::Nothing,
+        is_awaited: false,
         is_stirred: false,
         is_hungry: true,
         opened: parts.opened,

@@ -44,7 +44,7 @@ const NEAR_LOOKS: u32 = 3;
 
 /// While there is work, descriptors are looked at so often: a queue pair that is waited for may have died, and only an event
 /// of the device or a word of the peer says so.
-const LOOK_PERIOD: Duration = Duration::from_millis(1);
+const LOOK_PERIOD: Duration = Duration::from_micros(200);
 
 /// Turns without a find between two yields: a yield is a system call, and where every processor spins it is what lets
 /// the thread run that is waited for.
@@ -60,7 +60,7 @@ struct Place {
 #[derive(Default)]
 pub(super) struct Core {
     places: Vec<Place>,
-    /// How often another thread has taken an answer in place of the rail's.
+    /// How often another thread has taken an answer in place of the rail's, or is about to.
     pub(super) drives: u64,
 }
 
