@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, ops::Range, sync::Arc};
 
-use super::{ebb::LaneSet, peer::Peer};
+use super::{Chunk, ebb::LaneSet, peer::Peer};
 use crate::{
     ids::{Epoch, LaneId, TransferId},
     plan::pairing::Pairing,
@@ -86,21 +86,22 @@ impl Window {
         }
     }
 
-    /// A window of none of `items`, to be filled in by [`Peer::enqueue_chunk`].
+    /// A window of nothing of `chunk`, to be filled in by [`Peer::enqueue_chunk`].
     pub(super) fn new(
         transfer: TransferId,
         room: u64,
         epoch: Epoch,
-        items: Arc<[i32]>,
+        chunk: &Chunk,
         queued_at: Time,
     ) -> Self {
+        let items = chunk.items.first().cloned();
         Self {
             transfer,
             room,
             epoch,
             component: 0,
             start: 0,
-            items,
+            items: items.unwrap_or_else(|| Arc::from([])),
             part: 0..0,
             offset: 0,
             end: 0,

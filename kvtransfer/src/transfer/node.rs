@@ -169,7 +169,7 @@ impl Node {
             received: VecDeque::new(),
             ended: VecDeque::new(),
             timers: Timers::default(),
-            spare_counts: Default::default(),
+            spare_counts: (Vec::new(), Vec::new()),
             outputs: VecDeque::new(),
             next_transfer: 1,
             next_epoch,
@@ -309,9 +309,7 @@ impl Node {
                 .peers
                 .get_mut(&leg.peer)
                 .expect("invariant: looked up a few lines above");
-            let items = chunk.items.first().cloned();
-            let items = items.unwrap_or_else(|| Arc::from([]));
-            let proto = Window::new(transfer, number, leg.epoch, items, now);
+            let proto = Window::new(transfer, number, leg.epoch, chunk, now);
             peer.enqueue_chunk(&proto, chunk, &starts);
             self.outputs.push_back(Output::Work(leg.peer));
         }

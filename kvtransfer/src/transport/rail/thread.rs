@@ -72,6 +72,35 @@ struct Ears {
     heard: Vec<Token>,
 }
 
+/// What the rail's thread does between two turns while there is work.
+#[derive(Default)]
+struct Pace {
+    looked_at: Option<Time>,
+    empty_turns: u32,
+}
+
+impl Pace {
+    fn is_time_to_look(&mut self, now: Time) -> bool {
+        let is_time = self
+            .looked_at
+            .is_none_or(|before| now >= before + LOOK_PERIOD);
+        if is_time {
+            self.looked_at = Some(now);
+        }
+        is_time
+    }
+
+    fn spin(&mut self, has_moved: bool) {
+        self.empty_turns = if has_moved { 0 } else { self.empty_turns + 1 };
+        if self.empty_turns >= TURNS_PER_YIELD {
+            self.empty_turns = 0;
+            thread::yield_now();
+        } else {
+            std::hint::spin_loop();
+        }
+    }
+}
+
 impl Ears {
     /// Whether there is anything but completions of the queue pair that another thread looks at just now.
     fn has_urgent(&self, driven: u32) -> bool {
@@ -211,8 +240,8 @@ impl Rail {
             events: Events::with_capacity(256),
             heard: Vec::new(),
         };
-        let mut looked_at = Time(0);
-        let (mut drives, mut quiet_looks, mut empty_turns) = (0, NEAR_LOOKS, 0_u32);
+        let mut pace = Pace::default();
+        let (mut drives, mut quiet_looks) = (0, NEAR_LOOKS);
         loop {
             if let Some(driven) = self.driven()
                 && self.lock_requests().is_empty()
@@ -244,15 +273,10 @@ impl Rail {
             // It does not spin beside threads that drive: they look often enough.
             if turn.has_moved || (turn.is_busy && !has_driven) {
                 drop(core);
-                empty_turns = if turn.has_moved { 0 } else { empty_turns + 1 };
-                if now >= looked_at + LOOK_PERIOD {
-                    looked_at = now;
+                if pace.is_time_to_look(now) {
                     self.listen(&mut ears, Duration::ZERO);
-                } else if empty_turns >= TURNS_PER_YIELD {
-                    empty_turns = 0;
-                    thread::yield_now();
                 } else {
-                    std::hint::spin_loop();
+                    pace.spin(turn.has_moved);
                 }
                 continue;
             }
