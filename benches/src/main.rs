@@ -50,6 +50,11 @@ Examples:
   kvbench --path verbs --mib 256        RDMA beside perftest, between the devices that are found
   kvbench --path verbs --rdma-devices rxe1,rxe0 --mib 8
   kvbench idle                          resident memory of an idle engine
+Latency over verbs goes from push to acknowledged: one WRITE of the page, one SEND with its notice, one SEND with the
+answer, and both engines' work. Beside it stands perftest's typical time of one way of `ib_write_lat` with the page's
+size plus that of `ib_send_lat` with 32 bytes, about an answer: the least that a WRITE and its answer can take on the
+same devices. The notice after the WRITE is not in it. Both look for completions without sleeping; ours for
+`--rdma-spin-us` after the last one.
 KVTRANSFER_LOG=info shows what the engines say. Needs up to 3 GiB of memory. See benches/README.md for the columns.")]
 struct Cli {
     #[command(subcommand)]

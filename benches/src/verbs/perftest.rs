@@ -53,6 +53,23 @@ impl Tool {
     }
 }
 
+impl Tool {
+    /// The figure for messages of `bytes` in the tool's table.
+    ///
+    /// # Errors
+    /// There is none, or one that no device has: where the clock does not advance as perftest expects (it counts processor
+    /// cycles), it prints `inf` or zero, and a ratio to that would look like a result.
+    fn read(self, text: &str, bytes: usize) -> anyhow::Result<f64> {
+        let figure = row(text, bytes).and_then(|row| self.figure(&row));
+        let figure = figure.with_context(|| format!("no row for messages of {bytes} bytes"))?;
+        anyhow::ensure!(
+            figure.is_finite() && figure > 0.0,
+            "its figure for messages of {bytes} bytes is {figure}, which says that its clock does not work here; run it again"
+        );
+        Ok(figure)
+    }
+}
+
 /// Runs perftest between two devices.
 pub(super) struct Perftest {
     server: Vec<String>,
@@ -115,8 +132,9 @@ impl Perftest {
             let (is_success, text) = Running::start(command)?.finish(RUN_MAX)?;
             if is_success {
                 server.finish(RUN_MAX)?;
-                let figure = row(&text, bytes).and_then(|row| tool.figure(&row));
-                return figure.with_context(|| format!("{}: no figure in\n{text}", tool.program()));
+                return tool
+                    .read(&text, bytes)
+                    .with_context(|| format!("{} printed\n{text}", tool.program()));
             }
             if server.has_ended()? || clock::now() >= deadline {
                 let (_, served) = server.end()?;
@@ -226,5 +244,22 @@ mod tests {
             .expect("a figure");
         assert!((figure - 41.5).abs() < 1e-9);
         assert!(row("---- 64 words", 64).is_none());
+    }
+
+    #[test]
+    fn a_figure_that_no_device_has_is_an_error() {
+        let rate = |figure: &str| {
+            let text = format!(
+                " 65536      100              inf              {figure}  \t\t   0.000477\n"
+            );
+            Tool::WriteRate.read(&text, 65536)
+        };
+        assert!(rate("29.80").is_ok());
+        for figure in ["inf", "nan", "0.00", "-1.0"] {
+            let error = rate(figure).expect_err(figure).to_string();
+            assert!(error.contains("its clock does not work"), "{error}");
+        }
+        let error = Tool::WriteRate.read("", 64).expect_err("no row");
+        assert!(error.to_string().contains("no row"), "{error}");
     }
 }

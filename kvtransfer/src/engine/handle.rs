@@ -201,12 +201,14 @@ impl Transfer {
     /// # Errors
     /// See [`SubmitError`]; nothing is queued then.
     pub fn push(&self, chunk: &Chunk) -> Result<(), SubmitError> {
-        if let Some(Err(error)) = self.result() {
-            return Err(SubmitError::Ended(error));
+        if let Some(Err(error)) = &self.shared.lock().result {
+            return Err(SubmitError::Ended(error.clone()));
         }
         check_lists(&self.hub.layout, &chunk.items)?;
         let lane = self.hub.push(self.id, chunk)?;
-        self.shared.lock().lane = lane;
+        if lane.is_some() {
+            self.shared.lock().lane = lane;
+        }
         Ok(())
     }
 
@@ -256,13 +258,14 @@ impl Transfer {
 
     /// Waits for the end; `None` if `timeout` passed before it.
     pub fn wait(&self, timeout: Duration) -> Option<Result<Summary, TransferError>> {
-        let deadline = clock::now() + timeout;
+        let mut now = clock::now();
+        let deadline = now + timeout;
         loop {
             let state = self.shared.lock();
             if let Some(result) = &state.result {
                 return Some(result.clone());
             }
-            let left = deadline.since(clock::now());
+            let left = deadline.since(now);
             if left.is_zero() {
                 return None;
             }
@@ -275,6 +278,7 @@ impl Transfer {
                         .sleep(state, left, |state| state.result.is_none()),
                 );
             }
+            now = clock::now();
         }
     }
 

@@ -1,7 +1,6 @@
 //! What the threads of an engine share: the node behind its lock, the memory, the links.
 
 use std::{
-    collections::HashMap,
     io,
     sync::{
         Arc, Mutex, PoisonError,
@@ -24,7 +23,7 @@ use crate::{
     clock,
     config::EngineConfig,
     error::{SubmitError, TransferError},
-    ids::{InstanceId, LaneId, PeerId, TransferId},
+    ids::{CountedMap, InstanceId, LaneId, PeerId, TransferId},
     layout::{Layout, RegionId},
     memory::{Gate, Region},
     telemetry::snapshot::Snapshot,
@@ -39,9 +38,17 @@ const JOIN_TIMEOUT: Duration = Duration::from_secs(3);
 
 pub(super) struct Core {
     pub(super) node: Node,
-    pub(super) transfers: HashMap<TransferId, Arc<Shared>>,
-    pub(super) links: HashMap<PeerId, Arc<Link>>,
+    pub(super) transfers: CountedMap<TransferId, Arc<Shared>>,
+    pub(super) links: CountedMap<PeerId, Arc<Link>>,
     pub(super) completions: Option<Arc<CompletionQueue>>,
+}
+
+/// A batch for a lane.
+pub(crate) struct Next {
+    pub(crate) batch: BatchOut,
+    pub(crate) gate: Arc<Gate>,
+    /// Windows are left in the peer's queue.
+    pub(crate) has_more: bool,
 }
 
 /// Shared state of one engine.
@@ -82,8 +89,8 @@ impl Hub {
         let generation = u64::try_from(clock::wall().as_nanos()).unwrap_or(u64::MAX);
         let core = Core {
             node,
-            transfers: HashMap::new(),
-            links: HashMap::new(),
+            transfers: CountedMap::default(),
+            links: CountedMap::default(),
             completions: None,
         };
         let hub = Self {
@@ -115,11 +122,18 @@ impl Hub {
 
     fn with_core<R>(&self, f: impl FnOnce(&mut Core, Time) -> R) -> R {
         let now = clock::now();
+        self.with_core_at(|core| f(core, now))
+    }
+
+    fn with_core_at<R>(&self, f: impl FnOnce(&mut Core) -> R) -> R {
         let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
-        let result = f(&mut core, now);
+        let result = f(&mut core);
         let effects = self.collect(&mut core);
-        self.is_ebbing
-            .store(core.node.is_ebbing(), Ordering::SeqCst);
+        let is_ebbing = core.node.is_ebbing();
+        // It changes under the lock only, and to write it costs more than to look.
+        if self.is_ebbing.load(Ordering::Relaxed) != is_ebbing {
+            self.is_ebbing.store(is_ebbing, Ordering::SeqCst);
+        }
         drop(core);
         if let Some(effects) = effects {
             self.perform(effects);
@@ -187,16 +201,46 @@ impl Hub {
         PeerId(self.next_peer.fetch_add(1, Ordering::Relaxed))
     }
 
-    pub(crate) fn next_batch(&self, peer: PeerId, lane: LaneId) -> Option<(BatchOut, Arc<Gate>)> {
-        self.with_core(|core, now| {
+    pub(crate) fn next_batch(&self, now: Time, peer: PeerId, lane: LaneId) -> Option<Next> {
+        self.with_core_at(|core| {
             let batch = core.node.next_batch(now, peer, lane)?;
             let gate = Arc::clone(&core.transfers.get(&batch.transfer)?.gate);
-            Some((batch, gate))
+            Some(Next {
+                batch,
+                gate,
+                has_more: core.node.has_queued(peer),
+            })
         })
     }
 
-    pub(crate) fn on_ack(&self, peer: PeerId, lane: LaneId, ack: &Ack) -> Result<(), String> {
-        self.with(|node, now| node.on_ack(now, peer, lane, ack))
+    /// Whether there may be more for the lane now.
+    pub(crate) fn on_ack(
+        &self,
+        now: Time,
+        peer: PeerId,
+        lane: LaneId,
+        ack: &Ack,
+    ) -> Result<bool, String> {
+        self.with_core_at(|core| {
+            core.node.on_ack(now, peer, lane, ack)?;
+            Ok(core.node.has_queued(peer))
+        })
+    }
+
+    /// A batch lies in our pages, or was withdrawn by its sender: what shall its lane answer?
+    ///
+    /// The room cannot end between being looked up and being told, so its gate need not be asked.
+    pub(crate) fn arrived(
+        &self,
+        now: Time,
+        peer: PeerId,
+        header: &BatchHeader,
+        placement: Placement,
+    ) -> AckStatus {
+        self.with_core_at(|core| match core.node.admit(now, peer, header) {
+            Admission::Place(batch) => core.node.placed(now, peer, header, &batch, placement),
+            Admission::Discard => core.node.discarded(header),
+        })
     }
 
     pub(crate) fn admit(&self, peer: PeerId, header: &BatchHeader) -> Option<(BatchIn, Arc<Gate>)> {

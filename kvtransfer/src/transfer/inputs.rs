@@ -182,6 +182,13 @@ impl Node {
         })
     }
 
+    /// Whether a peer has windows that were not given to a lane yet.
+    pub fn has_queued(&self, peer: PeerId) -> bool {
+        self.peers
+            .get(&peer)
+            .is_some_and(|peer| !peer.queue.is_empty())
+    }
+
     /// Payload bytes queued to a peer.
     pub fn queued_bytes(&self, peer: PeerId) -> u64 {
         self.peers.get(&peer).map_or(0, |peer| peer.queued_bytes)

@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, ops::Range, sync::Arc};
 
-use super::{ebb::LaneSet, peer::Peer};
+use super::{Chunk, ebb::LaneSet, peer::Peer};
 use crate::{
     ids::{Epoch, LaneId, TransferId},
     plan::pairing::Pairing,
@@ -86,15 +86,22 @@ impl Window {
         }
     }
 
-    /// A window of nothing, to be filled in by [`Peer::enqueue_chunk`].
-    pub(super) fn new(transfer: TransferId, room: u64, epoch: Epoch, queued_at: Time) -> Self {
+    /// A window of nothing of `chunk`, to be filled in by [`Peer::enqueue_chunk`].
+    pub(super) fn new(
+        transfer: TransferId,
+        room: u64,
+        epoch: Epoch,
+        chunk: &Chunk,
+        queued_at: Time,
+    ) -> Self {
+        let items = chunk.items.first().cloned();
         Self {
             transfer,
             room,
             epoch,
             component: 0,
             start: 0,
-            items: Arc::from([]),
+            items: items.unwrap_or_else(|| Arc::from([])),
             part: 0..0,
             offset: 0,
             end: 0,

@@ -11,16 +11,16 @@ use super::{
     ebb::Ebbs,
     lane::Window,
     peer::{Peer, Sends},
+    picture::EndedRoom,
     receive::{Owed, ReceiveLeg, ReceiveRoom, SeqSet},
     send::{Orphan, SendRoom},
     timers::{Due, Timers},
 };
 use crate::{
     error::{SubmitError, TransferError},
-    ids::{Epoch, InstanceId, LaneId, PeerId, TransferId},
+    ids::{CountedMap, Epoch, InstanceId, LaneId, PeerId, TransferId},
     layout::ComponentKind::State,
     plan::pairing::Pairing,
-    telemetry::snapshot::RoomStat,
     time::Time,
     wire::control::{Control, GRANT_ITEMS_MAX, Grant},
 };
@@ -127,10 +127,10 @@ pub enum Output {
 /// The state machine of one engine.
 pub struct Node {
     pub(super) config: NodeConfig,
-    pub(super) peers: HashMap<PeerId, Peer>,
+    pub(super) peers: CountedMap<PeerId, Peer>,
     pub(super) sends: Sends,
     pub(super) send_rooms: HashMap<u64, TransferId>,
-    pub(super) receives: HashMap<TransferId, ReceiveRoom>,
+    pub(super) receives: CountedMap<TransferId, ReceiveRoom>,
     pub(super) receive_rooms: HashMap<u64, TransferId>,
     pub(super) orphans: HashMap<u64, Orphan>,
     /// Failed rooms whose pages may still be in use.
@@ -138,8 +138,10 @@ pub struct Node {
     /// Rooms received to the end, oldest first: a batch repeated after a lost lane is acknowledged again.
     pub(super) received: VecDeque<(u64, Epoch)>,
     /// The last rooms that ended, oldest first, for telemetry.
-    pub(super) ended: VecDeque<RoomStat>,
+    pub(super) ended: VecDeque<EndedRoom>,
     pub(super) timers: Timers,
+    /// Room for the counts of [`Node::push`].
+    spare_counts: (Vec<usize>, Vec<usize>),
     pub(super) outputs: VecDeque<Output>,
     pub(super) next_transfer: u64,
     pub(super) next_epoch: u32,
@@ -157,16 +159,17 @@ impl Node {
         let next_epoch = config.first_epoch;
         Self {
             config,
-            peers: HashMap::new(),
-            sends: HashMap::new(),
+            peers: CountedMap::default(),
+            sends: Sends::default(),
             send_rooms: HashMap::new(),
-            receives: HashMap::new(),
+            receives: CountedMap::default(),
             receive_rooms: HashMap::new(),
             orphans: HashMap::new(),
             ebbs: Ebbs::new(),
             received: VecDeque::new(),
             ended: VecDeque::new(),
             timers: Timers::default(),
+            spare_counts: (Vec::new(), Vec::new()),
             outputs: VecDeque::new(),
             next_transfer: 1,
             next_epoch,
@@ -277,7 +280,10 @@ impl Node {
                 "the last chunk has already been pushed".into(),
             ));
         }
-        let counts: Vec<usize> = chunk.items.iter().map(|items| items.len()).collect();
+        // Used again for every chunk; an error below only loses what they have allocated.
+        let (mut counts, mut starts) = std::mem::take(&mut self.spare_counts);
+        counts.clear();
+        counts.extend(chunk.items.iter().map(|items| items.len()));
         room.check_granted(&counts).map_err(SubmitError::Items)?;
         let windows: usize = counts
             .iter()
@@ -292,7 +298,7 @@ impl Node {
             }
         }
         room.pushed.resize(room.pushed.len().max(counts.len()), 0);
-        let starts = room.pushed.clone();
+        starts.clone_from(&room.pushed);
         for (pushed, count) in room.pushed.iter_mut().zip(&counts) {
             *pushed += count;
         }
@@ -303,7 +309,7 @@ impl Node {
                 .peers
                 .get_mut(&leg.peer)
                 .expect("invariant: looked up a few lines above");
-            let proto = Window::new(transfer, number, leg.epoch, now);
+            let proto = Window::new(transfer, number, leg.epoch, chunk, now);
             peer.enqueue_chunk(&proto, chunk, &starts);
             self.outputs.push_back(Output::Work(leg.peer));
         }
@@ -318,6 +324,7 @@ impl Node {
         {
             self.finish_send(now, transfer);
         }
+        self.spare_counts = (counts, starts);
         Ok(())
     }
 

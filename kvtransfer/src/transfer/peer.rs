@@ -1,6 +1,6 @@
 //! One peer: its lanes, the queue of windows to send to it, and the batches it has not acknowledged.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use super::{
@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     error::SubmitError,
-    ids::{Epoch, InstanceId, LaneId, PeerId, TransferId},
+    ids::{CountedMap, Epoch, InstanceId, LaneId, PeerId, TransferId},
     plan::pairing::{ComponentPairing, Pairing},
     time::Time,
     transfer::{Chunk, NodeConfig, node::PeerSetup, send::SendRoom, timers::TimerKey},
@@ -21,7 +21,7 @@ use crate::{
 const LOOKAHEAD: usize = 64;
 
 /// The sending rooms of an engine.
-pub(super) type Sends = HashMap<TransferId, SendRoom>;
+pub(super) type Sends = CountedMap<TransferId, SendRoom>;
 
 pub(super) struct Peer {
     pub(super) id: PeerId,

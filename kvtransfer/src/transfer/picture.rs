@@ -2,6 +2,7 @@
 
 use crate::{
     error::TransferError,
+    ids::{InstanceId, PeerId},
     telemetry::snapshot::{RailStat, RoomRole, RoomStat, Snapshot},
     time::Time,
     transfer::{
@@ -22,7 +23,9 @@ impl Node {
         snapshot
             .rails
             .sort_by(|a, b| (&a.peer, &a.rail).cmp(&(&b.peer, &b.rail)));
-        snapshot.rooms.extend(self.ended.iter().cloned());
+        snapshot
+            .rooms
+            .extend(self.ended.iter().map(EndedRoom::stat));
         snapshot
             .rooms
             .extend(self.sends.values().map(|room| self.send_stat(room)));
@@ -41,7 +44,7 @@ impl Node {
         snapshot.failures = named.collect();
     }
 
-    fn peer_name(&self, id: crate::ids::PeerId) -> String {
+    fn peer_name(&self, id: PeerId) -> String {
         self.peers
             .get(&id)
             .map_or_else(String::new, |peer| peer.instance.to_string())
@@ -87,8 +90,17 @@ impl Node {
         room: &SendRoom,
         error: Option<&TransferError>,
     ) {
-        let stat = self.send_stat(room);
-        self.remember(now, stat, error);
+        let peer = room.legs.first().map(|leg| leg.peer);
+        self.remember(EndedRoom {
+            room: room.room.number(),
+            role: RoomRole::Sender,
+            peer: peer.and_then(|id| self.instance_of(id)),
+            opened: room.opened,
+            first_byte: room.first_byte,
+            ended: now,
+            bytes: room.bytes,
+            failure: error.map(TransferError::name),
+        });
     }
 
     pub(super) fn remember_receive(
@@ -97,18 +109,59 @@ impl Node {
         room: &ReceiveRoom,
         error: Option<&TransferError>,
     ) {
-        let stat = self.receive_stat(room);
-        self.remember(now, stat, error);
+        let peer = room.legs.first().map(|leg| leg.peer);
+        self.remember(EndedRoom {
+            room: room.room.number(),
+            role: RoomRole::Receiver,
+            peer: peer.and_then(|id| self.instance_of(id)),
+            opened: room.opened,
+            first_byte: room.first_byte,
+            ended: now,
+            bytes: room.bytes,
+            failure: error.map(TransferError::name),
+        });
     }
 
-    fn remember(&mut self, now: Time, mut stat: RoomStat, error: Option<&TransferError>) {
-        stat.state = if error.is_some() { "failed" } else { "success" }.to_owned();
-        stat.failure = error.map_or_else(String::new, |error| error.name().to_owned());
-        stat.done_ns = now.nanos();
+    fn remember(&mut self, room: EndedRoom) {
         if self.ended.len() == ENDED_MAX {
             self.ended.pop_front();
         }
-        self.ended.push_back(stat);
+        self.ended.push_back(room);
+    }
+
+    fn instance_of(&self, id: PeerId) -> Option<InstanceId> {
+        self.peers.get(&id).map(|peer| peer.instance)
+    }
+}
+
+/// A room that ended, as it is kept for telemetry: words are made of it when somebody asks.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct EndedRoom {
+    room: u64,
+    role: RoomRole,
+    peer: Option<InstanceId>,
+    opened: Time,
+    first_byte: Option<Time>,
+    ended: Time,
+    bytes: u64,
+    /// The name of the error; none for a success.
+    failure: Option<&'static str>,
+}
+
+impl EndedRoom {
+    fn stat(&self) -> RoomStat {
+        let is_failed = self.failure.is_some();
+        RoomStat {
+            room: self.room,
+            role: self.role,
+            state: if is_failed { "failed" } else { "success" }.to_owned(),
+            peer: self.peer.map_or_else(String::new, |peer| peer.to_string()),
+            enqueued_ns: self.opened.nanos(),
+            first_byte_ns: self.first_byte.map_or(0, Time::nanos),
+            done_ns: self.ended.nanos(),
+            bytes: self.bytes,
+            failure: self.failure.unwrap_or_default().to_owned(),
+        }
     }
 }
 

@@ -14,6 +14,7 @@ use super::{
     sys::{self, IOV_MAX, IoRange},
 };
 use crate::{
+    clock,
     memory::Gate,
     plan::{
         cursor::{Segment, SideCursor},
@@ -253,7 +254,7 @@ impl Inbound {
             self.start += Ack::LEN;
             context
                 .hub
-                .on_ack(context.peer, context.lane, &ack)
+                .on_ack(clock::now(), context.peer, context.lane, &ack)
                 .map_err(LaneError::Protocol)?;
             out.unacked = out.unacked.saturating_sub(1);
             return Ok(Step::Again);

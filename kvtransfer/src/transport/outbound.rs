@@ -9,6 +9,8 @@ use super::{
     sys::{self, IOV_MAX, IoRange},
 };
 use crate::{
+    clock,
+    engine::hub::Next,
     memory::{Gate, Region},
     plan::{
         cursor::{Segment, SideCursor},
@@ -129,7 +131,10 @@ impl Outbound {
 
     /// Takes the next batch from the node, if there is one.
     fn begin(&mut self, context: &LaneContext) -> Result<(), LaneError> {
-        let Some((batch, gate)) = context.hub.next_batch(context.peer, context.lane) else {
+        let next = context
+            .hub
+            .next_batch(clock::now(), context.peer, context.lane);
+        let Some(Next { batch, gate, .. }) = next else {
             return Ok(());
         };
         let slot = self.batches;

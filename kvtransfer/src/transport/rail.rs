@@ -6,6 +6,7 @@
 //! prepare   making a queue pair; compat connector   standard  the standard connector
 //! lane      one queue pair's state                  pump      pages and frames out
 //! thread    the one owner of all queue pairs        arrive    completions and frames in
+//! drive     its place taken for a small transfer
 //! requests  what others ask of it                   life      drain, destroy, tell the peer, make room
 //! counters  what it asked of its device (pure)
 //! ```
@@ -18,6 +19,7 @@ mod arrive;
 mod buffers;
 mod counters;
 mod credits;
+mod drive;
 mod lane;
 mod life;
 mod open;
@@ -86,8 +88,10 @@ pub(crate) struct Rail {
     is_lost: AtomicBool,
     /// The thread has ended: nobody takes requests any more. Set while `requests` is locked.
     is_over: AtomicBool,
-    /// Threads that have taken the place of the rail's own: none or one.
-    drivers: AtomicU32,
+    /// A thread has taken the place of the rail's own for the queue pair in this place, counted from one; zero without.
+    driver: AtomicU32,
+    /// The rail's thread looks at every queue pair within milliseconds. It is cleared under the core's lock only.
+    is_near: AtomicBool,
     counters: Counters,
     core: Mutex<Core>,
 }

@@ -370,6 +370,11 @@ impl Frame {
     pub const LEN_MAX: usize = size_of::<Prefix>() + BatchHeader::LEN;
     const MARK: u32 = u32::from_le_bytes(*b"KVTF");
 
+    /// Whether it asks for the peer's attention (a solicited event) even if nobody there waits for anything: an answer does not.
+    pub fn is_marked(&self) -> bool {
+        !matches!(self, Self::Ack(_))
+    }
+
     /// Writes the frame to `out` and says how long it is. `credits`: receives posted again since the last frame.
     pub fn encode(&self, credits: u16, out: &mut [u8; Self::LEN_MAX]) -> usize {
         let prefix = |kind| Prefix {

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use super::lane::{LaneIo, Phase};
+use super::lane::{LaneIo, Phase, Watch};
 use crate::{
     engine::lanes::Stage,
     time::Time,
     transfer::Placement,
-    transport::verbs::cq::{Completion, POLL_MAX},
+    transport::verbs::cq::{Completion, Completions, POLL_MAX},
     wire::{
         control::Control,
         lane::{Ack, AckStatus, BatchHeader, PayloadMode, VOID_PLACE},
@@ -33,20 +33,24 @@ impl LaneIo {
     /// # Errors
     /// Why the queue pair cannot be used any more, in words.
     pub(super) fn poll(&mut self, now: Time) -> Result<bool, String> {
-        let mut completions = [Completion::default(); POLL_MAX];
+        let mut completions = Completions::new();
         let mut has_any = false;
         while let Some(wires) = &self.wires {
-            let found = wires.cq.poll(&mut completions);
-            let found = found.map_err(|error| format!("{}: {error}", self.handle.rail.name))?;
-            has_any |= found > 0;
-            let is_receive = |completion: &&Completion| completion.wr_id & RECEIVE != 0;
-            let received = completions[..found].iter().filter(is_receive).count();
+            let taken = wires.cq.take(&mut completions);
+            taken.map_err(|error| format!("{}: {error}", self.handle.rail.name))?;
+            let found = completions.len();
+            if found == 0 {
+                break;
+            }
+            has_any = true;
+            let is_receive = |completion: &Completion| completion.wr_id & RECEIVE != 0;
+            let received = completions.iter().filter(is_receive).count();
             let counters = &self.handle.rail.counters;
             counters.polled((found - received) as u64, received as u64);
             let mut fault = None;
-            for completion in &completions[..found] {
+            for completion in completions.iter() {
                 // The rest is looked at even so: batches that arrived before the fault have arrived.
-                if let Err(reason) = self.complete(completion, now) {
+                if let Err(reason) = self.complete(&completion, now) {
                     fault.get_or_insert(reason);
                 }
             }
@@ -58,7 +62,11 @@ impl LaneIo {
             }
         }
         if has_any {
-            self.last_active = now;
+            self.is_stirred = true;
+            if self.watch == Watch::All {
+                // It has made its event.
+                self.watch = Watch::Nothing;
+            }
         }
         Ok(has_any)
     }
@@ -66,6 +74,7 @@ impl LaneIo {
     fn complete(&mut self, completion: &Completion, now: Time) -> Result<(), String> {
         let is_receive = completion.wr_id & RECEIVE != 0;
         if !completion.status().is_success() {
+            self.watch = Watch::Nothing;
             if !is_receive {
                 let _ = self.sends.complete(completion.wr_id);
             }
@@ -121,6 +130,10 @@ impl LaneIo {
         }
         self.credits.received(credits).map_err(|e| e.to_string())?;
         self.last_heard = now;
+        self.last_active = now;
+        if frame.is_marked() {
+            self.watch = Watch::Nothing;
+        }
         self.hear(frame, now)
     }
 
@@ -133,11 +146,11 @@ impl LaneIo {
             Frame::Credit | Frame::Heartbeat => Ok(()),
             Frame::Ack(ack) => {
                 // One that does not fit, because one before it was lost, leaves both to the peer's last word.
-                self.hub.on_ack(self.peer, self.handle.id, &ack)?;
+                self.is_hungry |= self.hub.on_ack(now, self.peer, self.handle.id, &ack)?;
                 self.acked += 1;
                 Ok(())
             }
-            Frame::Batch(header) => self.batch(&header),
+            Frame::Batch(header) => self.batch(&header, now),
         }
     }
 
@@ -166,26 +179,19 @@ impl LaneIo {
     }
 
     /// A batch lies in our pages: count it and answer.
-    fn batch(&mut self, header: &BatchHeader) -> Result<(), String> {
+    fn batch(&mut self, header: &BatchHeader, now: Time) -> Result<(), String> {
         if header.mode() != PayloadMode::Write {
             return Err("a batch that was not written by RDMA".into());
         }
         if self.acks.len() >= ACKS_MAX {
             return Err("more unanswered batches than any window has".into());
         }
-        let status = match self.hub.admit(self.peer, header) {
-            None => self.hub.discarded(header),
-            Some((batch, gate)) => {
-                let placement = if header.place == VOID_PLACE {
-                    Placement::Void
-                } else if gate.pass().is_some() {
-                    Placement::Placed
-                } else {
-                    Placement::GateClosed
-                };
-                self.hub.placed(self.peer, header, &batch, placement)
-            }
+        let placement = if header.place == VOID_PLACE {
+            Placement::Void
+        } else {
+            Placement::Placed
         };
+        let status = self.hub.arrived(now, self.peer, header, placement);
         // A receiver that has failed the room says so even if the pages came: they are no longer the room's.
         debug_assert!(status == AckStatus::Placed || status == AckStatus::Discarded);
         let ack = Ack::new(header, status);

@@ -47,7 +47,9 @@ pub(crate) struct QueuePairLane {
 impl QueuePairLane {
     /// There is work: the rail's thread is woken if it sleeps.
     pub(crate) fn kick(&self) {
-        if !self.kicked.swap(true, Ordering::SeqCst) {
+        // A thread that drives sees the flag: either it looks after this, or it has left and is not counted any more.
+        let is_news = !self.kicked.swap(true, Ordering::SeqCst);
+        if is_news && self.rail.driven().is_none() {
             self.rail.request(Request::Kick(self.key));
         }
     }
@@ -61,6 +63,16 @@ impl QueuePairLane {
     /// Destroys this end for good: the peer is gone or no longer wanted.
     pub(crate) fn close(&self) {
         self.rail.request(Request::Close(self.key));
+    }
+
+    /// Whether work was announced, which then counts as seen.
+    pub(super) fn take_kick(&self) -> bool {
+        // Mostly there is none, and to look costs less than to swap.
+        self.has_kick() && self.kicked.swap(false, Ordering::SeqCst)
+    }
+
+    pub(super) fn has_kick(&self) -> bool {
+        self.kicked.load(Ordering::SeqCst)
     }
 
     pub(crate) fn is_over(&self) -> bool {
@@ -126,6 +138,17 @@ pub(super) struct Terms {
     pub(super) is_active: bool,
 }
 
+/// Which completions make an event, once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Watch {
+    /// None: somebody must look.
+    Nothing,
+    /// Frames that the peer marked, which answers are not, and failures.
+    Marked,
+    /// Every one.
+    All,
+}
+
 /// The connection beside a queue pair.
 pub(super) struct Side {
     pub(super) socket: OwnedFd,
@@ -185,13 +208,57 @@ pub(super) struct LaneIo {
     pub(super) last_active: Time,
     /// When the clock was last looked at for it.
     pub(super) last_timed: Time,
-    /// Its completion queue will wake us.
-    pub(super) is_armed: bool,
+    /// What its completion queue will wake us for.
+    pub(super) watch: Watch,
+    /// Whoever pushed what it waits for is expected to look for the answer.
+    pub(super) is_awaited: bool,
+    /// Something completed since it was last pumped.
+    pub(super) is_stirred: bool,
+    /// The node may have a batch for it: it was not asked since it last might have got one.
+    pub(super) is_hungry: bool,
     /// The thread that opened it waits for the outcome.
     pub(super) opened: Option<crossbeam_channel::Sender<Result<(), String>>>,
 }
 
 impl LaneIo {
+    /// Whether answers of the peer are waited for.
+    pub(super) fn is_awaiting(&self) -> bool {
+        self.acked < self.given
+    }
+
+    /// Whether it need not be looked at: something will wake us if it has anything.
+    pub(super) fn is_asleep(&self) -> bool {
+        match self.watch {
+            Watch::Nothing => false,
+            Watch::Marked => !self.is_stirred && !self.is_awaiting(),
+            Watch::All => !self.is_stirred,
+        }
+    }
+
+    /// Arms its completion queue, for answers too unless `is_near` and it waits for none, or somebody looks for them. Returns whether there was something
+    /// after all: what completed before it was armed makes no event.
+    ///
+    /// # Errors
+    /// Why the queue pair cannot be used any more, in words.
+    pub(super) fn arm(&mut self, now: Time, is_near: bool) -> Result<bool, String> {
+        let is_cared_for = !self.is_awaiting() || self.is_awaited;
+        let is_up = matches!(self.phase, Phase::Up) && !self.has_work();
+        let wanted = if is_near && is_up && is_cared_for {
+            Watch::Marked
+        } else {
+            Watch::All
+        };
+        if self.watch >= wanted {
+            return Ok(false);
+        }
+        if let Some(wires) = &self.wires {
+            let armed = wires.cq.arm(wanted == Watch::Marked);
+            armed.map_err(|error| error.to_string())?;
+        }
+        self.watch = wanted;
+        self.poll(now)
+    }
+
     /// Whether there is something to post that only waits for its turn.
     pub(super) fn has_work(&self) -> bool {
         self.writing.is_some() || !self.acks.is_empty() || self.answer_hello.is_some()

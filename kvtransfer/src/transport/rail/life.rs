@@ -91,13 +91,13 @@ impl LaneIo {
     }
 
     /// Hands back what the queue pair had. Its batches may travel again: no copy of them is on the way any more.
-    pub(super) fn settle(self: Box<Self>) {
+    pub(super) fn settle(self: Box<Self>, now: Time) {
         let Phase::Fenced { reason } = &self.phase else {
             return;
         };
         let (peer, lane) = (self.peer, self.handle.id);
         self.handle.over.store(true, Ordering::SeqCst);
-        if let Some(broken) = self.hear_last_answers() {
+        if let Some(broken) = self.hear_last_answers(now) {
             self.hub.drop_peer(peer, &broken);
         }
         self.hub.lane_down(peer, lane, reason);
@@ -108,7 +108,7 @@ impl LaneIo {
 
     /// Settles what the peer had counted when its end went: an answer that was lost with the queue pair must not make us
     /// write a batch again whose room may have succeeded. Returns what the peer did wrong, if so.
-    fn hear_last_answers(&self) -> Option<String> {
+    fn hear_last_answers(&self, now: Time) -> Option<String> {
         let (answered, answers) = self.peer_answers.as_ref()?;
         let Some(lost) = answered.checked_sub(self.acked) else {
             return Some("it took answers back".into());
@@ -118,7 +118,7 @@ impl LaneIo {
             return Some("it lost answers".into());
         };
         for answer in &answers[known..] {
-            if let Err(broken) = self.hub.on_ack(self.peer, self.handle.id, answer) {
+            if let Err(broken) = self.hub.on_ack(now, self.peer, self.handle.id, answer) {
                 // Of a peer that is gone nothing is waited for.
                 return self
                     .link

@@ -14,7 +14,7 @@ use super::{
     arrive::receive_id,
     buffers::Buffers,
     credits::Credits,
-    lane::{Connection, LaneIo, Phase, QueuePairLane, Side, Terms, Wires},
+    lane::{Connection, LaneIo, Phase, QueuePairLane, Side, Terms, Watch, Wires},
     requests::{Key, Request},
     targets::Targets,
 };
@@ -240,17 +240,18 @@ impl Drop for Prepared {
     }
 }
 
-fn lane_io(rail: &Arc<Rail>, handle: &Arc<QueuePairLane>, wires: Wires, parts: QpParts) -> LaneIo {
-    let (now, config) = (clock::now(), &rail.settings);
+/// What both ends have said, put together.
+fn agreed(rail: &Rail, parts: &QpParts) -> Terms {
+    let config = &rail.settings;
     let ours = rail.offers_immediate();
     let setup = LaneSetup {
         mode: PayloadMode::Write,
         path: "verbs",
-        path_reason: parts.path_reason,
+        path_reason: parts.path_reason.clone(),
         batch_bytes: config.batch_bytes,
         window: config.window,
     };
-    let terms = Terms {
+    Terms {
         setup,
         targets: Targets::new(&parts.link.agreement.regions, &parts.offer),
         slots: (ours && parts.offer.imm).then_some(parts.terms.slots),
@@ -262,7 +263,11 @@ fn lane_io(rail: &Arc<Rail>, handle: &Arc<QueuePairLane>, wires: Wires, parts: Q
             .min(parts.offer.message_bytes_max),
         peer_chunk_bytes: parts.offer.chunk_bytes,
         is_active: parts.is_active,
-    };
+    }
+}
+
+fn lane_io(rail: &Arc<Rail>, handle: &Arc<QueuePairLane>, wires: Wires, parts: QpParts) -> LaneIo {
+    let (now, terms) = (clock::now(), agreed(rail, &parts));
     let sges_max = rail.capabilities.send_sge.value as usize;
     LaneIo {
         handle: Arc::clone(handle),
@@ -306,7 +311,10 @@ fn lane_io(rail: &Arc<Rail>, handle: &Arc<QueuePairLane>, wires: Wires, parts: Q
         last_heard: now,
         last_active: now,
         last_timed: now,
-        is_armed: false,
+        watch: Watch::Nothing,
+        is_awaited: false,
+        is_stirred: false,
+        is_hungry: true,
         opened: parts.opened,
         terms,
     }

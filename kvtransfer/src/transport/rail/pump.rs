@@ -8,6 +8,7 @@ use super::{
     lane::{LaneIo, Phase, Writing},
 };
 use crate::{
+    engine::hub::Next,
     plan::descriptor::{Descriptor, Limits, PairCursor, Place},
     time::Time,
     transfer::BatchOut,
@@ -42,6 +43,7 @@ impl LaneIo {
     /// # Errors
     /// Why the queue pair cannot be used any more, in words.
     pub(super) fn pump(&mut self, rail: &Rail, now: Time) -> Result<bool, String> {
+        self.is_stirred = false;
         let mut has_posted = false;
         while self.pump_once(rail, now)? {
             has_posted = true;
@@ -108,7 +110,7 @@ impl LaneIo {
             self.add_frame(Frame::Ack(ack))?;
             self.acks.pop_front();
         }
-        while self.begin(rail)? {
+        while self.begin(rail, now)? {
             if self.add_writes(rail)? == Added::Some || !self.add_notice()? {
                 break;
             }
@@ -136,17 +138,24 @@ impl LaneIo {
     }
 
     /// Makes sure that there is a batch being written. Returns whether there is.
-    fn begin(&mut self, rail: &Rail) -> Result<bool, String> {
+    fn begin(&mut self, rail: &Rail, now: Time) -> Result<bool, String> {
         if self.writing.is_some() {
             return Ok(true);
         }
-        if !self.credits.can_send(0) || !self.has_place_for_pages() {
+        if !self.is_hungry || !self.credits.can_send(0) || !self.has_place_for_pages() {
             return Ok(false);
         }
         let (peer, lane) = (self.peer, self.handle.id);
-        let Some((batch, gate)) = self.hub.next_batch(peer, lane) else {
+        let Some(next) = self.hub.next_batch(now, peer, lane) else {
+            self.is_hungry = false;
             return Ok(false);
         };
+        let Next {
+            batch,
+            gate,
+            has_more,
+        } = next;
+        self.is_hungry = has_more;
         self.given += 1;
         let fields = &batch.fields;
         let chunk = NonZeroU64::new(rail.chunk_bytes);
@@ -251,10 +260,11 @@ impl LaneIo {
     /// Adds a frame as a SEND. A credit for it must be there.
     fn add_frame(&mut self, frame: Frame) -> Result<(), String> {
         let mut bytes = [0; Frame::LEN_MAX];
+        let solicited = frame.is_marked();
         let len = frame.encode(self.credits.send(), &mut bytes);
         let flags = Flags {
             signalled: false,
-            solicited: true,
+            solicited,
         };
         let added = if self.is_inline {
             self.chain.send_inline(0, &bytes[..len], flags)

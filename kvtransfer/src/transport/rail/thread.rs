@@ -2,12 +2,13 @@
 //!
 //! It looks at the completion queues while there is work, then arms them and sleeps until one of them, a request of another
 //! thread, a word of a peer, an event of the device or a deadline wakes it. A thread that waits for its own small transfer
-//! may take its place for some microseconds ([`QueuePairLane::drive`]): what has to be locked is the whole core, so there
-//! is one owner at any time.
+//! may take its place for some microseconds (`drive`): what has to be locked is the whole core, so there is one owner at
+//! any time. While threads do so again and again, this one stays *near*: it looks every few milliseconds, and the queues that
+//! they leave are armed for frames that the peer marked only. So their answers make no event and wake nobody.
 
 use std::{
     os::fd::{AsFd, AsRawFd},
-    sync::{Arc, PoisonError, TryLockError, atomic::Ordering},
+    sync::{Arc, atomic::Ordering},
     thread,
     time::Duration,
 };
@@ -16,7 +17,7 @@ use mio::{Events, Interest, Poll, Token, unix::SourceFd};
 
 use super::{
     Rail,
-    lane::{LaneIo, Phase, QueuePairLane},
+    lane::{LaneIo, Watch},
     requests::{Key, Request},
 };
 use crate::{
@@ -34,12 +35,20 @@ const FIRST: usize = 2;
 /// Longest sleep: a bound on what a lost wake-up could cost.
 const SLEEP_MAX: Duration = Duration::from_secs(1);
 
-/// While another thread drives, the rail's thread looks so often whether it still does.
-const DRIVEN_SLEEP: Duration = Duration::from_millis(1);
+/// While other threads drive, and for some looks after that, the rail's thread looks so often. It bounds how long an answer
+/// lies there whose thread was expected to wait for it, and did not.
+const NEAR_SLEEP: Duration = Duration::from_millis(4);
+
+/// Looks without anybody having driven after which the rail's thread sleeps until something happens.
+const NEAR_LOOKS: u32 = 3;
 
 /// While there is work, descriptors are looked at so often: a queue pair that is waited for may have died, and only an event
 /// of the device or a word of the peer says so.
 const LOOK_PERIOD: Duration = Duration::from_micros(200);
+
+/// Turns without a find between two yields: a yield is a system call, and where every processor spins it is what lets
+/// the thread run that is waited for.
+const TURNS_PER_YIELD: u32 = 32;
 
 #[derive(Default)]
 struct Place {
@@ -51,11 +60,58 @@ struct Place {
 #[derive(Default)]
 pub(super) struct Core {
     places: Vec<Place>,
+    /// How often another thread has taken an answer in place of the rail's, or is about to.
+    pub(super) drives: u64,
+}
+
+/// What the rail's thread listens with.
+struct Ears {
+    poll: Poll,
+    events: Events,
+    /// What was heard and not dealt with yet, each token once.
+    heard: Vec<Token>,
+}
+
+/// What the rail's thread does between two turns while there is work.
+#[derive(Default)]
+struct Pace {
+    looked_at: Option<Time>,
+    empty_turns: u32,
+}
+
+impl Pace {
+    fn is_time_to_look(&mut self, now: Time) -> bool {
+        let is_time = self
+            .looked_at
+            .is_none_or(|before| now >= before + LOOK_PERIOD);
+        if is_time {
+            self.looked_at = Some(now);
+        }
+        is_time
+    }
+
+    fn spin(&mut self, has_moved: bool) {
+        self.empty_turns = if has_moved { 0 } else { self.empty_turns + 1 };
+        if self.empty_turns >= TURNS_PER_YIELD {
+            self.empty_turns = 0;
+            thread::yield_now();
+        } else {
+            std::hint::spin_loop();
+        }
+    }
+}
+
+impl Ears {
+    /// Whether there is anything but completions of the queue pair that another thread looks at just now.
+    fn has_urgent(&self, driven: u32) -> bool {
+        let completions = Token(FIRST + driven as usize * TOKENS);
+        self.heard.iter().any(|token| *token != completions)
+    }
 }
 
 /// What a look at every queue pair found.
 #[derive(Clone, Copy, Debug, Default)]
-struct Turn {
+pub(super) struct Turn {
     /// Something happened.
     has_moved: bool,
     /// Something happened a moment ago at a queue pair: more may come.
@@ -63,13 +119,13 @@ struct Turn {
 }
 
 impl Core {
-    fn lanes(&mut self) -> impl Iterator<Item = &mut Box<LaneIo>> {
+    pub(super) fn lanes(&mut self) -> impl Iterator<Item = &mut Box<LaneIo>> {
         self.places
             .iter_mut()
             .filter_map(|place| place.lane.as_mut())
     }
 
-    fn find(&mut self, key: Key) -> Option<&mut Box<LaneIo>> {
+    pub(super) fn find(&mut self, key: Key) -> Option<&mut Box<LaneIo>> {
         let place = self.places.get_mut(key.place as usize)?;
         place.lane.as_mut().filter(|_| place.life == key.life)
     }
@@ -114,17 +170,18 @@ impl Core {
         next.min().unwrap_or(Time::NEVER)
     }
 
-    /// Looks at every queue pair that is not asleep.
-    fn turn(&mut self, rail: &Rail, now: Time) -> Turn {
+    /// Looks at every queue pair that is not asleep, and at the one that is driven.
+    pub(super) fn turn(&mut self, rail: &Rail, now: Time, driven: Option<Key>) -> Turn {
         let mut turn = Turn::default();
         let (drain, spin) = (rail.settings.drain, rail.settings.spin);
         for place in &mut self.places {
             let Some(lane) = &mut place.lane else {
                 continue;
             };
-            let kicked = lane.handle.kicked.swap(false, Ordering::SeqCst);
+            let kicked = lane.handle.take_kick();
             let is_due = lane.is_due(now, rail.settings.heartbeat);
-            if lane.is_armed && !kicked && !is_due {
+            let is_driven = driven == Some(lane.handle.key);
+            if lane.is_asleep() && !kicked && !is_due && !is_driven {
                 continue;
             }
             if is_due {
@@ -132,7 +189,10 @@ impl Core {
             }
             let moved = lane.poll(now).and_then(|polled| {
                 lane.report(kicked);
-                Ok(lane.pump(rail, now)? || polled)
+                // Whatever could not be posted before waits for a completion, for a credit, or for a word of the node.
+                let has_cause = lane.is_stirred || kicked || is_due;
+                lane.is_hungry |= kicked || is_due;
+                Ok(has_cause && lane.pump(rail, now)? || polled)
             });
             match moved {
                 Ok(moved) => turn.has_moved |= moved,
@@ -148,26 +208,19 @@ impl Core {
             {
                 turn.has_moved = true;
                 place.life = place.life.wrapping_add(1);
-                lane.settle();
+                lane.settle(now);
             }
         }
         turn
     }
 
-    /// Arms every completion queue that is awake. Returns whether one of them had something after all.
-    fn arm(&mut self, now: Time, drain: Duration) -> bool {
+    /// Arms every completion queue that is awake, or not as wakeful as it must be. Returns whether one of them had something
+    /// after all.
+    pub(super) fn arm(&mut self, now: Time, drain: Duration, is_near: bool) -> bool {
         let mut has_moved = false;
-        for lane in self.lanes().filter(|lane| !lane.is_armed) {
-            let armed = match &lane.wires {
-                Some(wires) => wires.cq.arm(false).map_err(|error| error.to_string()),
-                None => Ok(()),
-            };
-            // What completed before it was armed makes no event.
-            match armed.and_then(|()| lane.poll(now)) {
-                Ok(moved) => {
-                    lane.is_armed = !moved;
-                    has_moved |= moved;
-                }
+        for lane in self.lanes() {
+            match lane.arm(now, is_near) {
+                Ok(moved) => has_moved |= moved,
                 Err(reason) => {
                     has_moved = true;
                     lane.drain(now, drain, reason);
@@ -180,8 +233,7 @@ impl Core {
 
 impl Rail {
     /// Runs until the rail is stopped or its device lost, and its last queue pair is gone.
-    pub(super) fn run(self: &Arc<Self>, mut poll: Poll) {
-        let mut events = Events::with_capacity(256);
+    pub(super) fn run(self: &Arc<Self>, poll: Poll) {
         let event_fd = self.context.async_fd().as_raw_fd();
         let listened =
             poll.registry()
@@ -189,10 +241,26 @@ impl Rail {
         if let Err(error) = listened {
             tracing::warn!(rail = self.name, %error, "events of the device are not seen");
         }
-        let mut looked_at = Time(0);
+        let mut ears = Ears {
+            poll,
+            events: Events::with_capacity(256),
+            heard: Vec::new(),
+        };
+        let mut pace = Pace::default();
+        let (mut drives, mut quiet_looks) = (0, NEAR_LOOKS);
         loop {
+            if let Some(driven) = self.driven()
+                && self.lock_requests().is_empty()
+                && !ears.has_urgent(driven)
+            {
+                // Whoever drives needs the lock more: it is not asked for.
+                self.is_near.store(true, Ordering::SeqCst);
+                self.sleep(&mut ears, Time::NEVER, NEAR_SLEEP);
+                continue;
+            }
             let mut core = self.lock();
-            self.apply(&mut core, &poll);
+            self.apply(&mut core, &ears.poll);
+            self.wake(&mut core, &mut ears.heard);
             let is_lost = self.is_lost.load(Ordering::SeqCst) && !core.awaits_lane();
             let is_ending = is_lost || self.is_stopped.load(Ordering::SeqCst);
             if is_ending && core.lanes().next().is_none() {
@@ -203,59 +271,89 @@ impl Rail {
                 }
                 continue;
             }
-            let is_driven = self.drivers.load(Ordering::SeqCst) > 0;
-            if !is_driven {
-                let now = clock::now();
-                let turn = core.turn(self, now);
-                if turn.has_moved || turn.is_busy {
-                    drop(core);
-                    if now >= looked_at + LOOK_PERIOD {
-                        looked_at = now;
-                        self.look(&mut poll, &mut events, Duration::ZERO);
-                    } else if !turn.has_moved {
-                        thread::yield_now();
-                    }
-                    continue;
+            if self.driven().is_some() {
+                // What there was to hear is marked in the lanes, where whoever drives sees it.
+                continue;
+            }
+            let now = clock::now();
+            let turn = core.turn(self, now, None);
+            let has_driven = drives != core.drives;
+            // It does not spin beside threads that drive: they look often enough.
+            if turn.has_moved || (turn.is_busy && !has_driven) {
+                drop(core);
+                if pace.is_time_to_look(now) {
+                    self.listen(&mut ears, Duration::ZERO);
+                } else {
+                    pace.spin(turn.has_moved);
                 }
-                if core.arm(now, self.settings.drain) {
-                    continue;
-                }
+                continue;
+            }
+            drives = core.drives;
+            quiet_looks = if has_driven {
+                0
+            } else {
+                quiet_looks.saturating_add(1)
+            };
+            // Under the lock: who leaves a queue armed for marked frames only must find this thread near.
+            let is_near = quiet_looks < NEAR_LOOKS;
+            self.is_near.store(is_near, Ordering::SeqCst);
+            if core.arm(now, self.settings.drain, is_near) {
+                continue;
             }
             let until = core.next_timeout(self);
             drop(core);
-            self.sleep(&mut poll, &mut events, until, is_driven);
+            self.sleep(
+                &mut ears,
+                until,
+                if is_near { NEAR_SLEEP } else { SLEEP_MAX },
+            );
         }
     }
 
-    /// Waits for what the descriptors say, and deals with it.
-    fn look(&self, poll: &mut Poll, events: &mut Events, wait: Duration) {
+    /// The place of the queue pair for which another thread has them all.
+    pub(super) fn driven(&self) -> Option<u32> {
+        self.driver.load(Ordering::SeqCst).checked_sub(1)
+    }
+
+    /// Waits for what the descriptors say.
+    fn listen(&self, ears: &mut Ears, wait: Duration) {
+        let Ears {
+            poll,
+            events,
+            heard,
+        } = ears;
         events.clear();
         if let Err(error) = poll.poll(events, Some(wait))
             && error.kind() != std::io::ErrorKind::Interrupted
         {
             tracing::error!(rail = self.name, %error, "the rail's thread cannot sleep");
-            thread::sleep(DRIVEN_SLEEP);
+            thread::sleep(NEAR_SLEEP);
         }
-        self.is_asleep.store(false, Ordering::SeqCst);
-        let mut core = self.lock();
-        self.wake(&mut core, events);
+        for event in &*events {
+            let token = event.token();
+            if token != WAKE && !heard.contains(&token) {
+                heard.push(token);
+            }
+        }
     }
 
-    fn sleep(&self, poll: &mut Poll, events: &mut Events, until: Time, is_driven: bool) {
-        let most = if is_driven { DRIVEN_SLEEP } else { SLEEP_MAX };
+    fn sleep(&self, ears: &mut Ears, until: Time, most: Duration) {
         self.is_asleep.store(true, Ordering::SeqCst);
         // A request made after this sees that the thread sleeps; one made before is seen here.
         let has_requests = !self.lock_requests().is_empty();
         let wait = until.since(clock::now()).min(most);
         let wait = if has_requests { Duration::ZERO } else { wait };
-        self.look(poll, events, wait);
+        self.listen(ears, wait);
+        self.is_asleep.store(false, Ordering::SeqCst);
     }
 
     /// Deals with what woke the thread.
-    fn wake(&self, core: &mut Core, events: &Events) {
+    fn wake(&self, core: &mut Core, heard: &mut Vec<Token>) {
+        if heard.is_empty() {
+            return;
+        }
         let (now, drain) = (clock::now(), self.settings.drain);
-        for event in events {
-            let token = event.token();
+        for token in heard.drain(..) {
             if token == EVENTS {
                 self.on_device_events(core, now);
             }
@@ -266,23 +364,17 @@ impl Rail {
             let Some(lane) = place.and_then(|place| place.lane.as_mut()) else {
                 continue;
             };
+            lane.watch = Watch::Nothing;
             match number % TOKENS {
                 0 => {
-                    lane.is_armed = false;
                     if let Some(wires) = &lane.wires
-                        && let Err(error) = wires.cq.drain_events()
+                        && let Err(error) = wires.cq.take_event()
                     {
                         lane.drain(now, drain, error.to_string());
                     }
                 }
-                1 => {
-                    lane.is_armed = false;
-                    lane.on_side(now, drain);
-                }
-                _ => {
-                    lane.is_armed = false;
-                    lane.on_connection(now, drain);
-                }
+                1 => lane.on_side(now, drain),
+                _ => lane.on_connection(now, drain),
             }
         }
     }
@@ -311,7 +403,7 @@ impl Rail {
                 }
             };
             for lane in core.lanes().filter(|lane| is_hit(lane)) {
-                lane.is_armed = false;
+                lane.watch = Watch::Nothing;
                 lane.drain(now, self.settings.drain, reason.clone());
             }
             if events::loses_device(event.kind) {
@@ -337,19 +429,19 @@ impl Rail {
                 }
                 Request::Kick(key) => {
                     if let Some(lane) = core.find(key) {
-                        lane.is_armed = false;
+                        lane.watch = Watch::Nothing;
                         lane.handle.kicked.store(true, Ordering::SeqCst);
                     }
                 }
                 Request::Fence(key, reason) => {
                     if let Some(lane) = core.find(key) {
-                        lane.is_armed = false;
+                        lane.watch = Watch::Nothing;
                         lane.drain(now, drain, reason);
                     }
                 }
                 Request::Close(key) => {
                     if let Some(lane) = core.find(key) {
-                        lane.is_armed = false;
+                        lane.watch = Watch::Nothing;
                         lane.is_closing = true;
                         lane.drain(now, drain, "the peer is gone".to_owned());
                     }
@@ -400,80 +492,8 @@ fn adopt(core: &mut Core, poll: &Poll, lane: Box<LaneIo>) {
     if let Some(place) = core.places.get_mut(key.place as usize)
         && place.life == key.life
     {
+        // It has a hello to say, or to wait for.
+        lane.handle.kicked.store(true, Ordering::SeqCst);
         place.lane = Some(lane);
-    }
-}
-
-impl QueuePairLane {
-    /// Posts in the calling thread if nobody else has the rail. Returns whether it did.
-    pub(crate) fn try_pump(&self) -> bool {
-        let mut core = match self.rail.core.try_lock() {
-            Ok(core) => core,
-            Err(TryLockError::Poisoned(core)) => core.into_inner(),
-            Err(TryLockError::WouldBlock) => return false,
-        };
-        let now = clock::now();
-        let Some(lane) = core.find(self.key) else {
-            return false;
-        };
-        if let Err(reason) = lane.pump(&self.rail, now) {
-            lane.drain(now, self.rail.settings.drain, reason);
-        }
-        matches!(lane.phase, Phase::Up)
-    }
-
-    /// Takes the place of the rail's thread while the lane's batches are unanswered, for some microseconds. Returns false if
-    /// no answer came: then the rail's thread goes on and wakes the caller.
-    pub(crate) fn drive(&self) -> bool {
-        let rail = &self.rail;
-        if rail.settings.spin.is_zero() {
-            return false;
-        }
-        if rail.drivers.fetch_add(1, Ordering::SeqCst) > 0 {
-            rail.drivers.fetch_sub(1, Ordering::SeqCst);
-            return false;
-        }
-        let until = clock::now() + rail.settings.spin * 4;
-        // Whether an answer came, and whether the rail's thread must look because nothing else would wake it.
-        let (has_answer, is_left, core) = loop {
-            let now = clock::now();
-            let mut core = rail.core.lock().unwrap_or_else(PoisonError::into_inner);
-            let before = core.find(self.key).map(|lane| (lane.acked, lane.given));
-            let Some((acked, given)) = before.filter(|(acked, given)| acked < given) else {
-                // Answered meanwhile, or the queue pair is gone.
-                break (true, true, core);
-            };
-            if let Some(lane) = core.find(self.key) {
-                lane.is_armed = false;
-            }
-            core.turn(rail, now);
-            let after = core.find(self.key).map_or(given, |lane| lane.acked);
-            // A queue pair that ended meanwhile counts as answered: its failure has woken the caller.
-            if after > acked {
-                break (true, self.leave(&mut core, now), core);
-            }
-            if now >= until {
-                break (false, true, core);
-            }
-            drop(core);
-            std::hint::spin_loop();
-        };
-        // Under the lock: an event that comes now must find the rail's thread in charge again.
-        rail.drivers.fetch_sub(1, Ordering::SeqCst);
-        drop(core);
-        if is_left {
-            self.kick();
-        }
-        has_answer
-    }
-
-    /// Arms what was looked at here, so that the rail's thread may go on sleeping: waking it costs more than the whole
-    /// transfer. Returns whether it must be woken even so.
-    fn leave(&self, core: &mut Core, now: Time) -> bool {
-        let has_moved = core.arm(now, self.rail.settings.drain);
-        let is_sleeping = core
-            .lanes()
-            .all(|lane| lane.is_armed && matches!(lane.phase, Phase::Up) && !lane.has_work());
-        has_moved || !is_sleeping
     }
 }

@@ -33,6 +33,10 @@ const SLACK_ENTRIES: u32 = 64;
 /// Events drained in one call; more stay in the channel for the next.
 const EVENTS_MAX: u32 = 1024;
 
+/// Calls of [`Cq::take_event`] of which one looks whether there are more: an armed queue makes one event, so there hardly
+/// ever are, and to ask costs a system call.
+const TAKES_PER_DRAIN: u32 = 32;
+
 /// A completion, copied out of the adapter's form.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Completion {
@@ -78,6 +82,36 @@ impl Completion {
     }
 }
 
+/// Completions as the adapter wrote them.
+pub(crate) struct Completions {
+    raw: [MaybeUninit<ibv_wc>; POLL_MAX],
+    /// How many of them were written.
+    found: usize,
+}
+
+impl Completions {
+    /// None yet.
+    pub(crate) fn new() -> Self {
+        Self {
+            raw: [const { MaybeUninit::uninit() }; POLL_MAX],
+            found: 0,
+        }
+    }
+
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.found
+    }
+
+    /// The completions, oldest first.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Completion> + '_ {
+        self.raw[..self.found].iter().map(|raw| {
+            // SAFETY: the provider wrote the first `found` completions.
+            Completion::from_raw(unsafe { raw.assume_init_ref() })
+        })
+    }
+}
+
 /// A completion queue, with its own completion channel if it was asked for.
 pub(crate) struct Cq {
     context: Arc<Context>,
@@ -85,6 +119,7 @@ pub(crate) struct Cq {
     channel: Option<NonNull<ibv_comp_channel>>,
     capacity: u32,
     reserved: AtomicU32,
+    takes: AtomicU32,
     gate: Mutex<()>,
 }
 
@@ -128,6 +163,7 @@ impl Cq {
                 channel,
                 capacity: entries,
                 reserved: AtomicU32::new(0),
+                takes: AtomicU32::new(0),
                 gate: Mutex::new(()),
             })),
             Err(error) => {
@@ -179,7 +215,18 @@ impl Cq {
 
     /// Takes completions; how many there were. An error means the queue is broken, with all its queue pairs.
     pub(crate) fn poll(&self, into: &mut [Completion; POLL_MAX]) -> Result<usize, VerbsError> {
-        let mut raw = [const { MaybeUninit::<ibv_wc>::uninit() }; POLL_MAX];
+        let mut taken = Completions::new();
+        self.take(&mut taken)?;
+        for (to, from) in into.iter_mut().zip(taken.iter()) {
+            *to = from;
+        }
+        Ok(taken.len())
+    }
+
+    /// As [`Cq::poll`], into a place that costs nothing to make: mostly there are none.
+    pub(crate) fn take(&self, into: &mut Completions) -> Result<(), VerbsError> {
+        into.found = 0;
+        let raw = &mut into.raw;
         let gate = self.gate();
         // SAFETY: the queue is alive, the array has room for as many as are asked, and the gate keeps every queue pair.
         let found = unsafe { sys::ibv_poll_cq(self.raw(), POLL_ENTRIES, raw.as_mut_ptr().cast()) };
@@ -187,12 +234,8 @@ impl Cq {
         let Ok(found) = usize::try_from(found) else {
             return Err(VerbsError::call("ibv_poll_cq", found));
         };
-        let found = found.min(POLL_MAX);
-        for (to, from) in into.iter_mut().zip(&raw[..found]) {
-            // SAFETY: the provider wrote the first `found` completions.
-            *to = Completion::from_raw(unsafe { from.assume_init_ref() });
-        }
-        Ok(found)
+        into.found = found.min(POLL_MAX);
+        Ok(())
     }
 
     /// Asks for one event at the next completion (at the next solicited one). Poll once more after this, before
@@ -212,15 +255,32 @@ impl Cq {
         Some(unsafe { BorrowedFd::borrow_raw(fd) })
     }
 
+    /// Takes the event that made the channel readable and acknowledges it; how many there were.
+    ///
+    /// Now and then it takes whatever else is there: a queue that is armed again before its event was taken makes another.
+    pub(crate) fn take_event(&self) -> Result<u32, VerbsError> {
+        let takes = self.takes.fetch_add(1, Ordering::Relaxed);
+        self.take_events(if takes.is_multiple_of(TAKES_PER_DRAIN) {
+            EVENTS_MAX
+        } else {
+            1
+        })
+    }
+
     /// Takes the events of the channel and acknowledges them; how many there were.
+    #[cfg(test)]
     pub(crate) fn drain_events(&self) -> Result<u32, VerbsError> {
+        self.take_events(EVENTS_MAX)
+    }
+
+    fn take_events(&self, most: u32) -> Result<u32, VerbsError> {
         let Some(channel) = self.channel else {
             return Ok(0);
         };
         let verbs = &self.context.library().verbs;
         let mut count = 0;
         let mut result = Ok(());
-        while count < EVENTS_MAX {
+        while count < most {
             let mut cq = ptr::null_mut();
             let mut user = ptr::null_mut();
             // SAFETY: the channel is alive and does not block; both results are ours.
