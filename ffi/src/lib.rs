@@ -8,6 +8,7 @@
 )]
 
 /// Version of the C ABI: changes whenever a signature, a layout or a meaning does.
+use kvt as _;
 pub const ABI_VERSION: u32 = 0;
 
 /// The ABI version of the loaded library. Callable from any thread; cannot fail.
