@@ -310,7 +310,7 @@ impl Transfer {
 
     /// Ends it now. When this returns, no byte of it moves any more.
     pub fn cancel(&self) {
-        self.end_with(TransferError::Cancelled);
+        self.cancel_with("");
     }
 
     /// Ends it now, and tells the other side why at once: `reason` is the text of its
@@ -320,16 +320,24 @@ impl Transfer {
     /// [`orphan_ttl`](crate::transfer::NodeConfig::orphan_ttl). When this returns, no byte of the transfer moves any more.
     /// Does nothing if it has ended; an empty reason is none.
     pub fn cancel_with(&self, reason: &str) {
-        let reason = plain_text(reason);
-        if reason.is_empty() {
-            return self.cancel();
-        }
-        self.end_with(TransferError::CancelledBecause { reason });
+        self.start_cancel(reason);
+        self.until_ended();
     }
 
-    fn end_with(&self, error: TransferError) {
+    /// As [`cancel_with`](Self::cancel_with), but does not wait for a network card: pages may be touched until the end is
+    /// seen, by [`wait`](Self::wait) or any other way.
+    pub fn start_cancel(&self, reason: &str) {
+        let reason = plain_text(reason);
+        let error = if reason.is_empty() {
+            TransferError::Cancelled
+        } else {
+            TransferError::CancelledBecause { reason }
+        };
         self.hub.with(|node, now| node.cancel(now, self.id, error));
-        // Another thread may be ending it at this moment: wait until it is published.
+    }
+
+    /// Another thread may be ending it at this moment, or a network card be stopped: waits until its end is published.
+    fn until_ended(&self) {
         let state = self.shared.lock();
         drop(
             self.shared
