@@ -22,12 +22,14 @@
 mod audit;
 mod ebb;
 mod ends;
+mod explicit;
 mod grants;
 mod inputs;
 mod lane;
 mod node;
 mod peer;
 mod picture;
+mod push;
 mod receive;
 mod send;
 #[cfg(all(test, feature = "testing"))]

@@ -58,7 +58,7 @@ impl Node {
                         lanes: peer.lanes_reading(id),
                         role: Role::Sends,
                     });
-                    self.tell_failed(leg.peer, number, leg.epoch, error.code(), error.to_string());
+                    self.tell_failed(leg.peer, number, leg.epoch, error.code(), error.words());
                     self.tell_stopped(leg.peer, number, leg.epoch, leg.batches());
                 }
             }
@@ -106,7 +106,11 @@ impl Node {
             return;
         };
         let number = room.room.number();
-        self.receive_rooms.remove(&number);
+        if room.explicit.is_some() {
+            self.written.retain(|_, known| *known != id);
+        } else {
+            self.receive_rooms.remove(&number);
+        }
         self.timers.clear(room.deadline);
         self.remember_receive(now, &room, result.as_ref().err());
         match result {
@@ -124,13 +128,7 @@ impl Node {
                 for peer_id in &room.told {
                     if let Some(peer) = self.peers.get_mut(peer_id) {
                         *peer.failures.entry(error.name()).or_default() += 1;
-                        self.tell_failed(
-                            *peer_id,
-                            number,
-                            room.epoch,
-                            error.code(),
-                            error.to_string(),
-                        );
+                        self.tell_failed(*peer_id, number, room.epoch, error.code(), error.words());
                     }
                 }
                 *self.failures.entry(error.name()).or_default() += 1;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::{
-    error::TransferError,
+    error::{TransferError, plain_text},
     ids::{Epoch, PeerId, TransferId},
     plan::{mismatch::End, stream::check_items},
     time::Time,
@@ -21,10 +21,15 @@ impl Node {
             return;
         };
         let (room, epoch) = (grant.room, grant.epoch);
-        let pairing = match &peer.outgoing {
+        let live = self.send_rooms.get(&room).and_then(|id| self.sends.get(id));
+        let pairing = match live.and_then(|live| live.explicit.as_ref()) {
+            Some((to, pairing)) if *to == peer_id => Ok(Arc::clone(pairing)),
+            Some(_) => Err("the room is another peer's".to_owned()),
+            None => peer.outgoing.clone(),
+        };
+        let pairing = match pairing {
             Ok(pairing) => pairing,
-            Err(why) => {
-                let reason = why.clone();
+            Err(reason) => {
                 return self.refuse(peer_id, room, epoch, FailureCode::ItemMismatch, reason);
             }
         };
@@ -89,7 +94,7 @@ impl Node {
                 }
             }
             Some(Orphan::Cancelled { error, .. } | Orphan::SenderEnded { error, .. }) => {
-                let (code, reason) = (error.code(), error.to_string());
+                let (code, reason) = (error.code(), error.words());
                 self.refuse(peer, room, epoch, code, reason);
             }
             None if kept >= self.config.orphans_max => {
@@ -160,16 +165,14 @@ impl Node {
         code: FailureCode,
         reason: String,
     ) {
+        let reason = plain_text(&reason);
         let error = TransferError::PeerFailed { code, reason };
         if let Some(peer) = self.peers.get_mut(&peer) {
             peer.failures_heard += 1;
         }
         self.open_waiting_lanes(peer);
-        if let Some(room) = self
-            .receive_rooms
-            .get(&number)
-            .and_then(|id| self.receives.get(id))
-            && room.epoch == epoch
+        let receiving = self.receiving(peer, number, epoch);
+        if let Some(room) = receiving.and_then(|id| self.receives.get(&id))
             && room.told.contains(&peer)
         {
             let id = room.id;
@@ -185,7 +188,9 @@ impl Node {
                 .legs
                 .iter()
                 .find(|leg| leg.peer == peer && leg.epoch == epoch);
-            if leg.is_some() {
+            let refuses_blocks =
+                room.legs.is_empty() && room.explicit.as_ref().is_some_and(|(to, _)| *to == peer);
+            if leg.is_some() || refuses_blocks {
                 self.end_send(now, id, Err(error));
             } else {
                 // Of this use of the room nothing was ever sent, or its end has been told before.
@@ -208,7 +213,7 @@ impl Node {
                     .collect();
                 // The room cannot start without this receiver, so the others need not wait for their deadlines.
                 for (other, epoch) in others {
-                    self.refuse(other, number, epoch, error.code(), error.to_string());
+                    self.refuse(other, number, epoch, error.code(), error.words());
                 }
                 self.orphans
                     .insert(number, Orphan::Cancelled { error, timer });

@@ -7,19 +7,18 @@ use std::{
 };
 
 use super::{
-    Chunk, ReceiveRequest, SendRequest, Summary,
+    ReceiveRequest, SendRequest, Summary,
     ebb::Ebbs,
-    lane::Window,
     peer::{Peer, Sends},
     picture::EndedRoom,
     receive::{Owed, ReceiveLeg, ReceiveRoom, SeqSet},
-    send::{Orphan, SendRoom},
+    send::{Orphan, SendRoom, check_slots},
     timers::{Due, Timers},
 };
 use crate::{
     error::{SubmitError, TransferError},
     ids::{CountedMap, Epoch, InstanceId, LaneId, PeerId, TransferId},
-    layout::ComponentKind::State,
+    layout::IndexRule,
     plan::pairing::Pairing,
     time::Time,
     wire::control::{Control, GRANT_ITEMS_MAX, Grant},
@@ -132,6 +131,8 @@ pub struct Node {
     pub(super) send_rooms: HashMap<u64, TransferId>,
     pub(super) receives: CountedMap<TransferId, ReceiveRoom>,
     pub(super) receive_rooms: HashMap<u64, TransferId>,
+    /// Rooms of explicit blocks: each peer draws its own numbers.
+    pub(super) written: HashMap<(PeerId, u64), TransferId>,
     pub(super) orphans: HashMap<u64, Orphan>,
     /// Failed rooms whose pages may still be in use.
     pub(super) ebbs: Ebbs,
@@ -164,6 +165,7 @@ impl Node {
             send_rooms: HashMap::new(),
             receives: CountedMap::default(),
             receive_rooms: HashMap::new(),
+            written: HashMap::new(),
             orphans: HashMap::new(),
             ebbs: Ebbs::new(),
             received: VecDeque::new(),
@@ -233,6 +235,7 @@ impl Node {
                 pushed: Vec::new(),
                 closed: false,
                 bytes: 0,
+                explicit: None,
             },
         );
         if let Some(orphan) = self.orphans.remove(&number) {
@@ -248,84 +251,6 @@ impl Node {
             }
         }
         Ok(id)
-    }
-
-    /// Queues pages to every receiver of a room.
-    ///
-    /// The caller has checked every item against the local layout (`plan` does not do it again per batch).
-    ///
-    /// # Errors
-    /// The transfer is over or not ready, a list is longer than what was granted, or a peer's queue is full. Nothing is
-    /// queued then.
-    pub fn push(
-        &mut self,
-        now: Time,
-        transfer: TransferId,
-        chunk: &Chunk,
-    ) -> Result<(), SubmitError> {
-        let room =
-            self.sends
-                .get_mut(&transfer)
-                .ok_or(SubmitError::Ended(TransferError::PeerLost {
-                    reason: "the transfer is over".into(),
-                }))?;
-        if !room.is_ready() {
-            return Err(SubmitError::NotReady);
-        }
-        if let Some(doom) = &room.doom {
-            return Err(SubmitError::Ended(doom.clone()));
-        }
-        if room.closed {
-            return Err(SubmitError::Items(
-                "the last chunk has already been pushed".into(),
-            ));
-        }
-        // Used again for every chunk; an error below only loses what they have allocated.
-        let (mut counts, mut starts) = std::mem::take(&mut self.spare_counts);
-        counts.clear();
-        counts.extend(chunk.items.iter().map(|items| items.len()));
-        room.check_granted(&counts).map_err(SubmitError::Items)?;
-        let windows: usize = counts
-            .iter()
-            .map(|n| Peer::windows_of(*n))
-            .sum::<usize>()
-            .max(1);
-        for leg in room.legs.iter().filter(|leg| !leg.dummy) {
-            let peer = self.peers.get(&leg.peer).ok_or(SubmitError::UnknownPeer)?;
-            peer.check_room(&self.config, windows, &counts)?;
-            if !leg.has_seqs(peer.batches_of(&counts)) {
-                return Err(SubmitError::Items("the room has too many batches".into()));
-            }
-        }
-        room.pushed.resize(room.pushed.len().max(counts.len()), 0);
-        starts.clone_from(&room.pushed);
-        for (pushed, count) in room.pushed.iter_mut().zip(&counts) {
-            *pushed += count;
-        }
-        room.closed = chunk.last;
-        let number = room.room.number();
-        for leg in room.legs.iter_mut().filter(|leg| !leg.dummy) {
-            let peer = self
-                .peers
-                .get_mut(&leg.peer)
-                .expect("invariant: looked up a few lines above");
-            let proto = Window::new(transfer, number, leg.epoch, chunk, now);
-            peer.enqueue_chunk(&proto, chunk, &starts);
-            self.outputs.push_back(Output::Work(leg.peer));
-        }
-        if chunk.last
-            && room
-                .legs
-                .iter_mut()
-                .filter(|leg| leg.dummy)
-                .map(|leg| leg.done = true)
-                .count()
-                > 0
-        {
-            self.finish_send(now, transfer);
-        }
-        self.spare_counts = (counts, starts);
-        Ok(())
     }
 
     /// Opens the receiving side of a room and sends its grants.
@@ -384,6 +309,7 @@ impl Node {
                 items: request.items.clone(),
                 legs,
                 told: request.sources.iter().map(|source| source.peer).collect(),
+                explicit: None,
                 bytes: 0,
                 batches: 0,
             },
@@ -411,12 +337,16 @@ impl Node {
                 .as_ref()
                 .map_err(|why| SubmitError::Items(why.clone()))?;
             let owed = pairing.components.iter().enumerate().zip(&request.items);
-            // Of states a sender may have fewer than were granted (SGLang cuts some to the shorter list); of pages and
-            // aux rows it may not: what is missing would be taken for the request's.
-            let owed = owed.filter(|((_, paired), _)| !matches!(paired.kind(), State(_)));
+            for ((_, paired), items) in owed.clone() {
+                check_slots(paired, items.len()).map_err(SubmitError::Items)?;
+            }
+            // Of some states a sender may have fewer than were granted (SGLang cuts them to the shorter list); of pages
+            // and aux rows it may not: what is missing would be taken for the request's.
+            let owed = owed.filter(|((_, paired), _)| paired.index_rule() != IndexRule::Shorter);
             let owed = owed.map(|((component, paired), items)| Owed {
                 component: u8::try_from(component).unwrap_or(u8::MAX),
                 kind: paired.kind().clone(),
+                may_skip: paired.index_rule() != IndexRule::Whole,
                 got: 0,
                 expected: paired.item_bytes() * items.len() as u64,
             });
@@ -446,7 +376,7 @@ impl Node {
         }
     }
 
-    fn new_transfer(&mut self) -> Result<TransferId, SubmitError> {
+    pub(super) fn new_transfer(&mut self) -> Result<TransferId, SubmitError> {
         let (used, limit) = (self.live_transfers(), self.config.transfers_max);
         if used >= limit {
             return Err(SubmitError::Full {

@@ -2,6 +2,7 @@
 
 use super::{
     WireError,
+    blocks::{WriteOpen, read_blocks, write_blocks},
     codec::{Reader, Writer},
     hello::{COMPONENTS_MAX, Face, Hello, LANES_MAX, TOKEN_BYTES_MAX},
     lane::Ack,
@@ -173,6 +174,18 @@ pub enum Control {
         /// The last of these answers, oldest first.
         answers: Vec<Ack>,
     },
+    /// Asks for a room of explicit blocks. The answer is a [`Grant`] of item 0, or [`Control::RoomFailed`] of epoch 0.
+    WriteOpen(Box<WriteOpen>),
+    /// The sender of such a room has given it up.
+    WriteClose {
+        /// Its number.
+        room: u64,
+    },
+    /// Answers [`Control::WriteClose`]: nothing of the room can be written any more.
+    WriteClosed {
+        /// Its number.
+        room: u64,
+    },
     /// Are you there?
     Ping {
         /// Returned in the pong.
@@ -223,6 +236,9 @@ impl Control {
             Self::QpDown { .. } => 14,
             Self::Look(_) => 15,
             Self::Seen(_) => 16,
+            Self::WriteOpen(_) => 17,
+            Self::WriteClose { .. } => 18,
+            Self::WriteClosed { .. } => 19,
         }
     }
 
@@ -281,6 +297,8 @@ impl Control {
                     w.raw(&answer.to_bytes());
                 }
             }
+            Self::WriteOpen(open) => write_blocks(w, open),
+            Self::WriteClose { room } | Self::WriteClosed { room } => w.u64(*room),
             Self::Ping { nonce } | Self::Pong { nonce } => w.u64(*nonce),
             Self::Look(token) => {
                 w.count(token.len());
@@ -328,6 +346,9 @@ impl Control {
             14 => read_down(&mut r)?,
             15 => Self::Look(r.bytes("token", TOKEN_BYTES_MAX)?),
             16 => Self::Seen(Box::new(Face::read(&mut r)?)),
+            17 => Self::WriteOpen(Box::new(read_blocks(&mut r)?)),
+            18 => Self::WriteClose { room: r.u64()? },
+            19 => Self::WriteClosed { room: r.u64()? },
             got => {
                 return Err(WireError::Value {
                     what: "message kind",

@@ -7,7 +7,10 @@ use super::{
 };
 use crate::{
     ids::InstanceId,
-    layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard},
+    layout::{
+        Attention, Component, ComponentKind, Entry, Layout, RegionId, SLICE_GROUPS_MAX, Shard,
+        StateShape, StateSlice,
+    },
 };
 
 /// Most bytes of a bearer token.
@@ -64,6 +67,10 @@ pub struct Hello {
     pub host: HostIdentity,
     /// Its regions, indexed by [`RegionId`].
     pub regions: Vec<RegionAddress>,
+    /// Whether its peers may write to any address in them.
+    pub by_address: bool,
+    /// Whether its data connections carry no bytes (measurements only).
+    pub null_wire: bool,
     /// What lies in the regions.
     pub layout: Layout,
     /// Its RDMA devices, empty if it uses none.
@@ -83,6 +90,7 @@ impl Hello {
         w.text(&self.host.socket_name);
         w.u64(self.host.probe_address);
         w.raw(&self.host.probe_cookie);
+        w.u8(u8::from(self.by_address) | u8::from(self.null_wire) << 1);
         w.count(self.regions.len());
         for region in &self.regions {
             w.u64(region.base);
@@ -114,6 +122,13 @@ impl Hello {
             probe_address: r.u64()?,
             probe_cookie: r.id()?,
         };
+        let flags = r.u8()?;
+        if flags > 3 {
+            return Err(WireError::Value {
+                what: "hello flags",
+                got: flags.into(),
+            });
+        }
         let regions = (0..r.count("region count", REGIONS_MAX, 16)?)
             .map(|_| {
                 Ok(RegionAddress {
@@ -134,6 +149,8 @@ impl Hello {
             token,
             host,
             regions,
+            by_address: flags & 1 != 0,
+            null_wire: flags & 2 != 0,
             rails,
             layout,
         })
@@ -228,6 +245,7 @@ fn write_layout(w: &mut Writer<'_>, layout: &Layout) {
             w.u8(u8::from(entry.layer_id.is_some()));
             w.u32(entry.layer_id.unwrap_or(0));
         }
+        write_shape(w, &component.state);
     }
 }
 
@@ -290,9 +308,40 @@ fn read_component(r: &mut Reader<'_>) -> Result<Component, WireError> {
             })
         })
         .collect::<Result<_, WireError>>()?;
+    let state = read_shape(r)?;
     Ok(Component {
         kind,
         entries,
         draft_entries,
+        state,
+    })
+}
+
+fn write_shape(w: &mut Writer<'_>, shape: &StateShape) {
+    w.text(shape.page_layout.as_deref().unwrap_or(""));
+    w.count(shape.slices.len());
+    for slice in &shape.slices {
+        w.u32(slice.dim);
+        w.u32(slice.rows);
+        w.count(slice.groups.len());
+        slice.groups.iter().for_each(|group| w.u32(*group));
+    }
+}
+
+fn read_shape(r: &mut Reader<'_>) -> Result<StateShape, WireError> {
+    let page_layout = r.text("state page layout name", NAME_BYTES_MAX)?;
+    let page_layout = (!page_layout.is_empty()).then_some(page_layout);
+    let slices = (0..r.count("slice count", ENTRIES_MAX, 12)?)
+        .map(|_| {
+            let (dim, rows) = (r.u32()?, r.u32()?);
+            let groups = (0..r.count("sub-block count", SLICE_GROUPS_MAX, 4)?)
+                .map(|_| r.u32())
+                .collect::<Result<_, WireError>>()?;
+            Ok(StateSlice { dim, rows, groups })
+        })
+        .collect::<Result<_, WireError>>()?;
+    Ok(StateShape {
+        slices,
+        page_layout,
     })
 }
