@@ -145,7 +145,7 @@ pub struct EngineConfig {
     /// [`Layout::raw`](crate::layout::Layout::raw).
     pub writable_by_address: bool,
     /// For measurements: data connections plan and count every write, but carry no bytes. Default false; two engines
-    /// connect only if both say the same. See [`Engine::null_counts`](crate::engine::Engine::null_counts).
+    /// connect only if both say the same, and RDMA must be off. See [`Engine::null_counts`](crate::engine::Engine::null_counts).
     pub null_wire: bool,
     /// How long a connecting peer may take to introduce itself. Default 5 s.
     pub handshake_timeout: Duration,
@@ -242,6 +242,11 @@ impl EngineConfig {
                 TOKEN_BYTES_MAX as u64,
             ),
         ];
+        if self.null_wire && self.rdma.usage != RdmaUse::Off {
+            return Err(
+                "null_wire moves no bytes, and does not go with rdma.usage: leave it off".into(),
+            );
+        }
         for (name, value, least, most) in ranges {
             if !(least..=most).contains(&value) {
                 return Err(format!(

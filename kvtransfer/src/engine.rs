@@ -298,7 +298,8 @@ impl Engine {
     /// Writes blocks of this engine's memory to addresses of a peer's, which must allow it
     /// ([`writable_by_address`](EngineConfig::writable_by_address)), and waits until the peer has confirmed the last
     /// byte. Any number of threads may write at once; at most 32 rooms of 16 384 merged blocks each are on their way to
-    /// one peer, and further ones wait for their turn. Order between blocks and between calls is not kept.
+    /// one peer, and further ones wait for their turn. Order between blocks and between calls is not kept. `timeout`
+    /// counts for at most ten minutes.
     ///
     /// # Errors
     /// [`WriteError`]: nothing was written, or some was but nothing will be any more, or (only if the peer does not

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use kvtransfer::{
-    config::{EngineConfig, SameHost},
+    config::{EngineConfig, RdmaUse, SameHost},
     engine::{Engine, Memory, NullCounts},
     layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard, StateShape},
     memory::Region,
@@ -175,6 +175,16 @@ fn an_engine_without_a_wire_meets_only_its_like() {
         let refused = from.connect(to.local_addr().unwrap(), SOON).unwrap_err();
         assert!(refused.to_string().contains("null_wire"), "{refused}");
     }
+}
+
+#[test]
+fn a_wire_of_rdma_is_one() {
+    let mut config = EngineConfig::default();
+    config.null_wire = true;
+    config.rdma.usage = RdmaUse::Auto;
+    let refused = Engine::start(config, Memory::new(), Layout::raw()).err();
+    let sentence = refused.expect("it must be refused").to_string();
+    assert!(sentence.contains("rdma.usage"), "{sentence}");
 }
 
 /// Prints what planning and handing over costs for the prompts of SGLang's own measurement. Run it built for speed.

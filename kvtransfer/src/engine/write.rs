@@ -212,7 +212,8 @@ fn start<'a>(
     let pairing = blocks::pairing(runs, &lens(sources), &lens(targets))
         .map_err(|error| refused(SubmitError::Items(error.to_string())))?;
     let room = new_room().map_err(|error| refused(SubmitError::Items(error)))?;
-    let left = deadline.since(clock::now()).as_millis();
+    // The peer's deadline is later, so that the caller's own decides.
+    let left = (deadline.since(clock::now()) + SETTLE_MAX).as_millis();
     let open = WriteOpen {
         room: room.number(),
         timeout_ms: u32::try_from(left)
