@@ -78,7 +78,7 @@ pub(super) fn introduce(hub: &Hub, link: u64, lanes: u8) -> Hello {
 
 /// What somebody who only looks is shown.
 pub(super) fn face(hub: &Hub) -> Face {
-    let (rails, refusal) = hub.rails.faces();
+    let (rails, refusal) = hub.rails().faces();
     Face {
         boot_id: super::boot_id().unwrap_or_default(),
         rails,

@@ -142,7 +142,7 @@ pub struct Node {
     pub(super) ended: VecDeque<EndedRoom>,
     pub(super) timers: Timers,
     /// Room for the counts of [`Node::push`].
-    spare_counts: (Vec<usize>, Vec<usize>),
+    pub(super) spare_counts: (Vec<usize>, Vec<usize>),
     pub(super) outputs: VecDeque<Output>,
     pub(super) next_transfer: u64,
     pub(super) next_epoch: u32,

@@ -11,12 +11,12 @@ use super::{
 };
 use crate::{
     error::{SubmitError, TransferError},
-    ids::{PeerId, TransferId},
+    ids::{CountedMap, PeerId, TransferId},
     plan::pairing::Pairing,
     time::Time,
 };
 
-type Peers = std::collections::HashMap<PeerId, Peer>;
+type Peers = CountedMap<PeerId, Peer>;
 
 impl Node {
     /// Queues pages to every receiver of a room.
@@ -57,7 +57,10 @@ impl Node {
         let pairing = pairing.transpose()?;
         let fitted = pairing.and_then(|pairing| room.fitted(chunk, pairing));
         let chunk = fitted.as_ref().unwrap_or(chunk);
-        let counts: Vec<usize> = chunk.items.iter().map(|items| items.len()).collect();
+        // Used again for every chunk; an error below only loses what they have allocated.
+        let (mut counts, mut starts) = std::mem::take(&mut self.spare_counts);
+        counts.clear();
+        counts.extend(chunk.items.iter().map(|items| items.len()));
         room.check_granted(&counts).map_err(SubmitError::Items)?;
         if let Some(pairing) = pairing {
             room.check_rules(&counts, chunk.last, pairing)
@@ -65,7 +68,7 @@ impl Node {
         }
         check_queues(room, &self.peers, &self.config, &counts)?;
         room.pushed.resize(room.pushed.len().max(counts.len()), 0);
-        let starts = room.pushed.clone();
+        starts.clone_from(&room.pushed);
         for (pushed, count) in room.pushed.iter_mut().zip(&counts) {
             *pushed += count;
         }
@@ -73,7 +76,7 @@ impl Node {
         let number = room.room.number();
         for leg in room.legs.iter().filter(|leg| !leg.dummy) {
             let pairing = Arc::clone(pairing_to(room, &self.peers, leg)?);
-            let proto = Window::new(transfer, (number, leg.epoch), pairing, now);
+            let proto = Window::new(transfer, (number, leg.epoch), pairing, chunk, now);
             let peer = self
                 .peers
                 .get_mut(&leg.peer)
@@ -85,6 +88,7 @@ impl Node {
         if chunk.last && dummies.map(|leg| leg.done = true).count() > 0 {
             self.finish_send(now, transfer);
         }
+        self.spare_counts = (counts, starts);
         Ok(())
     }
 }

@@ -32,9 +32,12 @@ mod standard;
 mod targets;
 mod thread;
 
-use std::sync::{
-    Arc, Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicBool, AtomicU32},
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU32},
+    },
+    time::Duration,
 };
 
 pub use counters::RailCounts;
@@ -44,9 +47,11 @@ pub(crate) use standard::Listening;
 
 use self::{counters::Counters, requests::Request, thread::Core};
 use crate::{
+    clock,
     config::RdmaConfig,
     memory::Region,
     plan::descriptor::Place,
+    time::Time,
     transport::verbs::{
         chain::Sge, context::Context, device::GidEntry, mr::RegisteredRegion, pd::Pd,
         probe::Capabilities,
@@ -145,6 +150,9 @@ impl Rail {
         self.requests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+/// How often it is looked whether a rail is still in use.
+const RELEASE_LOOK: Duration = Duration::from_millis(1);
 
 /// Holds a rail until its device is lost; the rail's thread empties it then.
 type Slot = Mutex<Option<Arc<Rail>>>;
@@ -253,44 +261,31 @@ impl Rails {
         rails.map(|rail| rail.counters.counts(&rail.name)).collect()
     }
 
-    /// Whether there are any.
+    /// Whether there are any whose device is there.
     pub(crate) fn is_open(&self) -> bool {
-        !self.rails.is_empty()
+        self.alive().next().is_some()
     }
 
     /// Ends them, their registrations included. Their queue pairs must have been told to end.
     ///
     /// # Errors
     /// The rails that were still in use at the deadline, and a sentence that names the first.
-    pub(crate) fn close(self, deadline: crate::time::Time) -> Result<(), (Self, String)> {
+    pub(crate) fn close(self, deadline: Time) -> Result<(), (Self, String)> {
         self.stop();
-        let mut left = Vec::new();
-        for mut rail in self.rails {
-            loop {
-                rail = match Arc::try_unwrap(rail) {
-                    Ok(unused) => {
-                        drop(unused);
-                        break;
-                    }
-                    Err(used) if crate::clock::now() < deadline => used,
-                    Err(used) => {
-                        left.push(used);
-                        break;
-                    }
-                };
-                // Its thread and its queue pairs hold it; neither says when it lets go.
-                std::thread::sleep(std::time::Duration::from_millis(1));
+        let mut reason = None;
+        for slot in &self.slots {
+            let taken = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let used = taken.and_then(|rail| until_unused(rail, deadline).err());
+            if let Some(rail) = used {
+                let name = &rail.name;
+                reason.get_or_insert(format!("device {name} is still in use; release again"));
+                *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(rail);
             }
         }
-        let Some(first) = left.first() else {
-            return Ok(());
-        };
-        let reason = format!("device {} is still in use; release again", first.name);
-        let left = Self {
-            rails: left,
-            refusal: self.refusal,
-        };
-        Err((left, reason))
+        match reason {
+            None => Ok(()),
+            Some(reason) => Err((self, reason)),
+        }
     }
 
     /// Ends their threads, once their queue pairs are gone.
@@ -298,5 +293,20 @@ impl Rails {
         for rail in self.alive() {
             rail.stop();
         }
+    }
+}
+
+/// Waits for everybody else to let go of a rail: its thread and its queue pairs hold it, and neither says when it lets go.
+fn until_unused(mut rail: Arc<Rail>, deadline: Time) -> Result<(), Arc<Rail>> {
+    loop {
+        rail = match Arc::try_unwrap(rail) {
+            Ok(unused) => {
+                drop(unused);
+                return Ok(());
+            }
+            Err(used) if clock::now() < deadline => used,
+            Err(used) => return Err(used),
+        };
+        std::thread::sleep(RELEASE_LOOK);
     }
 }
