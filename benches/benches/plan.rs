@@ -8,7 +8,9 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use kvtransfer::layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard};
+use kvtransfer::layout::{
+    Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard, StateShape,
+};
 use kvtransfer::plan::cursor::{Segment, SideCursor};
 use kvtransfer::plan::descriptor::{Descriptor, Limits, PairCursor};
 use kvtransfer::plan::mismatch::End;
@@ -54,6 +56,7 @@ fn layout(layers: u32, page_size: u32, tp: u32, items: u64) -> Layout {
             kind: ComponentKind::Kv,
             entries,
             draft_entries: 0,
+            state: StateShape::default(),
         }],
     }
 }

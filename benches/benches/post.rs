@@ -7,7 +7,9 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use kvtransfer::layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard};
+use kvtransfer::layout::{
+    Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard, StateShape,
+};
 use kvtransfer::plan::pairing::pair;
 use kvtransfer::testing::PostDriver;
 
@@ -36,6 +38,7 @@ fn layout() -> Layout {
                 layer_id: None,
             }],
             draft_entries: 0,
+            state: StateShape::default(),
         }],
     }
 }

@@ -4,7 +4,9 @@
 use std::sync::Arc;
 
 use clap::ValueEnum;
-use kvtransfer::layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard};
+use kvtransfer::layout::{
+    Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard, StateShape,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::data::Random;
@@ -250,6 +252,7 @@ impl Case {
                 kind: ComponentKind::Kv,
                 entries: (0..self.entries).map(entry).collect(),
                 draft_entries: 0,
+                state: StateShape::default(),
             }],
         }
     }

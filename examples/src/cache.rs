@@ -12,7 +12,9 @@ pub mod pages;
 
 use std::sync::Arc;
 
-use kvtransfer::layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard};
+use kvtransfer::layout::{
+    Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard, StateShape,
+};
 
 /// Number of a page, the same on every rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -150,6 +152,7 @@ impl RankShape {
             kind,
             entries,
             draft_entries: 0,
+            state: StateShape::default(),
         };
         Layout {
             page_size: narrow(self.page_size),

@@ -1,26 +1,26 @@
-//! The C ABI of kvtransfer.
+//! The C ABI of kvtransfer: `libkvtransfer.so`, with `include/kvtransfer.h` as its documentation.
 //!
-//! For now it holds the one function that every later binding calls first: the version of the ABI, which a caller
-//! compares with the version of the header it was compiled against before it calls anything else.
+//! Every exported function runs inside [`guard`], which turns NULL arguments, errors and panics into status codes.
+//! Opaque handles ([`handle`]) each stand for one Rust value with one owner. Numbers from C stay integers until they are
+//! checked; structs from C are copied before anything is done with them.
 #![expect(
-    unsafe_code,
-    reason = "exporting a symbol under its C name needs an unsafe attribute"
+    non_camel_case_types,
+    reason = "the types have their C names, from which the header is made"
 )]
 
-/// Version of the C ABI: changes whenever a signature, a layout or a meaning does.
-pub const ABI_VERSION: u32 = 0;
-
-/// The ABI version of the loaded library. Callable from any thread; cannot fail.
-// SAFETY: `kvt_` is this library's own prefix, so the unmangled name meets no other symbol.
-#[unsafe(no_mangle)]
-pub extern "C" fn kvt_abi_version() -> u32 {
-    ABI_VERSION
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn the_library_says_its_version() {
-        assert_eq!(super::kvt_abi_version(), super::ABI_VERSION);
-    }
-}
+pub mod argument;
+pub mod bootstrap;
+pub mod doctor;
+pub mod engine;
+mod guard;
+mod handle;
+pub mod layout;
+pub mod log;
+pub mod peer;
+mod picture;
+mod records;
+mod regions;
+mod settings;
+pub mod status;
+pub mod transfer;
+pub mod version;

@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::{ids::Room, wire::control::FailureCode};
+use crate::{
+    ids::Room,
+    wire::control::{FailureCode, REASON_BYTES_MAX},
+};
 
 /// Why a call to the engine was refused. Nothing was changed by the call.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -54,6 +57,13 @@ pub enum TransferError {
     /// Cancelled by this side's application.
     #[error("cancelled by the application")]
     Cancelled,
+    /// Cancelled by this side's application, which said why. The other side is told `reason` alone, as the text of its
+    /// [`PeerFailed`](Self::PeerFailed).
+    #[error("cancelled by the application: {reason}")]
+    CancelledBecause {
+        /// The application's words, see [`plain_text`].
+        reason: String,
+    },
     /// This side's deadline passed.
     #[error("timed out after {elapsed:?} while {stage}")]
     Timeout {
@@ -106,13 +116,16 @@ pub enum TransferError {
 impl TransferError {
     /// Whether the same request may succeed with a new room.
     pub fn is_retryable(&self) -> bool {
-        !matches!(self, Self::Cancelled | Self::Shutdown)
+        !matches!(
+            self,
+            Self::Cancelled | Self::CancelledBecause { .. } | Self::Shutdown
+        )
     }
 
     /// A stable name for metrics.
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Cancelled => "cancelled",
+            Self::Cancelled | Self::CancelledBecause { .. } => "cancelled",
             Self::Timeout { .. } => "timeout",
             Self::NoPath { .. } => "no_path",
             Self::PeerFailed { .. } => "peer_failed",
@@ -126,12 +139,67 @@ impl TransferError {
     /// What the other side is told.
     pub fn code(&self) -> FailureCode {
         match self {
-            Self::Cancelled => FailureCode::Cancelled,
+            Self::Cancelled | Self::CancelledBecause { .. } => FailureCode::Cancelled,
             Self::Timeout { .. } | Self::NoPath { .. } => FailureCode::Timeout,
             Self::PeerFailed { .. } | Self::PeerLost { .. } => FailureCode::OtherPeer,
             Self::PeerMisbehaved { .. } => FailureCode::Misbehaved,
             Self::Memory { .. } => FailureCode::Memory,
             Self::Shutdown => FailureCode::Shutdown,
         }
+    }
+
+    /// The words for the other side: the application's own where it gave some, else the message.
+    pub(crate) fn words(&self) -> String {
+        match self {
+            Self::CancelledBecause { reason } => reason.clone(),
+            other => other.to_string(),
+        }
+    }
+}
+
+/// A text of an application or a peer, fit for a log line and for the wire: control characters become spaces, and what
+/// is beyond [`REASON_BYTES_MAX`] bytes is cut off, between two characters.
+pub fn plain_text(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len().min(REASON_BYTES_MAX));
+    for letter in text.chars() {
+        let letter = if letter.is_control() { ' ' } else { letter };
+        if plain.len() + letter.len_utf8() > REASON_BYTES_MAX {
+            break;
+        }
+        plain.push(letter);
+    }
+    plain
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{REASON_BYTES_MAX, TransferError, plain_text};
+
+    #[test]
+    fn a_text_of_an_application_is_one_line_of_bounded_length() {
+        assert_eq!(plain_text("a\nb\u{1b}[31m\0c"), "a b [31m c");
+        let long = plain_text(&"é".repeat(REASON_BYTES_MAX));
+        assert_eq!(
+            long.len(),
+            REASON_BYTES_MAX,
+            "whole characters up to the bound"
+        );
+        let odd = plain_text(&format!("x{}", "é".repeat(REASON_BYTES_MAX)));
+        assert_eq!(odd.len(), REASON_BYTES_MAX - 1, "never half a character");
+    }
+
+    #[test]
+    fn the_other_side_gets_the_applications_own_words() {
+        let reason = "KV of the prefix was evicted".to_owned();
+        let error = TransferError::CancelledBecause { reason };
+        assert_eq!(error.words(), "KV of the prefix was evicted");
+        assert_eq!(
+            error.to_string(),
+            "cancelled by the application: KV of the prefix was evicted"
+        );
+        assert_eq!(
+            TransferError::Cancelled.words(),
+            "cancelled by the application"
+        );
     }
 }

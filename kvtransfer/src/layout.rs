@@ -8,8 +8,13 @@
 use std::fmt;
 use std::ops::Range;
 
+mod state;
 mod validate;
 
+pub use state::{
+    IndexRule, SLICE_DIM_MAX, SLICE_GROUPS_MAX, SLICE_ROWS_MAX, StateError, StateShape, StateSlice,
+    dsa_tail_slots, name_ratio_layers,
+};
 pub use validate::{
     BUFFER_END_MAX, COMPONENTS_MAX, ENTRIES_MAX, HEADS_MAX, ITEM_LEN_MAX, LAYERS_MAX, LayoutError,
     NAME_LEN_MAX, PAGE_SIZE_MAX, SHARDS_MAX,
@@ -53,7 +58,8 @@ pub enum Attention {
 pub enum ComponentKind {
     /// The paged KV cache; its items are pages.
     Kv,
-    /// A state component, by SGLang's `StateType` name (`"mamba"`, `"swa"`, `"dsa"`, …); items are slots or pages.
+    /// A state component, by SGLang's `StateType` name (`"mamba"`, `"swa"`, `"dsa"`, …); items are slots or pages. Of
+    /// `"dsa_tail"` they are the slots of its rings, see [`dsa_tail_slots`].
     State(String),
     /// The metadata ("aux") rows; items are slots. The last entry is the one that becomes visible last: the room number.
     Aux,
@@ -78,7 +84,8 @@ pub struct Entry {
     /// Where the buffer starts in the region, in bytes.
     pub offset: u64,
     /// Bytes of one item (for KV: one page of this layer's buffer on this rank). 0 marks an *elided* entry: it keeps
-    /// its place in the order but has no bytes, and pairing skips it (SGLang's DSA pools do this).
+    /// its place in the order but has no bytes, and pairing skips it where the source has none, or for `"dsa"` the
+    /// target (SGLang's DSA pools do this).
     pub item_len: u64,
     /// Items in the buffer.
     pub item_count: u64,
@@ -95,6 +102,8 @@ pub struct Component {
     pub entries: Vec<Entry>,
     /// How many trailing entries belong to a speculative draft model (KV only, else 0).
     pub draft_entries: u32,
+    /// What a state says beyond its buffers (states only, else the default).
+    pub state: StateShape,
 }
 
 /// Everything a peer must know of this rank's KV memory.

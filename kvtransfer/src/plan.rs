@@ -18,4 +18,5 @@ mod matching;
 pub mod mismatch;
 pub mod pairing;
 pub mod ranges;
+mod states;
 pub mod stream;

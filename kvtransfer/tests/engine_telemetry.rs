@@ -11,7 +11,7 @@ use kvtransfer::{
     config::{EngineConfig, SameHost},
     engine::{Engine, Memory},
     ids::{PeerId, Room},
-    layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard},
+    layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard, StateShape},
     memory::Region,
     serve::telemetry::TelemetryConfig,
     telemetry::{
@@ -45,6 +45,7 @@ fn layout() -> Layout {
             kind: ComponentKind::Kv,
             entries: vec![entry],
             draft_entries: 0,
+            state: StateShape::default(),
         }],
     }
 }

@@ -10,7 +10,9 @@ use std::cell::Cell;
 use std::num::NonZeroU64;
 use std::sync::Arc;
 
-use kvtransfer::layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard};
+use kvtransfer::layout::{
+    Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard, StateShape,
+};
 use kvtransfer::plan::cursor::{Segment, SideCursor};
 use kvtransfer::plan::descriptor::{Descriptor, Limits, PairCursor};
 use kvtransfer::plan::mismatch::End;
@@ -74,6 +76,7 @@ fn layout(tp: u32) -> Layout {
             kind: ComponentKind::Kv,
             entries,
             draft_entries: 0,
+            state: StateShape::default(),
         }],
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use kvtransfer::layout::{
     Attention, Component, ComponentKind, ENTRIES_MAX, Entry, ITEM_LEN_MAX, Layout, LayoutError,
-    RegionId, Shard,
+    RegionId, Shard, StateShape,
 };
 use kvtransfer::plan::mismatch::LayoutMismatch;
 use kvtransfer::plan::pairing::{Pairing, Piece, pair};
@@ -29,6 +29,7 @@ fn component(kind: ComponentKind, count: usize, item_len: u64) -> Component {
         kind,
         entries: vec![entry(item_len); count],
         draft_entries: 0,
+        state: StateShape::default(),
     }
 }
 
@@ -254,7 +255,7 @@ fn unequal_tensor_parallelism_cuts_only_what_can_be_cut() {
     let mamba = || state("mamba", 2, 100);
     assert_eq!(
         refusal(&with(0, 2, mamba(), "nhd"), &with(0, 1, mamba(), "nhd")),
-        "state mamba needs equal tensor-parallel sizes: source has 2, target has 1"
+        "state mamba needs the sliced dimension of every tensor on both sides for unequal tensor-parallel sizes (source 2, target 1); start both with the same attention tensor parallelism, and without --enable-unified-memory"
     );
     assert_eq!(
         refusal(&with(0, 2, swa(4), "nhd"), &with(0, 1, swa(4), "nhd")),
@@ -281,6 +282,22 @@ fn unequal_tensor_parallelism_cuts_only_what_can_be_cut() {
     );
     // Every page layout will do where nothing is cut.
     pair(&with(1, 2, swa(4), "hnd"), &with(1, 2, swa(4), "hnd")).unwrap();
+}
+
+#[test]
+fn a_buffer_that_only_the_target_left_out_is_a_mismatch_except_dsa() {
+    let with = |name: &str, len: u64| {
+        let mut layout = gqa(0, 1);
+        layout.components.insert(1, state(name, 4, 10));
+        layout.components[1].entries[2].item_len = len;
+        layout
+    };
+    let pairing = pair(&with("dsa", 10), &with("dsa", 0)).unwrap();
+    assert_eq!(pieces(&pairing, 1).len(), 3);
+    assert_eq!(
+        refusal(&with("swa_ring", 10), &with("swa_ring", 0)),
+        "swa_ring item length differs: source buffer 2 has 10 bytes per item, target buffer 2 has 0"
+    );
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use kvtransfer::layout::{
     Attention, BUFFER_END_MAX, Component, ComponentKind, ENTRIES_MAX, Entry, ITEM_LEN_MAX, Layout,
-    RegionId, Shard,
+    RegionId, Shard, StateShape,
 };
 use kvtransfer::plan::cursor::{Segment, SideCursor};
 use kvtransfer::plan::descriptor::{Descriptor, Limits, PairCursor};
@@ -304,6 +304,7 @@ impl Rank {
             kind,
             entries,
             draft_entries,
+            state: StateShape::default(),
         });
         self.meanings.push(meanings);
         // Runs with some swaps, as an allocator hands them out.
@@ -601,6 +602,7 @@ proptest! {
             kind: ComponentKind::Kv,
             entries: vec![entry(0), entry(4)],
             draft_entries: small(8) % 3,
+            state: StateShape::default(),
         };
         let heads = Attention::Heads { total_kv_heads: small(10), rank_kv_heads: small(11) };
         let layout = |tp: Shard| Layout {
@@ -664,6 +666,7 @@ fn the_longest_stream_does_not_overflow() {
         ]
         .repeat(ENTRIES_MAX / 2),
         draft_entries: 0,
+        state: StateShape::default(),
     };
     for (first_len, wanted_len) in [
         (ITEM_LEN_MAX, 1 << 63),

@@ -46,7 +46,7 @@ pub(super) fn settle(transfers: &[Transfer]) -> Option<Result<Moved, EngineError
 /// An engine's error in the seam's words.
 pub(super) fn failure(error: EngineError, timeout: Duration) -> TransferError {
     match error {
-        EngineError::Cancelled => TransferError::Cancelled,
+        EngineError::Cancelled | EngineError::CancelledBecause { .. } => TransferError::Cancelled,
         EngineError::Timeout { stage, .. } => TransferError::Timeout {
             stage,
             after: timeout,

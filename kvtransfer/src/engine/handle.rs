@@ -18,7 +18,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::hub::Hub;
 use crate::{
     clock,
-    error::{SubmitError, TransferError},
+    error::{SubmitError, TransferError, plain_text},
     ids::{Room, TransferId},
     layout::Layout,
     memory::Gate,
@@ -310,8 +310,25 @@ impl Transfer {
 
     /// Ends it now. When this returns, no byte of it moves any more.
     pub fn cancel(&self) {
-        self.hub
-            .with(|node, now| node.cancel(now, self.id, TransferError::Cancelled));
+        self.end_with(TransferError::Cancelled);
+    }
+
+    /// Ends it now, and tells the other side why at once: `reason` is the text of its
+    /// [`PeerFailed`](TransferError::PeerFailed), with control characters replaced by spaces and at most
+    /// [`REASON_BYTES_MAX`](crate::wire::control::REASON_BYTES_MAX) bytes long. A side that is not there yet (a sender whose
+    /// receiver has not granted, a receiver whose sender has not opened) hears it when it comes, if that is within
+    /// [`orphan_ttl`](crate::transfer::NodeConfig::orphan_ttl). When this returns, no byte of the transfer moves any more.
+    /// Does nothing if it has ended; an empty reason is none.
+    pub fn cancel_with(&self, reason: &str) {
+        let reason = plain_text(reason);
+        if reason.is_empty() {
+            return self.cancel();
+        }
+        self.end_with(TransferError::CancelledBecause { reason });
+    }
+
+    fn end_with(&self, error: TransferError) {
+        self.hub.with(|node, now| node.cancel(now, self.id, error));
         // Another thread may be ending it at this moment: wait until it is published.
         let state = self.shared.lock();
         drop(

@@ -3,7 +3,10 @@
 
 use std::ops::Range;
 
-use super::{Attention, Component, ComponentKind, Entry, Layout, NHD, Shard};
+use super::{
+    Attention, Component, ComponentKind, Entry, Layout, NHD, SLICE_DIM_MAX, SLICE_GROUPS_MAX,
+    SLICE_ROWS_MAX, Shard, StateShape,
+};
 
 /// Components of one layout: KV, aux, and one per state type; SGLang knows 13 state types.
 pub const COMPONENTS_MAX: usize = 64;
@@ -177,6 +180,34 @@ pub enum LayoutError {
         /// Heads on this rank.
         heads: u32,
     },
+    /// Slices where there can be none, or not one per entry.
+    #[error(
+        "component {component} has {slices} state slices for {count} entries that may have them"
+    )]
+    SliceCount {
+        /// Place in [`Layout::components`].
+        component: usize,
+        /// Slices found.
+        slices: usize,
+        /// Entries of a state, 0 for KV and aux.
+        count: usize,
+    },
+    /// A slice's numbers are out of range, or do not divide the item.
+    #[error(
+        "entry {entry} of component {component} has slots of {len} bytes, which are not {rows} rows of {dim} channels, at most {SLICE_ROWS_MAX} rows, {SLICE_DIM_MAX} channels and {SLICE_GROUPS_MAX} sub-blocks"
+    )]
+    Slice {
+        /// Place in [`Layout::components`].
+        component: usize,
+        /// Place in [`Component::entries`].
+        entry: usize,
+        /// Bytes of one slot.
+        len: u64,
+        /// Rows claimed.
+        rows: u32,
+        /// Channels claimed.
+        dim: u32,
+    },
     /// The buffer ends beyond [`BUFFER_END_MAX`].
     #[error(
         "entry {entry} of component {component} ends beyond {BUFFER_END_MAX} bytes: {count} items of {len} bytes from {offset}"
@@ -275,6 +306,7 @@ impl Layout {
                 count,
             });
         }
+        Self::validate_state(at, component)?;
         let is_kv = component.kind == ComponentKind::Kv;
         let draft_max = if is_kv { count } else { 0 };
         if component.draft_entries as usize > draft_max {
@@ -307,6 +339,45 @@ impl Layout {
             entry.validate(at, place)?;
             if is_kv && place < main.len() {
                 self.validate_page(at, place, entry.item_len)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_state(at: usize, component: &Component) -> Result<(), LayoutError> {
+        let StateShape {
+            slices,
+            page_layout,
+        } = &component.state;
+        if let Some(page_layout) = page_layout {
+            name("state page layout", page_layout)?;
+        }
+        let count = match component.kind {
+            ComponentKind::State(_) => component.entries.len(),
+            ComponentKind::Kv | ComponentKind::Aux => 0,
+        };
+        if !slices.is_empty() && slices.len() != count {
+            return Err(LayoutError::SliceCount {
+                component: at,
+                slices: slices.len(),
+                count,
+            });
+        }
+        for (place, (slice, entry)) in slices.iter().zip(&component.entries).enumerate() {
+            let channels = u64::from(slice.dim) * u64::from(slice.rows);
+            let is_bounded = (1..=SLICE_ROWS_MAX).contains(&slice.rows)
+                && slice.dim <= SLICE_DIM_MAX
+                && slice.groups.len() <= SLICE_GROUPS_MAX
+                && slice.groups.iter().all(|group| *group > 0);
+            let is_even = slice.dim == 0 || entry.item_len.is_multiple_of(channels);
+            if !is_bounded || !is_even {
+                return Err(LayoutError::Slice {
+                    component: at,
+                    entry: place,
+                    len: entry.item_len,
+                    rows: slice.rows,
+                    dim: slice.dim,
+                });
             }
         }
         Ok(())

@@ -262,7 +262,7 @@ pub enum LayoutMismatch {
     },
     /// This state cannot be cut at all.
     #[error(
-        "state {state} needs equal tensor-parallel sizes: source has {source_tp}, target has {target_tp}"
+        "state {state} needs equal tensor-parallel sizes: source has {source_tp}, target has {target_tp}; start both with the same attention tensor parallelism (--tp-size / --dp-size)"
     )]
     StateTp {
         /// Which state component.
@@ -271,6 +271,56 @@ pub enum LayoutMismatch {
         source_tp: u32,
         /// Ranks of the target's group.
         target_tp: u32,
+    },
+    /// This state could be cut, but nobody says how.
+    #[error(
+        "state {state} needs the sliced dimension of every tensor on both sides for unequal tensor-parallel sizes (source {source_tp}, target {target_tp}); start both with the same attention tensor parallelism, and without --enable-unified-memory"
+    )]
+    StateUnsliced {
+        /// Which state component.
+        state: ComponentKind,
+        /// Ranks of the source's group.
+        source_tp: u32,
+        /// Ranks of the target's group.
+        target_tp: u32,
+    },
+    /// Tensors of a state that cannot be cut from each other.
+    #[error(
+        "state {state} {what}: source tensor {source_entry} has slots of {source_len} bytes with {source_dim} channels on each of {source_tp} ranks, target tensor {target_entry} {target_len} bytes with {target_dim} on each of {target_tp}; start both with the same model and state dtype"
+    )]
+    StateSlices {
+        /// Which state component.
+        state: ComponentKind,
+        /// What does not fit.
+        what: &'static str,
+        /// Place in the source's entries.
+        source_entry: usize,
+        /// Bytes of one slot at the source.
+        source_len: u64,
+        /// Channels on a source rank.
+        source_dim: u32,
+        /// Ranks of the source's group.
+        source_tp: u32,
+        /// Place in the target's entries.
+        target_entry: usize,
+        /// Bytes of one slot at the target.
+        target_len: u64,
+        /// Channels on a target rank.
+        target_dim: u32,
+        /// Ranks of the target's group.
+        target_tp: u32,
+    },
+    /// This state has no layers to tell pipeline stages apart.
+    #[error(
+        "state {state} needs a pipeline of one stage on both sides: source has {source_pp}, target has {target_pp}; start both with --pp-size 1"
+    )]
+    StateStages {
+        /// Which state component.
+        state: ComponentKind,
+        /// Stages of the source.
+        source_pp: u32,
+        /// Stages of the target.
+        target_pp: u32,
     },
 }
 

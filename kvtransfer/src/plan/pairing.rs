@@ -9,7 +9,8 @@
 use super::heads::{self, Cut, Share};
 use super::matching::{self, EntryPair};
 use super::mismatch::{End, LayoutMismatch};
-use crate::layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId};
+use super::states::{self, Way};
+use crate::layout::{Attention, Component, ComponentKind, Entry, IndexRule, Layout, RegionId};
 
 /// How the memory of one source rank meets that of one target rank.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,6 +23,7 @@ pub struct Pairing {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ComponentPairing {
     kind: ComponentKind,
+    rule: IndexRule,
     pieces: Vec<Piece>,
     /// Bytes per item through each piece, ascending.
     ends: Vec<u64>,
@@ -88,6 +90,11 @@ impl ComponentPairing {
         &self.kind
     }
 
+    /// How the two sides' index lists must agree.
+    pub fn index_rule(&self) -> IndexRule {
+        self.rule
+    }
+
     /// The paired buffers in stream order. Empty where another source rank moves this component's bytes.
     pub fn pieces(&self) -> &[Piece] {
         &self.pieces
@@ -134,6 +141,7 @@ impl ComponentPairing {
         let is_uniform = pieces.iter().all(|piece| piece.item_bytes() == first);
         let uniform = if is_uniform { first } else { 0 };
         Self {
+            rule: kind.index_rule(),
             kind,
             pieces,
             ends,
@@ -254,18 +262,24 @@ fn pair_component(
 ) -> Result<ComponentPairing, LayoutMismatch> {
     let (from, to) = (&source.components[place], &target.components[place]);
     let kind = from.kind.clone();
-    let (share, pairs) = match &kind {
-        ComponentKind::Kv => (kv, kv_pairs(source, target, place)?),
+    let (way, pairs) = match &kind {
+        ComponentKind::Kv => (Way::Share(kv), kv_pairs(source, target, place)?),
         ComponentKind::State(name) => {
-            let share = state_share(source, target, place, name, kv)?;
-            let halves = name == SWA && matches!(source.attention, Attention::Heads { .. });
-            (share, matching::main_pairs(source, target, place, halves)?)
+            let way = states::way(source, target, place, name, kv)?;
+            let halves = states::has_halves(name, source.attention);
+            (way, matching::main_pairs(source, target, place, halves)?)
         }
-        ComponentKind::Aux => (aux_share(source, target), matching::aux_pairs(from, to)),
+        ComponentKind::Aux => {
+            let share = aux_share(source, target);
+            (Way::Share(share), matching::aux_pairs(from, to))
+        }
     };
     let mut pieces = Vec::with_capacity(pairs.len());
     for pair in pairs {
-        pieces.extend(piece(from, to, pair, source.page_size, share)?);
+        match way {
+            Way::Share(share) => pieces.extend(piece(from, to, pair, source.page_size, share)?),
+            Way::Sliced => pieces.extend(states::slice_pieces(source, target, place, pair)?),
+        }
     }
     Ok(ComponentPairing::new(
         kind,
@@ -289,28 +303,6 @@ fn kv_pairs(
     Ok(pairs)
 }
 
-/// Equal tensor parallelism moves state whole; so does a latent model, from one rank of the block. Otherwise only the
-/// sliding-window cache can be cut, because it is a KV cache itself (`mooncake/conn.py:2435-2476`).
-fn state_share(
-    source: &Layout,
-    target: &Layout,
-    place: usize,
-    name: &str,
-    kv: Share,
-) -> Result<Share, LayoutMismatch> {
-    if source.tp.size == target.tp.size {
-        return Ok(Share::Whole);
-    }
-    if source.attention == Attention::Latent || name == SWA {
-        return Ok(kv);
-    }
-    Err(LayoutMismatch::StateTp {
-        state: source.components[place].kind.clone(),
-        source_tp: source.tp.size,
-        target_tp: target.tp.size,
-    })
-}
-
 /// All ranks that feed a target hold the same aux rows; SGLang lets each of them write, here one does.
 fn aux_share(source: &Layout, target: &Layout) -> Share {
     let leads = heads::leads_block(source.tp, target.tp) && matching::leads_stages(source, target);
@@ -327,7 +319,8 @@ fn piece(
 ) -> Result<Option<Piece>, LayoutMismatch> {
     let (source, target) = (&from.entries[source_entry], &to.entries[target_entry]);
     let (source_len, target_len) = (source.item_len, target.item_len);
-    if source_len == 0 || target_len == 0 {
+    let may_skip_target = target_len == 0 && states::may_target_elide(&from.kind);
+    if source_len == 0 || may_skip_target {
         return Ok(None);
     }
     let component = || from.kind.clone();
@@ -405,6 +398,3 @@ fn head_len(entry: &Entry, page_size: u32, heads: u32) -> Option<u64> {
     let is_even = entry.item_len.is_multiple_of(parts);
     is_even.then_some(entry.item_len / parts)
 }
-
-/// SGLang's name of the sliding-window KV cache.
-const SWA: &str = "swa";

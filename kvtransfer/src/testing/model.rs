@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::{
-    layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard},
+    layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard, StateShape},
     plan::{
         descriptor::{Descriptor, Limits, PairCursor},
         pairing::{Pairing, pair},
@@ -97,6 +97,7 @@ impl Model {
             kind,
             entries,
             draft_entries: 0,
+            state: StateShape::default(),
         };
         let kv = add(KV_REGION, buffers, page, self.pages);
         let mut components = vec![component(ComponentKind::Kv, kv)];

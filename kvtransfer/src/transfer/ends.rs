@@ -58,7 +58,7 @@ impl Node {
                         lanes: peer.lanes_reading(id),
                         role: Role::Sends,
                     });
-                    self.tell_failed(leg.peer, number, leg.epoch, error.code(), error.to_string());
+                    self.tell_failed(leg.peer, number, leg.epoch, error.code(), error.words());
                     self.tell_stopped(leg.peer, number, leg.epoch, leg.batches());
                 }
             }
@@ -124,13 +124,7 @@ impl Node {
                 for peer_id in &room.told {
                     if let Some(peer) = self.peers.get_mut(peer_id) {
                         *peer.failures.entry(error.name()).or_default() += 1;
-                        self.tell_failed(
-                            *peer_id,
-                            number,
-                            room.epoch,
-                            error.code(),
-                            error.to_string(),
-                        );
+                        self.tell_failed(*peer_id, number, room.epoch, error.code(), error.words());
                     }
                 }
                 *self.failures.entry(error.name()).or_default() += 1;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::{
-    error::TransferError,
+    error::{TransferError, plain_text},
     ids::{Epoch, PeerId, TransferId},
     plan::{mismatch::End, stream::check_items},
     time::Time,
@@ -89,7 +89,7 @@ impl Node {
                 }
             }
             Some(Orphan::Cancelled { error, .. } | Orphan::SenderEnded { error, .. }) => {
-                let (code, reason) = (error.code(), error.to_string());
+                let (code, reason) = (error.code(), error.words());
                 self.refuse(peer, room, epoch, code, reason);
             }
             None if kept >= self.config.orphans_max => {
@@ -160,6 +160,7 @@ impl Node {
         code: FailureCode,
         reason: String,
     ) {
+        let reason = plain_text(&reason);
         let error = TransferError::PeerFailed { code, reason };
         if let Some(peer) = self.peers.get_mut(&peer) {
             peer.failures_heard += 1;
@@ -208,7 +209,7 @@ impl Node {
                     .collect();
                 // The room cannot start without this receiver, so the others need not wait for their deadlines.
                 for (other, epoch) in others {
-                    self.refuse(other, number, epoch, error.code(), error.to_string());
+                    self.refuse(other, number, epoch, error.code(), error.words());
                 }
                 self.orphans
                     .insert(number, Orphan::Cancelled { error, timer });

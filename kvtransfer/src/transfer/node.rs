@@ -12,13 +12,13 @@ use super::{
     lane::Window,
     peer::{Peer, Sends},
     receive::{Owed, ReceiveLeg, ReceiveRoom, SeqSet},
-    send::{Orphan, SendRoom},
+    send::{Orphan, SendRoom, check_slots},
     timers::{Due, Timers},
 };
 use crate::{
     error::{SubmitError, TransferError},
     ids::{Epoch, InstanceId, LaneId, PeerId, TransferId},
-    layout::ComponentKind::State,
+    layout::IndexRule,
     plan::pairing::Pairing,
     telemetry::snapshot::RoomStat,
     time::Time,
@@ -249,11 +249,12 @@ impl Node {
 
     /// Queues pages to every receiver of a room.
     ///
-    /// The caller has checked every item against the local layout (`plan` does not do it again per batch).
+    /// The caller has checked every item against the local layout (`plan` does not do it again per batch). Of states whose
+    /// lists are cut to the shorter one ([`IndexRule::Shorter`]), what goes beyond the grant is left out.
     ///
     /// # Errors
-    /// The transfer is over or not ready, a list is longer than what was granted, or a peer's queue is full. Nothing is
-    /// queued then.
+    /// The transfer is over or not ready, a list is longer than what was granted, or (with the last chunk) a state's
+    /// list is not as long as its [`IndexRule`] wants it, or a peer's queue is full. Nothing is queued then.
     pub fn push(
         &mut self,
         now: Time,
@@ -277,8 +278,16 @@ impl Node {
                 "the last chunk has already been pushed".into(),
             ));
         }
+        let first = room.legs.iter().find(|leg| !leg.dummy);
+        let pairing = first.and_then(|leg| self.peers.get(&leg.peer)?.outgoing.as_ref().ok());
+        let fitted = pairing.and_then(|pairing| room.fitted(chunk, pairing));
+        let chunk = fitted.as_ref().unwrap_or(chunk);
         let counts: Vec<usize> = chunk.items.iter().map(|items| items.len()).collect();
         room.check_granted(&counts).map_err(SubmitError::Items)?;
+        if let Some(pairing) = pairing {
+            room.check_rules(&counts, chunk.last, pairing)
+                .map_err(SubmitError::Items)?;
+        }
         let windows: usize = counts
             .iter()
             .map(|n| Peer::windows_of(*n))
@@ -404,12 +413,16 @@ impl Node {
                 .as_ref()
                 .map_err(|why| SubmitError::Items(why.clone()))?;
             let owed = pairing.components.iter().enumerate().zip(&request.items);
-            // Of states a sender may have fewer than were granted (SGLang cuts some to the shorter list); of pages and
-            // aux rows it may not: what is missing would be taken for the request's.
-            let owed = owed.filter(|((_, paired), _)| !matches!(paired.kind(), State(_)));
+            for ((_, paired), items) in owed.clone() {
+                check_slots(paired, items.len()).map_err(SubmitError::Items)?;
+            }
+            // Of some states a sender may have fewer than were granted (SGLang cuts them to the shorter list); of pages
+            // and aux rows it may not: what is missing would be taken for the request's.
+            let owed = owed.filter(|((_, paired), _)| paired.index_rule() != IndexRule::Shorter);
             let owed = owed.map(|((component, paired), items)| Owed {
                 component: u8::try_from(component).unwrap_or(u8::MAX),
                 kind: paired.kind().clone(),
+                may_skip: paired.index_rule() != IndexRule::Whole,
                 got: 0,
                 expected: paired.item_bytes() * items.len() as u64,
             });

@@ -84,8 +84,16 @@ impl SeqSet {
 pub(super) struct Owed {
     pub(super) component: u8,
     pub(super) kind: ComponentKind,
+    /// Whether the sender may leave it out as a whole.
+    pub(super) may_skip: bool,
     pub(super) got: u64,
     pub(super) expected: u64,
+}
+
+impl Owed {
+    fn is_unpaid(&self) -> bool {
+        self.got != self.expected && !(self.may_skip && self.got == 0)
+    }
 }
 
 /// The part of a receiving room that one sender fills.
@@ -207,7 +215,7 @@ impl ReceiveRoom {
                     "its last batch came after {seen} of {expected} batches"
                 ));
             }
-            if let Some(owed) = leg.owed.iter().find(|owed| owed.got != owed.expected) {
+            if let Some(owed) = leg.owed.iter().find(|owed| owed.is_unpaid()) {
                 let (got, kind, wanted) = (owed.got, &owed.kind, owed.expected);
                 return Err(format!(
                     "it sent {got} bytes of {kind}, the granted items hold {wanted}"

@@ -5,8 +5,10 @@ use std::sync::Arc;
 use crate::{
     error::TransferError,
     ids::{Epoch, LaneId, PeerId, Room, TransferId},
+    layout::IndexRule,
+    plan::pairing::{ComponentPairing, Pairing},
     time::Time,
-    transfer::timers::TimerKey,
+    transfer::{Chunk, timers::TimerKey},
     wire::{hello::LANES_MAX, lane::BATCHES_MAX},
 };
 
@@ -137,9 +139,75 @@ impl SendRoom {
         Ok(())
     }
 
+    /// The chunk without what goes beyond the shortest grant, where a state's lists are cut to the shorter one. `None` if
+    /// nothing does.
+    pub(super) fn fitted(&self, chunk: &Chunk, pairing: &Pairing) -> Option<Chunk> {
+        let mut fitted = None;
+        for (component, items) in chunk.items.iter().enumerate() {
+            let paired = pairing.components.get(component)?;
+            if paired.index_rule() != IndexRule::Shorter {
+                continue;
+            }
+            let pushed = self.pushed.get(component).copied().unwrap_or(0);
+            let left = self.granted(component).saturating_sub(pushed);
+            if items.len() > left {
+                let cut: &mut Chunk = fitted.get_or_insert_with(|| chunk.clone());
+                cut.items[component] = Arc::from(&items[..left]);
+            }
+        }
+        fitted
+    }
+
+    /// Items of a component that every real receiver has granted.
+    fn granted(&self, component: usize) -> usize {
+        let legs = self.legs.iter().filter(|leg| !leg.dummy);
+        let granted = legs.map(|leg| leg.granted.get(component).map_or(0, |items| items.len()));
+        granted.min().unwrap_or(0)
+    }
+
+    /// Checks what will have been pushed of states whose lists must be as long on both sides.
+    ///
+    /// # Errors
+    /// A sentence with both numbers.
+    pub(super) fn check_rules(
+        &self,
+        more: &[usize],
+        is_last: bool,
+        pairing: &Pairing,
+    ) -> Result<(), String> {
+        for (component, paired) in pairing.components.iter().enumerate() {
+            let before = self.pushed.get(component).copied().unwrap_or(0);
+            let pushed = before + more.get(component).copied().unwrap_or(0);
+            check_slots(paired, pushed)?;
+            let is_equal = matches!(paired.index_rule(), IndexRule::Equal | IndexRule::OneSlot);
+            let granted = self.granted(component);
+            if is_last && is_equal && pushed > 0 && pushed != granted {
+                let kind = paired.kind();
+                return Err(format!(
+                    "state {kind}: the sender has {pushed} indices, the receiver granted {granted}; both must have as many, or the sender none"
+                ));
+            }
+        }
+        Ok(())
+    }
+
     pub(super) fn leg_mut(&mut self, peer: PeerId) -> Option<&mut SendLeg> {
         self.legs.iter_mut().find(|leg| leg.peer == peer)
     }
+}
+
+/// Checks that a state of one slot per request names at most one.
+///
+/// # Errors
+/// A sentence with the number.
+pub(super) fn check_slots(paired: &ComponentPairing, count: usize) -> Result<(), String> {
+    if paired.index_rule() == IndexRule::OneSlot && count > 1 {
+        let kind = paired.kind();
+        return Err(format!(
+            "state {kind} has one slot per request, {count} were named"
+        ));
+    }
+    Ok(())
 }
 
 /// A grant or a cancellation for a room that nobody has opened for sending yet.

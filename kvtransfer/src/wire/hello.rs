@@ -7,7 +7,10 @@ use super::{
 };
 use crate::{
     ids::InstanceId,
-    layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard},
+    layout::{
+        Attention, Component, ComponentKind, Entry, Layout, RegionId, SLICE_GROUPS_MAX, Shard,
+        StateShape, StateSlice,
+    },
 };
 
 /// Most bytes of a bearer token.
@@ -189,6 +192,7 @@ fn write_layout(w: &mut Writer<'_>, layout: &Layout) {
             w.u8(u8::from(entry.layer_id.is_some()));
             w.u32(entry.layer_id.unwrap_or(0));
         }
+        write_shape(w, &component.state);
     }
 }
 
@@ -251,9 +255,40 @@ fn read_component(r: &mut Reader<'_>) -> Result<Component, WireError> {
             })
         })
         .collect::<Result<_, WireError>>()?;
+    let state = read_shape(r)?;
     Ok(Component {
         kind,
         entries,
         draft_entries,
+        state,
+    })
+}
+
+fn write_shape(w: &mut Writer<'_>, shape: &StateShape) {
+    w.text(shape.page_layout.as_deref().unwrap_or(""));
+    w.count(shape.slices.len());
+    for slice in &shape.slices {
+        w.u32(slice.dim);
+        w.u32(slice.rows);
+        w.count(slice.groups.len());
+        slice.groups.iter().for_each(|group| w.u32(*group));
+    }
+}
+
+fn read_shape(r: &mut Reader<'_>) -> Result<StateShape, WireError> {
+    let page_layout = r.text("state page layout name", NAME_BYTES_MAX)?;
+    let page_layout = (!page_layout.is_empty()).then_some(page_layout);
+    let slices = (0..r.count("slice count", ENTRIES_MAX, 12)?)
+        .map(|_| {
+            let (dim, rows) = (r.u32()?, r.u32()?);
+            let groups = (0..r.count("sub-block count", SLICE_GROUPS_MAX, 4)?)
+                .map(|_| r.u32())
+                .collect::<Result<_, WireError>>()?;
+            Ok(StateSlice { dim, rows, groups })
+        })
+        .collect::<Result<_, WireError>>()?;
+    Ok(StateShape {
+        slices,
+        page_layout,
     })
 }

@@ -6,7 +6,7 @@ use kvtransfer::{
     config::EngineConfig,
     engine::{Engine, Memory},
     ids::{PeerId, Room},
-    layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard},
+    layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard, StateShape},
     memory::Region,
     transfer::{ReceiveRequest, Source},
 };
@@ -49,11 +49,13 @@ pub(crate) fn layout() -> Layout {
                 kind: ComponentKind::Kv,
                 entries: kv.collect(),
                 draft_entries: 0,
+                state: StateShape::default(),
             },
             Component {
                 kind: ComponentKind::Aux,
                 entries: vec![entry(1, 0, AUX, ROWS)],
                 draft_entries: 0,
+                state: StateShape::default(),
             },
         ],
     }

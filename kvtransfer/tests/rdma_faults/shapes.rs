@@ -2,7 +2,7 @@
 
 use kvtransfer::{
     engine::Memory,
-    layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard},
+    layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard, StateShape},
     memory::Region,
 };
 
@@ -39,6 +39,7 @@ fn long_layout() -> Layout {
                 kind: ComponentKind::Kv,
                 entries: [0, 2 * LONG].map(entry).into(),
                 draft_entries: 0,
+                state: StateShape::default(),
             },
             Component {
                 kind: ComponentKind::Aux,
@@ -50,6 +51,7 @@ fn long_layout() -> Layout {
                     layer_id: None,
                 }],
                 draft_entries: 0,
+                state: StateShape::default(),
             },
         ],
     }

@@ -154,7 +154,7 @@ impl Drop for PostDriver {
 mod tests {
     use super::{Arc, PostDriver};
     use crate::{
-        layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard},
+        layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard, StateShape},
         plan::pairing::pair,
     };
 
@@ -177,6 +177,7 @@ mod tests {
                     layer_id: None,
                 }],
                 draft_entries: 0,
+                state: StateShape::default(),
             }],
         }
     }

@@ -1,0 +1,310 @@
+//! The caller's description of its KV memory: buffers by address. Regions are made of them here.
+#![expect(unsafe_code, reason = "C passes lists as raw pointers")]
+
+use std::{ffi::c_char, ptr::NonNull};
+
+use kvt::{
+    engine::Memory,
+    layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard},
+    memory::Region,
+    wire::hello::REGIONS_MAX,
+};
+
+use crate::{
+    argument::{list, one, text},
+    regions::{Regions, Stretch},
+    status::{Failure, KVT_BAD_LAYOUT, KVT_REGION, KVT_WRONG_ABI},
+    version::KVT_ABI_VERSION,
+};
+
+/// `kvt_entry_t.memory`: ordinary memory of this process.
+pub const KVT_HOST_MEMORY: i32 = 0;
+/// `kvt_entry_t.memory`: memory of the CUDA device `device`.
+pub const KVT_CUDA_MEMORY: i32 = 1;
+
+/// `kvt_component_t.kind`: the paged KV cache; its items are pages. First, and exactly once.
+pub const KVT_COMPONENT_KV: i32 = 0;
+/// `kvt_component_t.kind`: a state component, by SGLang's name for it; its items are slots or pages.
+pub const KVT_COMPONENT_STATE: i32 = 1;
+/// `kvt_component_t.kind`: the metadata rows; its items are slots. Last, and at most once. The last entry's bytes become
+/// visible last.
+pub const KVT_COMPONENT_AUX: i32 = 2;
+
+/// `kvt_layout_t.attention`: keys and values per head; entries are all K layers, then all V layers, then the draft
+/// model's.
+pub const KVT_ATTENTION_HEADS: i32 = 0;
+/// `kvt_layout_t.attention`: a latent cache (MLA), one entry per layer, the same on every tensor-parallel rank.
+pub const KVT_ATTENTION_LATENT: i32 = 1;
+
+/// A UTF-8 text of the caller's, read during the call only.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct kvt_text_t {
+    /// First byte. May be NULL if `len` is 0.
+    pub data: *const c_char,
+    /// Bytes, without any NUL at the end.
+    pub len: usize,
+}
+
+/// One buffer: `len / item_len` items of `item_len` bytes, back to back.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct kvt_entry_t {
+    /// Where it starts.
+    pub address: u64,
+    /// Bytes. With 0 the entry is elided: it keeps its place in the order and has no bytes.
+    pub len: u64,
+    /// Bytes of one item: for KV, one page of one layer on this rank.
+    pub item_len: u64,
+    /// The model-wide layer number, or -1 where the pool does not name its layers. All entries of a component or none.
+    pub layer_id: i64,
+    /// `KVT_HOST_MEMORY` or `KVT_CUDA_MEMORY`. This version refuses the latter with `KVT_REGION`.
+    pub memory: i32,
+    /// The CUDA device's number; not looked at for host memory.
+    pub device: i32,
+}
+
+/// Buffers that share one list of item indices.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct kvt_component_t {
+    /// `KVT_COMPONENT_KV`, `KVT_COMPONENT_STATE` or `KVT_COMPONENT_AUX`.
+    pub kind: i32,
+    /// How many of the last entries belong to a speculative draft model (KV only, else 0).
+    pub draft_entries: u32,
+    /// SGLang's name of a state component, such as "mamba"; empty for the others.
+    pub name: kvt_text_t,
+    /// The buffers, in the order both sides agree on.
+    pub entries: *const kvt_entry_t,
+    /// How many.
+    pub entries_len: usize,
+}
+
+/// What a rank's KV memory looks like. Read during `kvt_engine_new` only.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct kvt_layout_t {
+    /// `KVT_ABI_VERSION`.
+    pub abi_version: u32,
+    /// Tokens per page.
+    pub page_size: u32,
+    /// Element type as SGLang spells it, such as "bfloat16".
+    pub kv_dtype: kvt_text_t,
+    /// Page layout, such as "nhd". Only "nhd" can be cut by heads, for unequal tensor parallelism.
+    pub kv_layout: kvt_text_t,
+    /// `KVT_ATTENTION_HEADS` or `KVT_ATTENTION_LATENT`.
+    pub attention: i32,
+    /// KV heads of the whole model; not looked at for a latent cache.
+    pub total_kv_heads: u32,
+    /// KV heads of this rank, at least 1; not looked at for a latent cache.
+    pub rank_kv_heads: u32,
+    /// This rank in its attention tensor-parallel group.
+    pub tp_rank: u32,
+    /// Ranks in that group.
+    pub tp_size: u32,
+    /// This rank in its pipeline-parallel group.
+    pub pp_rank: u32,
+    /// Ranks in that group.
+    pub pp_size: u32,
+    /// First layer held by this rank, draft layers not counted.
+    pub first_layer: u32,
+    /// One past the last layer held by this rank.
+    pub end_layer: u32,
+    /// 0.
+    pub reserved: u32,
+    /// KV first, then states, then aux.
+    pub components: *const kvt_component_t,
+    /// How many.
+    pub components_len: usize,
+}
+
+/// The library's view of the caller's memory.
+///
+/// # Safety
+/// `layout` is NULL or points to a layout whose lists and texts are as long as they say and do not change during the
+/// call; the buffers stay readable and writable until the engine that is made of them has shut down.
+pub(crate) unsafe fn described(layout: *const kvt_layout_t) -> Result<(Memory, Layout), Failure> {
+    // SAFETY: the caller's contract is ours.
+    let layout = unsafe { one(layout, "layout") }?;
+    if layout.abi_version != KVT_ABI_VERSION {
+        let text = format!(
+            "the caller was compiled with version {} of kvtransfer.h, this library has version {KVT_ABI_VERSION}: \
+             install matching versions of both",
+            layout.abi_version
+        );
+        return Err(Failure::new(KVT_WRONG_ABI, text));
+    }
+    if layout.reserved != 0 {
+        return Err(Failure::argument("`layout.reserved` must be 0"));
+    }
+    let attention = match layout.attention {
+        KVT_ATTENTION_HEADS => Attention::Heads {
+            total_kv_heads: layout.total_kv_heads,
+            rank_kv_heads: layout.rank_kv_heads,
+        },
+        KVT_ATTENTION_LATENT => Attention::Latent,
+        other => {
+            let text = format!("`layout.attention` is {other}, no KVT_ATTENTION_ number");
+            return Err(Failure::argument(text));
+        }
+    };
+    // SAFETY: the caller's contract is ours.
+    let given = unsafe { list(layout.components, layout.components_len, "layout.components") }?;
+    // SAFETY: the caller's contract is ours.
+    let components = unsafe { read_components(given) }?;
+    let regions = regions_of(&components)?;
+    let memory = memory_over(&regions)?;
+    let components = components.into_iter().map(|component| component.placed(&regions));
+    // SAFETY: the caller's contract is ours.
+    let kv_dtype = unsafe { text(layout.kv_dtype.data, layout.kv_dtype.len, "layout.kv_dtype") }?;
+    // SAFETY: the caller's contract is ours.
+    let kv_layout = unsafe { text(layout.kv_layout.data, layout.kv_layout.len, "layout.kv_layout") }?;
+    let layout = Layout {
+        page_size: layout.page_size,
+        kv_dtype: kv_dtype.to_owned(),
+        kv_layout: kv_layout.to_owned(),
+        attention,
+        tp: Shard {
+            rank: layout.tp_rank,
+            size: layout.tp_size,
+        },
+        pp: Shard {
+            rank: layout.pp_rank,
+            size: layout.pp_size,
+        },
+        layers: layout.first_layer..layout.end_layer,
+        components: components.collect(),
+    };
+    Ok((memory, layout))
+}
+
+/// A component whose entries are still addresses.
+struct Described {
+    kind: ComponentKind,
+    draft_entries: u32,
+    entries: Vec<kvt_entry_t>,
+}
+
+impl Described {
+    fn placed(self, regions: &Regions) -> Component {
+        let place = |entry: kvt_entry_t| {
+            // An elided entry lies nowhere; the first region stands in for it.
+            let (region, offset) = regions.find(entry.address).unwrap_or((0, 0));
+            Entry {
+                region: RegionId(u32::try_from(region).unwrap_or(u32::MAX)),
+                offset,
+                item_len: if entry.len == 0 { 0 } else { entry.item_len },
+                item_count: entry.len.checked_div(entry.item_len).unwrap_or(0),
+                layer_id: u32::try_from(entry.layer_id).ok(),
+            }
+        };
+        Component {
+            kind: self.kind,
+            entries: self.entries.into_iter().map(place).collect(),
+            draft_entries: self.draft_entries,
+        }
+    }
+}
+
+/// # Safety
+/// As for [`described`].
+unsafe fn read_components(given: &[kvt_component_t]) -> Result<Vec<Described>, Failure> {
+    let mut components = Vec::with_capacity(given.len().min(kvt::layout::COMPONENTS_MAX));
+    for (at, component) in given.iter().enumerate() {
+        let what = format!("component {at}'s name");
+        // SAFETY: the caller's contract is ours.
+        let name = unsafe { text(component.name.data, component.name.len, &what) }?;
+        let kind = match component.kind {
+            KVT_COMPONENT_KV => ComponentKind::Kv,
+            KVT_COMPONENT_STATE => ComponentKind::State(name.to_owned()),
+            KVT_COMPONENT_AUX => ComponentKind::Aux,
+            other => {
+                let text = format!("component {at} has kind {other}, no KVT_COMPONENT_ number");
+                return Err(Failure::argument(text));
+            }
+        };
+        let what = format!("component {at}'s entries");
+        // SAFETY: the caller's contract is ours.
+        let entries = unsafe { list(component.entries, component.entries_len, &what) }?;
+        for (place, entry) in entries.iter().enumerate() {
+            check_entry(entry, &format!("entry {place} of component {at} ({kind})"))?;
+        }
+        components.push(Described {
+            kind,
+            draft_entries: component.draft_entries,
+            entries: entries.to_vec(),
+        });
+    }
+    Ok(components)
+}
+
+fn check_entry(entry: &kvt_entry_t, what: &str) -> Result<(), Failure> {
+    match entry.memory {
+        KVT_HOST_MEMORY => {}
+        KVT_CUDA_MEMORY => {
+            let text = format!(
+                "{what} is memory of CUDA device {}, which this version cannot move: keep the cache in host memory \
+                 (KVT_HOST_MEMORY)",
+                entry.device
+            );
+            return Err(Failure::new(KVT_REGION, text));
+        }
+        other => {
+            let text = format!("{what} has memory kind {other}, no KVT_..._MEMORY number");
+            return Err(Failure::argument(text));
+        }
+    }
+    if entry.layer_id < -1 || entry.layer_id > i64::from(u32::MAX) {
+        let id = entry.layer_id;
+        return Err(Failure::argument(format!("{what} has layer id {id}; -1 is for none")));
+    }
+    if entry.len > 0 && entry.item_len == 0 {
+        let text = format!("{what} has {} bytes of items without length; an elided entry has len 0", entry.len);
+        return Err(Failure::new(KVT_BAD_LAYOUT, text));
+    }
+    Ok(())
+}
+
+fn regions_of(components: &[Described]) -> Result<Regions, Failure> {
+    let mut stretches = Vec::new();
+    for component in components {
+        for (place, entry) in component.entries.iter().enumerate() {
+            if entry.len > 0 {
+                let what = format!("entry {place} of component {}", component.kind);
+                stretches.push(Stretch::new(entry.address, entry.len, &what)?);
+            }
+        }
+    }
+    let regions = Regions::covering(stretches);
+    let count = regions.all().len();
+    if count > REGIONS_MAX {
+        let text = format!("the layout's buffers are {count} separate stretches of memory, the limit is {REGIONS_MAX}");
+        return Err(Failure::new(KVT_BAD_LAYOUT, text));
+    }
+    Ok(regions)
+}
+
+fn memory_over(regions: &Regions) -> Result<Memory, Failure> {
+    let mut memory = Memory::new();
+    for stretch in regions.all() {
+        let impossible = || {
+            let text = format!("{:#x}..{:#x} is outside of this process", stretch.start, stretch.end);
+            Failure::new(KVT_REGION, text)
+        };
+        let start = usize::try_from(stretch.start).map_err(|_| impossible())?;
+        let len = usize::try_from(stretch.end - stretch.start).map_err(|_| impossible())?;
+        if len > isize::MAX.unsigned_abs() {
+            return Err(impossible());
+        }
+        // The caller's pointers arrive as numbers, so their provenance is exposed.
+        let start = std::ptr::with_exposed_provenance_mut::<u8>(start);
+        let start = NonNull::new(start).ok_or_else(impossible)?;
+        // SAFETY: `kvt_engine_new`'s caller promised that the buffers stay usable until the engine has shut down; after
+        // that the engine's regions are touched no more.
+        memory.add(unsafe { Region::external(start, len) });
+    }
+    Ok(memory)
+}
+
+#[cfg(test)]
+mod tests;

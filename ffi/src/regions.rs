@@ -1,0 +1,96 @@
+//! Which stretches of memory a layout's buffers lie in. Buffers that overlap share a region, so that nothing is registered
+//! twice; buffers that only touch do not, since they may be mappings of different kinds.
+#![forbid(unsafe_code)]
+
+use crate::status::{Failure, KVT_BAD_LAYOUT};
+
+/// A stretch of memory, `start..end`, never empty.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Stretch {
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+}
+
+impl Stretch {
+    /// The stretch of `len` bytes at `address`; `what` says whose, for the message.
+    pub(crate) fn new(address: u64, len: u64, what: &str) -> Result<Self, Failure> {
+        if address == 0 {
+            return Err(Failure::null(what));
+        }
+        let end = address.checked_add(len).filter(|_| len > 0);
+        let end = end.ok_or_else(|| {
+            let text = format!("{what}: {len} bytes at {address:#x} are no stretch of memory");
+            Failure::new(KVT_BAD_LAYOUT, text)
+        })?;
+        Ok(Self {
+            start: address,
+            end,
+        })
+    }
+}
+
+/// Disjoint stretches in the order of their addresses.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Regions(Vec<Stretch>);
+
+impl Regions {
+    /// Joins what overlaps.
+    pub(crate) fn covering(mut stretches: Vec<Stretch>) -> Self {
+        stretches.sort_unstable();
+        let mut joined: Vec<Stretch> = Vec::new();
+        for stretch in stretches {
+            match joined.last_mut() {
+                Some(last) if stretch.start < last.end => last.end = last.end.max(stretch.end),
+                _ => joined.push(stretch),
+            }
+        }
+        Self(joined)
+    }
+
+    /// The stretches.
+    pub(crate) fn all(&self) -> &[Stretch] {
+        &self.0
+    }
+
+    /// The stretch that holds an address, by its place in [`all`](Self::all), and the address's offset in it.
+    pub(crate) fn find(&self, address: u64) -> Option<(usize, u64)> {
+        let after = self.0.partition_point(|stretch| stretch.start <= address);
+        let at = after.checked_sub(1)?;
+        let stretch = self.0[at];
+        (address < stretch.end).then(|| (at, address - stretch.start))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Regions, Stretch};
+
+    fn stretch(start: u64, end: u64) -> Stretch {
+        Stretch { start, end }
+    }
+
+    #[test]
+    fn overlaps_are_joined_and_neighbours_are_not() {
+        let given = [(50, 60), (10, 20), (20, 30), (10, 20), (55, 70), (12, 14)];
+        let given = given.map(|(start, end)| stretch(start, end)).to_vec();
+        let regions = Regions::covering(given);
+        let expected = [stretch(10, 20), stretch(20, 30), stretch(50, 70)];
+        assert_eq!(regions.all(), expected);
+        assert_eq!(regions.find(9), None);
+        assert_eq!(regions.find(10), Some((0, 0)));
+        assert_eq!(regions.find(19), Some((0, 9)));
+        assert_eq!(regions.find(20), Some((1, 0)));
+        assert_eq!(regions.find(30), None);
+        assert_eq!(regions.find(69), Some((2, 19)));
+        assert_eq!(regions.find(70), None);
+        assert_eq!(Regions::default().find(1), None);
+    }
+
+    #[test]
+    fn impossible_stretches_are_refused() {
+        assert_eq!(Stretch::new(8, 4, "x"), Ok(stretch(8, 12)));
+        assert!(Stretch::new(0, 4, "x").is_err());
+        assert!(Stretch::new(8, 0, "x").is_err());
+        assert!(Stretch::new(u64::MAX, 2, "x").is_err());
+    }
+}

@@ -1,0 +1,497 @@
+//! Transfers: one side's part in one room.
+#![expect(unsafe_code, reason = "exported functions take raw pointers")]
+
+use std::{ffi::c_char, sync::Arc, time::Duration};
+
+use kvt::{
+    engine::{Poll, Transfer},
+    ids::{PeerId, Room},
+    transfer::{Chunk, ReceiveRequest, SendRequest, Source},
+};
+
+use crate::{
+    argument::{Place, Texts, list, one, text},
+    engine::{Opened, kvt_engine_t},
+    guard::enter,
+    handle::{Handle, Opaque, borrow, free, give, on},
+    records::{Record, Records},
+    status::{Failure, KVT_OK, KVT_WOULD_WAIT, kvt_status_t},
+};
+
+/// `kvt_transfer_poll_many`: it failed; `kvt_transfer_wait` says why. The numbers are SGLang's `KVPoll`.
+pub const KVT_STATE_FAILED: u8 = 0;
+/// `kvt_transfer_poll_many`: the sender waits for grants.
+pub const KVT_STATE_BOOTSTRAPPING: u8 = 1;
+/// `kvt_transfer_poll_many`: pages may be pushed; none has moved yet.
+pub const KVT_STATE_WAITING_FOR_INPUT: u8 = 2;
+/// `kvt_transfer_poll_many`: pages are moving.
+pub const KVT_STATE_TRANSFERRING: u8 = 3;
+/// `kvt_transfer_poll_many`: every page has arrived.
+pub const KVT_STATE_SUCCESS: u8 = 4;
+
+/// `kvt_transfer_push`: no chunk follows.
+pub const KVT_LAST: u32 = 1;
+
+/// `kvt_transfer_wait`: until every receiver has granted its pages, or the end.
+pub const KVT_UNTIL_READY: i32 = 1;
+/// `kvt_transfer_wait`: until the end.
+pub const KVT_UNTIL_ENDED: i32 = 2;
+
+/// One side's part in one room. Made by `kvt_send_open` or `kvt_receive_open`, given back by `kvt_transfer_free`. Any
+/// thread may use it, several at a time. It may outlive its engine, and then says `KVT_SHUTDOWN`.
+pub struct kvt_transfer_t(Handle<Moving>);
+
+/// What the handle holds.
+pub(crate) struct Moving {
+    transfer: Transfer,
+    records: Arc<Records>,
+}
+
+impl Drop for Moving {
+    fn drop(&mut self) {
+        // Nobody wants to hear of it any more. The transfer's own drop then cancels it, if it is still live.
+        self.records.take(self.transfer.id());
+    }
+}
+
+impl Opaque for kvt_transfer_t {
+    type Value = Moving;
+    const NAME: &'static str = "transfer";
+
+    fn handle(&self) -> &Handle<Moving> {
+        &self.0
+    }
+
+    fn around(handle: Handle<Moving>) -> Self {
+        Self(handle)
+    }
+}
+
+/// Opens the sending side of a room.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct kvt_send_request_t {
+    /// The rendezvous number (SGLang's `bootstrap_room`), not 0.
+    pub room: u64,
+    /// The caller's own number, repeated in the completion.
+    pub user_data: u64,
+    /// How long the whole transfer may take, waiting for grants included.
+    pub timeout_ms: u32,
+    /// 0.
+    pub reserved: u32,
+}
+
+/// One sender that a receiver expects.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct kvt_source_t {
+    /// A connected peer, from `kvt_peer_connect`.
+    pub peer: u64,
+    /// 1 where the peer only concludes and sends no pages (SGLang's dummy ranks), else 0.
+    pub dummy: u32,
+    /// 0.
+    pub reserved: u32,
+}
+
+/// Item indices (pages, slots) of one component. The sender's and the receiver's lists pair by position.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct kvt_items_t {
+    /// The indices. May be NULL if `count` is 0.
+    pub items: *const i32,
+    /// How many.
+    pub count: usize,
+}
+
+/// Opens the receiving side of a room and grants its pages to the senders.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct kvt_receive_request_t {
+    /// The rendezvous number (SGLang's `bootstrap_room`), not 0.
+    pub room: u64,
+    /// The caller's own number, repeated in the completion.
+    pub user_data: u64,
+    /// How long the whole transfer may take.
+    pub timeout_ms: u32,
+    /// How many receivers each sender must wait for, this one included (SGLang's `required_dst_info_num`). At most 65535.
+    pub receivers_expected: u32,
+    /// Tokens already held, which the sender need not send (SGLang's `decode_prefix_len`).
+    pub prefix_tokens: u32,
+    /// 0.
+    pub reserved: u32,
+    /// Who sends.
+    pub sources: *const kvt_source_t,
+    /// How many.
+    pub sources_len: usize,
+    /// Target items, one list per component of the layout; lists at the end may be left out.
+    pub items: *const kvt_items_t,
+    /// How many lists.
+    pub items_len: usize,
+}
+
+/// How a transfer stands, or ended.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct kvt_outcome_t {
+    /// `KVT_WOULD_WAIT` while it is live, `KVT_OK` when every page has arrived, else why it failed.
+    pub status: kvt_status_t,
+    /// A `KVT_STATE_` number.
+    pub state: u32,
+    /// Tokens that the receivers already hold; 0 until they have granted their pages.
+    pub prefix_tokens: u32,
+    /// 1 once every receiver has granted its pages, so that pages may be pushed.
+    pub is_ready: u32,
+    /// Its room.
+    pub room: u64,
+    /// The engine's number for it, as in `kvt_completion_t`.
+    pub id: u64,
+    /// Payload bytes placed or acknowledged; 0 unless it succeeded.
+    pub bytes: u64,
+    /// Batches they came in.
+    pub batches: u64,
+    /// From opening to the first batch, in nanoseconds.
+    pub waited_ns: u64,
+    /// From the first batch to the end, in nanoseconds.
+    pub moving_ns: u64,
+}
+
+/// Opens the sending side of a room. It becomes ready when every receiver has granted its pages.
+///
+/// Ownership: `request` is read during the call only. `*out_transfer` is the caller's, to be given back with
+/// `kvt_transfer_free`. Threads: any; never waits. Errors: `KVT_DUPLICATE_ROOM`, `KVT_QUEUE_FULL`, `KVT_SHUTDOWN`,
+/// `KVT_BAD_ARGUMENT`. `*out_transfer` is untouched then.
+///
+/// # Safety
+/// Every pointer is NULL or valid for what it points to.
+// SAFETY: `kvt_` is this library's own prefix, so the unmangled name meets no other symbol.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvt_send_open(
+    engine: *const kvt_engine_t,
+    request: *const kvt_send_request_t,
+    out_transfer: *mut *mut kvt_transfer_t,
+) -> kvt_status_t {
+    let body = |opened: &Opened| {
+        // SAFETY: this function's own contract.
+        let place = unsafe { Place::new(out_transfer, "out_transfer") }?;
+        // SAFETY: this function's own contract.
+        let request = unsafe { one(request, "request") }?;
+        let room = room(request.room)?;
+        zero(request.reserved, "request.reserved")?;
+        let record = record(room, request.user_data);
+        let request = SendRequest {
+            room,
+            timeout: millis(request.timeout_ms),
+        };
+        place.put(open(opened, record, || opened.engine.send(&request))?);
+        Ok(())
+    };
+    // SAFETY: this function's own contract.
+    unsafe { on(engine, body) }
+}
+
+/// Opens the receiving side of a room and tells its senders where their pages go. From now on until the end they may
+/// write to those pages.
+///
+/// Ownership: `request` and its lists are read during the call only. `*out_transfer` is the caller's, to be given back
+/// with `kvt_transfer_free`. Threads: any; never waits. Errors: `KVT_DUPLICATE_ROOM`, `KVT_QUEUE_FULL`,
+/// `KVT_UNKNOWN_PEER`, `KVT_BAD_ITEMS`, `KVT_SHUTDOWN`, `KVT_BAD_ARGUMENT`. `*out_transfer` is untouched then.
+///
+/// # Safety
+/// Every pointer is NULL or valid for what it points to; lengths are right.
+// SAFETY: `kvt_` is this library's own prefix, so the unmangled name meets no other symbol.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvt_receive_open(
+    engine: *const kvt_engine_t,
+    request: *const kvt_receive_request_t,
+    out_transfer: *mut *mut kvt_transfer_t,
+) -> kvt_status_t {
+    let body = |opened: &Opened| {
+        // SAFETY: this function's own contract.
+        let place = unsafe { Place::new(out_transfer, "out_transfer") }?;
+        // SAFETY: this function's own contract.
+        let request = unsafe { one(request, "request") }?;
+        let room = room(request.room)?;
+        zero(request.reserved, "request.reserved")?;
+        let record = record(room, request.user_data);
+        // SAFETY: this function's own contract.
+        let sources = unsafe { list(request.sources, request.sources_len, "request.sources") }?;
+        let expected = request.receivers_expected;
+        let request = ReceiveRequest {
+            room,
+            sources: sources.iter().map(source).collect::<Result<_, _>>()?,
+            receivers_expected: u16::try_from(expected).map_err(|_| {
+                Failure::argument(format!("`request.receivers_expected` is {expected}, at most 65535"))
+            })?,
+            prefix_tokens: request.prefix_tokens,
+            // SAFETY: this function's own contract.
+            items: unsafe { item_lists(request.items, request.items_len) }?,
+            timeout: millis(request.timeout_ms),
+        };
+        place.put(open(opened, record, || opened.engine.receive(&request))?);
+        Ok(())
+    };
+    // SAFETY: this function's own contract.
+    unsafe { on(engine, body) }
+}
+
+/// Queues pages to every receiver: `items[c]` are indices in component `c` of the layout; successive chunks follow each
+/// other. With `KVT_LAST` in `flags` no chunk follows; that one may be empty. Small chunks are written by the calling
+/// thread if the connection is free.
+///
+/// Ownership: the lists are copied; the pages themselves must not change until the end. Threads: any; never waits, but
+/// chunks of one transfer are ordered by their calls. Errors: `KVT_NOT_READY`, `KVT_BAD_ITEMS`, `KVT_QUEUE_FULL` (try
+/// again), `KVT_ENDED`, `KVT_SHUTDOWN`, `KVT_BAD_ARGUMENT`. Nothing is queued then.
+///
+/// # Safety
+/// `transfer` is NULL or alive; the lists are as long as they say.
+// SAFETY: `kvt_` is this library's own prefix, so the unmangled name meets no other symbol.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvt_transfer_push(
+    transfer: *const kvt_transfer_t,
+    items: *const kvt_items_t,
+    items_len: usize,
+    flags: u32,
+) -> kvt_status_t {
+    let body = |moving: &Moving| {
+        zero(flags & !KVT_LAST, "flags")?;
+        // SAFETY: this function's own contract.
+        let items = unsafe { item_lists(items, items_len) }?;
+        let last = flags & KVT_LAST != 0;
+        Ok(moving.transfer.push(&Chunk { items, last })?)
+    };
+    // SAFETY: this function's own contract.
+    unsafe { on(transfer, body) }
+}
+
+/// The states of many transfers, of any engines, in one call: `out_states[i]` is a `KVT_STATE_` number.
+///
+/// Ownership: `out_states` is the caller's, for `len` values. Threads: any; never waits. Errors: `KVT_NULL_ARGUMENT`
+/// (also for a NULL among the transfers), `KVT_PANIC`. `out_states` is undefined then.
+///
+/// # Safety
+/// `transfers` is NULL or points to `len` transfers that are NULL or alive; `out_states` is NULL or writable for `len`
+/// values.
+// SAFETY: `kvt_` is this library's own prefix, so the unmangled name meets no other symbol.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvt_transfer_poll_many(
+    transfers: *const *const kvt_transfer_t,
+    len: usize,
+    out_states: *mut u8,
+) -> kvt_status_t {
+    enter(|| {
+        // SAFETY: this function's own contract.
+        let transfers = unsafe { list(transfers, len, "transfers") }?;
+        if transfers.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: this function's own contract.
+        let states = unsafe { Place::new(out_states, "out_states") }?;
+        for (at, transfer) in transfers.iter().enumerate() {
+            // SAFETY: this function's own contract.
+            let handle = unsafe { borrow(*transfer) };
+            let handle = handle.map_err(|_| Failure::null(&format!("transfers[{at}]")))?;
+            let state = handle.with(|moving| Ok(state(moving.transfer.poll())))?;
+            // SAFETY: `at` is below `len`, for which the caller has room.
+            unsafe { states.put_at(at, state) };
+        }
+        Ok(())
+    })
+}
+
+/// Waits for readiness (`KVT_UNTIL_READY`) or the end (`KVT_UNTIL_ENDED`), up to `timeout_ms`; 0 only looks. Either way
+/// `*out_outcome` says how the transfer stands, and `*out_reason`, if it failed, the sentence that says why.
+///
+/// Once this has shown the end, nothing of the transfer touches memory any more.
+///
+/// Ownership: `*out_reason` is the caller's, to be given back with `kvt_text_free`; it is NULL unless the transfer failed.
+/// Both places may be NULL. Threads: any. Errors: `KVT_WOULD_WAIT` (the time passed; the transfer goes on),
+/// `KVT_BAD_ARGUMENT`. A failed transfer is no error of this call: `out_outcome->status` says it.
+///
+/// # Safety
+/// `transfer` is NULL or alive; the places are NULL or writable.
+// SAFETY: `kvt_` is this library's own prefix, so the unmangled name meets no other symbol.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvt_transfer_wait(
+    transfer: *const kvt_transfer_t,
+    until: i32,
+    timeout_ms: u32,
+    out_outcome: *mut kvt_outcome_t,
+    out_reason: *mut *mut c_char,
+) -> kvt_status_t {
+    let body = |moving: &Moving| {
+        // SAFETY: this function's own contract.
+        let outcome = unsafe { Place::optional(out_outcome, "out_outcome") }?;
+        // SAFETY: this function's own contract.
+        let reason = unsafe { Texts::optional(out_reason, "out_reason") }?;
+        let timeout = millis(timeout_ms);
+        let came = match until {
+            KVT_UNTIL_READY => {
+                moving.transfer.wait_ready(timeout).is_ok() || moving.transfer.result().is_some()
+            }
+            KVT_UNTIL_ENDED => moving.transfer.wait(timeout).is_some(),
+            other => {
+                let text = format!("`until` is {other}, no KVT_UNTIL_ number");
+                return Err(Failure::argument(text));
+            }
+        };
+        let (stand, why) = moving.outcome();
+        if let Some(place) = outcome {
+            place.put(stand);
+        }
+        if let Some(place) = reason {
+            place.put_or_null(why);
+        }
+        if came {
+            return Ok(());
+        }
+        let text = format!("room {}: {timeout:?} passed; the transfer goes on", stand.room);
+        Err(Failure::new(KVT_WOULD_WAIT, text))
+    };
+    // SAFETY: this function's own contract.
+    unsafe { on(transfer, body) }
+}
+
+/// Ends a transfer now and tells the other side why: `reason` is the text of its `KVT_PEER_FAILED`. With an empty
+/// reason it hears "cancelled by the application". A transfer that has ended stays as it is.
+///
+/// When this returns nothing of the transfer touches this side's memory any more; with RDMA that can take some 10 ms.
+///
+/// Ownership: `reason` is read during the call only. Threads: any. Errors: `KVT_BAD_ARGUMENT`.
+///
+/// # Safety
+/// `transfer` is NULL or alive; `reason` is NULL or as long as it says.
+// SAFETY: `kvt_` is this library's own prefix, so the unmangled name meets no other symbol.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvt_transfer_cancel(
+    transfer: *const kvt_transfer_t,
+    reason: *const c_char,
+    reason_len: usize,
+) -> kvt_status_t {
+    let body = |moving: &Moving| {
+        // SAFETY: this function's own contract.
+        let reason = unsafe { text(reason, reason_len, "reason") }?;
+        moving.transfer.cancel_with(reason);
+        Ok(())
+    };
+    // SAFETY: this function's own contract.
+    unsafe { on(transfer, body) }
+}
+
+/// Gives a transfer back. One that is still live is cancelled first, as by `kvt_transfer_cancel`; a completion of it
+/// that nobody drained is dropped. NULL is nothing to do.
+///
+/// Ownership: the transfer is gone. Threads: any, but no other call with this transfer may be running or follow. It may
+/// be freed before or after its engine. Errors: none.
+///
+/// # Safety
+/// `transfer` is NULL or came from an open call and was not freed before.
+// SAFETY: `kvt_` is this library's own prefix, so the unmangled name meets no other symbol.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvt_transfer_free(transfer: *mut kvt_transfer_t) {
+    // SAFETY: this function's own contract.
+    unsafe { free(transfer) };
+}
+
+impl Moving {
+    /// How it stands, and why it failed.
+    fn outcome(&self) -> (kvt_outcome_t, Option<String>) {
+        let transfer = &self.transfer;
+        // The state first: it may go on meanwhile, and an end must not be shown beside an older state.
+        let ready = transfer.ready();
+        let mut outcome = kvt_outcome_t {
+            status: KVT_WOULD_WAIT,
+            state: state(transfer.poll()).into(),
+            prefix_tokens: ready.unwrap_or(0),
+            is_ready: ready.is_some().into(),
+            room: transfer.room().number(),
+            id: transfer.id().0,
+            bytes: 0,
+            batches: 0,
+            waited_ns: 0,
+            moving_ns: 0,
+        };
+        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        match transfer.result() {
+            None => (outcome, None),
+            Some(Ok(summary)) => {
+                outcome.status = KVT_OK;
+                outcome.state = KVT_STATE_SUCCESS.into();
+                outcome.bytes = summary.bytes;
+                outcome.batches = summary.batches;
+                outcome.waited_ns = nanos(summary.waited);
+                outcome.moving_ns = nanos(summary.moving);
+                (outcome, None)
+            }
+            Some(Err(error)) => {
+                let failure = Failure::from(error);
+                outcome.status = failure.status;
+                outcome.state = KVT_STATE_FAILED.into();
+                (outcome, Some(failure.text))
+            }
+        }
+    }
+}
+
+fn open(
+    opened: &Opened,
+    record: Record,
+    start: impl FnOnce() -> Result<Transfer, kvt::error::SubmitError>,
+) -> Result<*mut kvt_transfer_t, Failure> {
+    let transfer = opened.records.open(record, start, Transfer::id)?;
+    let records = Arc::clone(&opened.records);
+    Ok(give(Moving { transfer, records }))
+}
+
+/// # Safety
+/// `items` is NULL or points to `len` lists that are as long as they say and do not change during the call.
+unsafe fn item_lists(items: *const kvt_items_t, len: usize) -> Result<Vec<Arc<[i32]>>, Failure> {
+    // SAFETY: the caller's contract is ours.
+    let lists = unsafe { list(items, len, "items") }?;
+    let mut copies = Vec::with_capacity(lists.len().min(kvt::layout::COMPONENTS_MAX));
+    for (at, items) in lists.iter().enumerate() {
+        // SAFETY: the caller's contract is ours.
+        let items = unsafe { list(items.items, items.count, &format!("items[{at}].items")) }?;
+        copies.push(items.into());
+    }
+    Ok(copies)
+}
+
+fn source(given: &kvt_source_t) -> Result<Source, Failure> {
+    zero(given.reserved, "source.reserved")?;
+    let dummy = match given.dummy {
+        0 => false,
+        1 => true,
+        other => return Err(Failure::argument(format!("`source.dummy` is {other}, it must be 0 or 1"))),
+    };
+    let peer = PeerId(given.peer);
+    Ok(Source { peer, dummy })
+}
+
+fn state(poll: Poll) -> u8 {
+    match poll {
+        Poll::Failed => KVT_STATE_FAILED,
+        Poll::Bootstrapping => KVT_STATE_BOOTSTRAPPING,
+        Poll::WaitingForInput => KVT_STATE_WAITING_FOR_INPUT,
+        Poll::Transferring => KVT_STATE_TRANSFERRING,
+        Poll::Success => KVT_STATE_SUCCESS,
+    }
+}
+
+fn record(room: Room, user_data: u64) -> Record {
+    Record { room, user_data }
+}
+
+fn room(number: u64) -> Result<Room, Failure> {
+    Room::new(number).ok_or_else(|| Failure::argument("`request.room` is 0, which is no room"))
+}
+
+fn zero(value: u32, what: &str) -> Result<(), Failure> {
+    if value == 0 {
+        return Ok(());
+    }
+    Err(Failure::argument(format!("`{what}` has bits that must be 0: {value:#x}")))
+}
+
+fn millis(number: u32) -> Duration {
+    Duration::from_millis(number.into())
+}
