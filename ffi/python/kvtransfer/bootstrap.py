@@ -18,10 +18,11 @@ class BootstrapServer:
     def __init__(self, config: Mapping[str, Any]) -> None:
         text = json.dumps(dict(config)).encode()
         place = ffi.new("kvt_bootstrap_t **")
-        check(lib.kvt_bootstrap_new(text, len(text), place))
+        port = ffi.new("uint16_t *")
+        check(lib.kvt_bootstrap_new(text, len(text), place, port))
         self._handle: Any = ffi.gc(place[0], lib.kvt_bootstrap_free)
-        self.address = taken(lambda out: lib.kvt_bootstrap_address(self._handle, out, ffi.NULL))
-        """Where it listens, "host:port"."""
+        self.port = int(port[0])
+        """Where it listens; the one that the system picked, if port 0 was asked for."""
 
     def __enter__(self) -> BootstrapServer:
         return self
@@ -35,3 +36,12 @@ class BootstrapServer:
             return
         handle, self._handle = self._handle, None
         ffi.release(handle)
+
+
+def call(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes one request to a registry, ours or SGLang's own, and waits for the answer without the GIL.
+
+    `request` is as `kvt_bootstrap_call` in the header says: `address`, `call`, and what the call needs.
+    """
+    text = json.dumps(dict(request)).encode()
+    return dict(json.loads(taken(lambda place: lib.kvt_bootstrap_call(text, len(text), place, ffi.NULL)) or "{}"))

@@ -10,7 +10,7 @@ import atexit
 import logging
 from typing import Any
 
-from ._native import ffi, lib
+from ._native import check, ffi, lib
 
 logger = logging.getLogger("kvtransfer")
 
@@ -24,8 +24,8 @@ def forward(level: int = logging.WARNING) -> None:
     """Forwards the library's lines of `level` and above to the `kvtransfer` logger. Default: warnings and errors."""
     global _sink
     wanted = max(number for number, python in _LEVELS.items() if python >= level)
-    sink = ffi.callback("void(int32_t, const char *, size_t, void *)", _take)
-    lib.kvt_log(wanted, sink, ffi.NULL)
+    sink = ffi.callback("void(int32_t, const char *, size_t, const char *, size_t, void *)", _take)
+    check(lib.kvt_log(wanted, sink, ffi.NULL))
     if _sink is None:
         atexit.register(silence)
     _sink = sink
@@ -33,8 +33,10 @@ def forward(level: int = logging.WARNING) -> None:
 
 def silence() -> None:
     """Stops forwarding. Called at exit: a library thread must not meet an interpreter that is gone."""
-    lib.kvt_log(0, ffi.NULL, ffi.NULL)
+    lib.kvt_log(1, ffi.NULL, ffi.NULL)
 
 
-def _take(level: int, text: Any, length: int, _user_data: Any) -> None:
-    logger.log(_LEVELS.get(level, logging.INFO), "%s", ffi.unpack(text, length).decode("utf-8", "replace"))
+def _take(level: int, target: Any, target_length: int, text: Any, length: int, _user_data: Any) -> None:
+    part = ffi.unpack(target, target_length).decode("utf-8", "replace")
+    line = ffi.unpack(text, length).decode("utf-8", "replace")
+    logger.log(_LEVELS.get(level, logging.INFO), "%s: %s", part, line)

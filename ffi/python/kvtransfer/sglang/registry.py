@@ -37,7 +37,7 @@ class KvtransferKVBootstrapServer(CommonKVBootstrapServer):
             "room_ttl_ms": int(envs.SGLANG_DISAGGREGATION_BOOTSTRAP_ENTRY_CLEANUP_INTERVAL.get() * 1000),
         }
         self._server = BootstrapServer(settings)
-        logger.info("kvtransfer bootstrap registry listens on %s", self._server.address)
+        logger.info("kvtransfer bootstrap registry listens on %s port %d", host, self._server.port)
 
     def close(self) -> None:
         """Ends the registry."""
