@@ -57,7 +57,7 @@ def logical(room: int, layer: int, part: int, tokens: np.ndarray, columns: np.nd
     mixed = (
         tokens[:, None].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         + columns[None, :].astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
-        + np.uint64((room * 31 + layer * 7 + part * 3 + 1) & (2**63 - 1)) * np.uint64(0x165667B19E3779F9)
+        + np.uint64((room * 31 + layer * 7 + part * 3 + 1) * 0x165667B19E3779F9 & (2**64 - 1))
     )
     mixed ^= mixed >> np.uint64(29)
     return (mixed & np.uint64(0xFF)).astype(np.uint8)

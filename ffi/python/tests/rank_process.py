@@ -72,7 +72,8 @@ class Rank:
     """The manager, and the requests in flight."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
-        from sglang.srt.disaggregation.utils import DisaggregationMode, KVClassType, TransferBackend, get_kv_class
+        from sglang.srt.disaggregation import utils
+        from sglang.srt.disaggregation.utils import DisaggregationMode, KVClassType, TransferBackend
         from sglang.srt.plugins import load_plugins
 
         shape = dict(setup["shape"])
@@ -83,7 +84,7 @@ class Rank:
         load_plugins()
         self.pool = Pool(self.shape, self.is_prefill)
         backend = TransferBackend(setup.get("backend", "kvtransfer"))
-        self.kind = lambda kind: get_kv_class(backend, kind)
+        self.kind = lambda kind: utils.get_kv_class(backend, kind)
         self.kinds = KVClassType
         if backend is TransferBackend.MOONCAKE:
             # The scheduler does this for the backends that it knows by name.
