@@ -139,6 +139,11 @@ class Engine:
         del keep
         return Transfer(place[0], room)
 
+    @property
+    def can_release_memory(self) -> bool:
+        """Whether this library lets go of buffers while it runs. Where not, it still touches none of them without a transfer."""
+        return hasattr(lib, "kvt_engine_release_memory")
+
     def release_memory(self, addresses: Sequence[int], lengths: Sequence[int]) -> None:
         """Lets go of buffers before they are freed or paused; transfers that need them fail with a reason."""
         check(lib.kvt_engine_release_memory(self.handle, *_spans(addresses, lengths)))

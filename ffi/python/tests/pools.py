@@ -147,6 +147,11 @@ class Pool:
             if (buffer[rest] != UNTOUCHED).any()
         ]
 
+    def wipe(self, pages: list[int]) -> None:
+        """Makes pages untouched again, for the next request of the test."""
+        for buffer in self.kv:
+            buffer[pages] = UNTOUCHED
+
     def _columns(self, part: int) -> np.ndarray:
         if self.shape.latent_bytes:
             return np.arange(self.shape.latent_bytes)

@@ -196,7 +196,14 @@ class Rank:
               all_pages: list[int] | None = None) -> dict[str, Any]:  # fmt: skip
         """Decode: compares bytes."""
         wrong = self.pool.wrong(room, pages, first_token, states or [], slot)
-        return {"wrong": wrong, "touched": [] if all_pages is None else self.pool.touched(all_pages)}
+        touched = [] if all_pages is None else self.pool.touched(all_pages)
+        self.pool.wipe(all_pages or [])
+        return {"wrong": wrong, "touched": touched}
+
+    def wipe(self) -> dict[str, Any]:
+        """Decode: forgets what failed requests have left in the pages."""
+        self.pool.wipe(list(range(self.shape.pages)))
+        return {}
 
     def failure(self, room: int) -> dict[str, Any]:
         """What the scheduler would log and tell the client."""

@@ -82,7 +82,8 @@ class Rank:
         """Polls until one of the states; what was seen."""
         seen = self.call("until", room=room, states=list(states), timeout=timeout)["seen"]
         if seen[-1] not in states:
-            raise RankError(f"{self.name}: room {room} is at {seen}, never at {states}; its log:\n{self.tail()}")
+            why = self.call("failure", room=room) if seen[-1] == FAILED else ""
+            raise RankError(f"{self.name}: room {room} is at {seen}, never at {states}; {why}; its log:\n{self.tail()}")
         return list(seen)
 
     def tail(self) -> str:
@@ -93,6 +94,9 @@ class Rank:
         self.process.send_signal(number)
 
     def stop(self) -> None:
+        """Ends the process, however it is. A second call does nothing."""
+        if self.log.closed:
+            return
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
             self.process.kill()

@@ -15,7 +15,7 @@ def run_kinds(pair: Pair, first_room: int = 1000) -> None:
     fragmented = pair.transfer(first_room + 1, [9, 3, 30, 12, 31, 5, 7], [40, 2, 11, 60, 13, 59, 1], chunks=[3, 2, 2])
     cached = pair.transfer(first_room + 2, [8, 6], [50, 48], prefix_pages=3)
     all_cached = pair.transfer(first_room + 3, [], [], prefix_pages=4)
-    closing = pair.transfer(first_room + 4, [14, 15, 16], [33, 34, 35], chunks=[3, 0])
+    closing = pair.transfer(first_room + 4, [14, 15, 16], [33, 34, 35], chunks=[2, 1])
     for polls in (contiguous, fragmented, cached, all_cached, closing):
         for seen in [*polls[0], *polls[1]]:
             assert seen[-1] == SUCCESS and set(seen) <= {WAITING, TRANSFERRING, SUCCESS}, polls

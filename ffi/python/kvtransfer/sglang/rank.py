@@ -135,14 +135,18 @@ class KvtransferKVManager(CommonKVManager):
     # -- memory that comes and goes (release_memory_occupation / resume_memory_occupation) ---------------------------
 
     def register_buffer_to_engine(self) -> None:
-        if self._is_released:
+        if self._is_released and self.engine.can_release_memory:
             self.engine.restore_memory(*buffers_of(self.layout))
-            self._is_released = False
+        self._is_released = False
 
     def deregister_buffer_to_engine(self) -> None:
-        if not self._is_released:
+        if self._is_released:
+            return
+        if self.engine.can_release_memory:
             self.engine.release_memory(*buffers_of(self.layout))
-            self._is_released = True
+        elif self.engine.info().get("rdma"):
+            logger.warning("the KV memory stays pinned by the RDMA devices while SGLang releases it; set KVTRANSFER_RDMA=off")
+        self._is_released = True
 
     # -- rooms -------------------------------------------------------------------------------------------------------
 
