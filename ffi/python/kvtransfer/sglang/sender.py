@@ -100,7 +100,8 @@ class KvtransferKVSender(CommonKVSender):
         if self._dummy_state is not None:
             return self._dummy_state
         if self._transfer is None:
-            return int(KVPoll.Failed)
+            # Seen by the stage watch before the constructor is through.
+            return int(KVPoll.Bootstrapping)
         state = int(self.kv_mgr.polled.state(self._transfer))
         if state == KVPoll.Bootstrapping and self._check_bootstrap_timeout() is not None:
             self._fail(self.kv_mgr.failure_records.get(self.bootstrap_room, "timed out in KVPoll.Bootstrapping"))
