@@ -174,7 +174,7 @@ typedef void (*kvt_log_fn)(int32_t level,
 /**
  * A UTF-8 text of the caller's, read during the call only.
  */
-typedef struct {
+typedef struct kvt_text_t {
   /**
    * First byte. May be NULL if `len` is 0.
    */
@@ -188,7 +188,7 @@ typedef struct {
 /**
  * One buffer: `len / item_len` items of `item_len` bytes, back to back.
  */
-typedef struct {
+typedef struct kvt_entry_t {
   /**
    * Where it starts.
    */
@@ -216,9 +216,31 @@ typedef struct {
 } kvt_entry_t;
 
 /**
+ * How one tensor of a "mamba" state is spread over tensor-parallel ranks.
+ */
+typedef struct kvt_slice_t {
+  /**
+   * Channels on this rank (SGLang's `state_dim_per_tensor`); 0 where every rank holds the whole tensor.
+   */
+  uint32_t dim;
+  /**
+   * Rows in front of the channels (SGLang's `state_slice_outer_counts`), at least 1.
+   */
+  uint32_t rows;
+  /**
+   * Channels of the whole model's sub-blocks where each is sharded by itself (SGLang's `state_conv_shard_groups`).
+   */
+  const uint32_t *groups;
+  /**
+   * How many; 0 where the channels are one block.
+   */
+  size_t groups_len;
+} kvt_slice_t;
+
+/**
  * Buffers that share one list of item indices.
  */
-typedef struct {
+typedef struct kvt_component_t {
   /**
    * `KVT_COMPONENT_KV`, `KVT_COMPONENT_STATE` or `KVT_COMPONENT_AUX`.
    */
@@ -228,23 +250,37 @@ typedef struct {
    */
   uint32_t draft_entries;
   /**
-   * SGLang's name of a state component, such as "mamba"; empty for the others.
+   * SGLang's name of a state component, such as "mamba"; empty for the others. The items of "dsa_tail" are the slots
+   * of its rings (`item_len` is a row's bytes divided by the ring's size), and its lists are SGLang's six numbers.
    */
-  kvt_text_t name;
+  struct kvt_text_t name;
   /**
    * The buffers, in the order both sides agree on.
    */
-  const kvt_entry_t *entries;
+  const struct kvt_entry_t *entries;
   /**
    * How many.
    */
   size_t entries_len;
+  /**
+   * For each entry of a "mamba" state, how it is spread. May be left out: then it cannot be re-cut for another
+   * tensor-parallel size.
+   */
+  const struct kvt_slice_t *slices;
+  /**
+   * How many: `entries_len`, or 0.
+   */
+  size_t slices_len;
+  /**
+   * A state's page layout where it is not the layout's own (SGLang's `swa_kv_cache_layout`), else empty.
+   */
+  struct kvt_text_t page_layout;
 } kvt_component_t;
 
 /**
  * What a rank's KV memory looks like. Read during `kvt_engine_new` only.
  */
-typedef struct {
+typedef struct kvt_layout_t {
   /**
    * `KVT_ABI_VERSION`.
    */
@@ -256,11 +292,11 @@ typedef struct {
   /**
    * Element type as SGLang spells it, such as "bfloat16".
    */
-  kvt_text_t kv_dtype;
+  struct kvt_text_t kv_dtype;
   /**
    * Page layout, such as "nhd". Only "nhd" can be cut by heads, for unequal tensor parallelism.
    */
-  kvt_text_t kv_layout;
+  struct kvt_text_t kv_layout;
   /**
    * `KVT_ATTENTION_HEADS` or `KVT_ATTENTION_LATENT`.
    */
@@ -304,17 +340,26 @@ typedef struct {
   /**
    * KV first, then states, then aux.
    */
-  const kvt_component_t *components;
+  const struct kvt_component_t *components;
   /**
    * How many.
    */
   size_t components_len;
+  /**
+   * DeepSeek-V4: the compression ratio of every layer of the whole model. Buffers grouped by it are paired by layer
+   * then. NULL for other models.
+   */
+  const uint32_t *compression_ratios;
+  /**
+   * How many.
+   */
+  size_t compression_ratios_len;
 } kvt_layout_t;
 
 /**
  * One ended transfer.
  */
-typedef struct {
+typedef struct kvt_completion_t {
   /**
    * The `user_data` of its request.
    */
@@ -332,7 +377,7 @@ typedef struct {
 /**
  * Opens the sending side of a room.
  */
-typedef struct {
+typedef struct kvt_send_request_t {
   /**
    * The rendezvous number (SGLang's `bootstrap_room`), not 0.
    */
@@ -354,7 +399,7 @@ typedef struct {
 /**
  * One sender that a receiver expects.
  */
-typedef struct {
+typedef struct kvt_source_t {
   /**
    * A connected peer, from `kvt_peer_connect`.
    */
@@ -372,7 +417,7 @@ typedef struct {
 /**
  * Item indices (pages, slots) of one component. The sender's and the receiver's lists pair by position.
  */
-typedef struct {
+typedef struct kvt_items_t {
   /**
    * The indices. May be NULL if `count` is 0.
    */
@@ -386,7 +431,7 @@ typedef struct {
 /**
  * Opens the receiving side of a room and grants its pages to the senders.
  */
-typedef struct {
+typedef struct kvt_receive_request_t {
   /**
    * The rendezvous number (SGLang's `bootstrap_room`), not 0.
    */
@@ -414,7 +459,7 @@ typedef struct {
   /**
    * Who sends.
    */
-  const kvt_source_t *sources;
+  const struct kvt_source_t *sources;
   /**
    * How many.
    */
@@ -422,7 +467,7 @@ typedef struct {
   /**
    * Target items, one list per component of the layout; lists at the end may be left out.
    */
-  const kvt_items_t *items;
+  const struct kvt_items_t *items;
   /**
    * How many lists.
    */
@@ -432,7 +477,7 @@ typedef struct {
 /**
  * How a transfer stands, or ended.
  */
-typedef struct {
+typedef struct kvt_outcome_t {
   /**
    * `KVT_WOULD_WAIT` while it is live, `KVT_OK` when every page has arrived, else why it failed.
    */
@@ -716,8 +761,8 @@ kvt_status_t kvt_log(int32_t level,
  */
 kvt_status_t kvt_engine_new(const char *config,
                             size_t config_len,
-                            const kvt_layout_t *layout,
-                            kvt_engine_t **out_engine);
+                            const struct kvt_layout_t *layout,
+                            struct kvt_engine_t **out_engine);
 
 /**
  * Ends every live transfer with `KVT_SHUTDOWN`, closes every connection, joins the engine's threads (3 s at most) and
@@ -729,7 +774,7 @@ kvt_status_t kvt_engine_new(const char *config,
  * # Safety
  * `engine` is NULL or came from `kvt_engine_new` and was not freed before.
  */
-void kvt_engine_free(kvt_engine_t *engine);
+void kvt_engine_free(struct kvt_engine_t *engine);
 
 /**
  * What the engine is and does at this moment, as a JSON object: `version`, `instance`, the addresses `listen`,
@@ -743,7 +788,7 @@ void kvt_engine_free(kvt_engine_t *engine);
  * # Safety
  * `engine` is NULL or alive; the places are NULL or writable.
  */
-kvt_status_t kvt_engine_info_json(const kvt_engine_t *engine,
+kvt_status_t kvt_engine_info_json(const struct kvt_engine_t *engine,
                                   char **out_text,
                                   size_t *out_len);
 
@@ -757,7 +802,7 @@ kvt_status_t kvt_engine_info_json(const kvt_engine_t *engine,
  * # Safety
  * `engine` is NULL or alive; `out_fd` is NULL or writable.
  */
-kvt_status_t kvt_completions_fd(const kvt_engine_t *engine,
+kvt_status_t kvt_completions_fd(const struct kvt_engine_t *engine,
                                 int32_t *out_fd);
 
 /**
@@ -770,8 +815,8 @@ kvt_status_t kvt_completions_fd(const kvt_engine_t *engine,
  * # Safety
  * `engine` is NULL or alive; `out_completions` is NULL or writable for `capacity` values, `out_count` NULL or writable.
  */
-kvt_status_t kvt_completions_drain(const kvt_engine_t *engine,
-                                   kvt_completion_t *out_completions,
+kvt_status_t kvt_completions_drain(const struct kvt_engine_t *engine,
+                                   struct kvt_completion_t *out_completions,
                                    size_t capacity,
                                    size_t *out_count);
 
@@ -789,7 +834,7 @@ kvt_status_t kvt_completions_drain(const kvt_engine_t *engine,
  * # Safety
  * Every pointer is NULL or valid for what it points to; lengths are right.
  */
-kvt_status_t kvt_peer_connect(const kvt_engine_t *engine,
+kvt_status_t kvt_peer_connect(const struct kvt_engine_t *engine,
                               const char *address,
                               size_t address_len,
                               uint32_t timeout_ms,
@@ -804,7 +849,7 @@ kvt_status_t kvt_peer_connect(const kvt_engine_t *engine,
  * # Safety
  * Every pointer is NULL or valid for what it points to; lengths are right.
  */
-kvt_status_t kvt_peer_disconnect(const kvt_engine_t *engine,
+kvt_status_t kvt_peer_disconnect(const struct kvt_engine_t *engine,
                                  uint64_t peer,
                                  const char *reason,
                                  size_t reason_len);
@@ -819,9 +864,9 @@ kvt_status_t kvt_peer_disconnect(const kvt_engine_t *engine,
  * # Safety
  * Every pointer is NULL or valid for what it points to.
  */
-kvt_status_t kvt_send_open(const kvt_engine_t *engine,
-                           const kvt_send_request_t *request,
-                           kvt_transfer_t **out_transfer);
+kvt_status_t kvt_send_open(const struct kvt_engine_t *engine,
+                           const struct kvt_send_request_t *request,
+                           struct kvt_transfer_t **out_transfer);
 
 /**
  * Opens the receiving side of a room and tells its senders where their pages go. From now on until the end they may
@@ -834,9 +879,9 @@ kvt_status_t kvt_send_open(const kvt_engine_t *engine,
  * # Safety
  * Every pointer is NULL or valid for what it points to; lengths are right.
  */
-kvt_status_t kvt_receive_open(const kvt_engine_t *engine,
-                              const kvt_receive_request_t *request,
-                              kvt_transfer_t **out_transfer);
+kvt_status_t kvt_receive_open(const struct kvt_engine_t *engine,
+                              const struct kvt_receive_request_t *request,
+                              struct kvt_transfer_t **out_transfer);
 
 /**
  * Queues pages to every receiver: `items[c]` are indices in component `c` of the layout; successive chunks follow each
@@ -850,8 +895,8 @@ kvt_status_t kvt_receive_open(const kvt_engine_t *engine,
  * # Safety
  * `transfer` is NULL or alive; the lists are as long as they say.
  */
-kvt_status_t kvt_transfer_push(const kvt_transfer_t *transfer,
-                               const kvt_items_t *items,
+kvt_status_t kvt_transfer_push(const struct kvt_transfer_t *transfer,
+                               const struct kvt_items_t *items,
                                size_t items_len,
                                uint32_t flags);
 
@@ -865,7 +910,7 @@ kvt_status_t kvt_transfer_push(const kvt_transfer_t *transfer,
  * `transfers` is NULL or points to `len` transfers that are NULL or alive; `out_states` is NULL or writable for `len`
  * values.
  */
-kvt_status_t kvt_transfer_poll_many(const kvt_transfer_t *const *transfers,
+kvt_status_t kvt_transfer_poll_many(const struct kvt_transfer_t *const *transfers,
                                     size_t len,
                                     uint8_t *out_states);
 
@@ -882,26 +927,40 @@ kvt_status_t kvt_transfer_poll_many(const kvt_transfer_t *const *transfers,
  * # Safety
  * `transfer` is NULL or alive; the places are NULL or writable.
  */
-kvt_status_t kvt_transfer_wait(const kvt_transfer_t *transfer,
+kvt_status_t kvt_transfer_wait(const struct kvt_transfer_t *transfer,
                                int32_t until,
                                uint32_t timeout_ms,
-                               kvt_outcome_t *out_outcome,
+                               struct kvt_outcome_t *out_outcome,
                                char **out_reason);
 
 /**
- * Ends a transfer now and tells the other side why: `reason` is the text of its `KVT_PEER_FAILED`. With an empty
+ * Ends a transfer and tells the other side why at once: `reason` is in the text of its `KVT_PEER_FAILED`. With an empty
  * reason it hears "cancelled by the application". A transfer that has ended stays as it is.
  *
- * When this returns nothing of the transfer touches this side's memory any more; with RDMA that can take some 10 ms.
+ * Nothing more is handed to a network, but a network card may still touch this side's pages: they are free when
+ * `kvt_transfer_wait`, `kvt_transfer_fence` or `kvt_transfer_poll_many` shows the end, which without RDMA is at once.
  *
- * Ownership: `reason` is read during the call only. Threads: any. Errors: `KVT_BAD_ARGUMENT`.
+ * Ownership: `reason` is read during the call only. Threads: any; does not wait. Errors: `KVT_BAD_ARGUMENT`.
  *
  * # Safety
  * `transfer` is NULL or alive; `reason` is NULL or as long as it says.
  */
-kvt_status_t kvt_transfer_cancel(const kvt_transfer_t *transfer,
+kvt_status_t kvt_transfer_cancel(const struct kvt_transfer_t *transfer,
                                  const char *reason,
                                  size_t reason_len);
+
+/**
+ * Ends a transfer as `kvt_transfer_cancel` does, without a reason, and waits until nothing of it can touch this side's
+ * memory any more: with RDMA some 10 ms, else at once. A transfer that has ended is fenced already.
+ *
+ * Ownership: nothing changes hands. Threads: any; waits up to `timeout_ms`. Errors: `KVT_WOULD_WAIT` (the time passed;
+ * the memory may still be touched, fence again).
+ *
+ * # Safety
+ * `transfer` is NULL or alive.
+ */
+kvt_status_t kvt_transfer_fence(const struct kvt_transfer_t *transfer,
+                                uint32_t timeout_ms);
 
 /**
  * Gives a transfer back. One that is still live is cancelled first, as by `kvt_transfer_cancel`; a completion of it
@@ -913,7 +972,7 @@ kvt_status_t kvt_transfer_cancel(const kvt_transfer_t *transfer,
  * # Safety
  * `transfer` is NULL or came from an open call and was not freed before.
  */
-void kvt_transfer_free(kvt_transfer_t *transfer);
+void kvt_transfer_free(struct kvt_transfer_t *transfer);
 
 /**
  * Starts a bootstrap registry on a thread of its own; it accepts connections when this returns.
@@ -930,7 +989,7 @@ void kvt_transfer_free(kvt_transfer_t *transfer);
  */
 kvt_status_t kvt_bootstrap_new(const char *config,
                                size_t config_len,
-                               kvt_bootstrap_t **out_bootstrap,
+                               struct kvt_bootstrap_t **out_bootstrap,
                                uint16_t *out_port);
 
 /**
@@ -941,7 +1000,7 @@ kvt_status_t kvt_bootstrap_new(const char *config,
  * # Safety
  * `bootstrap` is NULL or came from `kvt_bootstrap_new` and was not freed before.
  */
-void kvt_bootstrap_free(kvt_bootstrap_t *bootstrap);
+void kvt_bootstrap_free(struct kvt_bootstrap_t *bootstrap);
 
 /**
  * Makes one request to a bootstrap registry, ours or stock SGLang's, and waits for the answer.

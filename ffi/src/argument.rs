@@ -25,7 +25,9 @@ pub(crate) unsafe fn list<'a, T>(
     }
     let bytes = len.checked_mul(size_of::<T>());
     if bytes.is_none_or(|bytes| bytes > isize::MAX.unsigned_abs()) {
-        return Err(Failure::argument(format!("`{what}` has an impossible length, {len}")));
+        return Err(Failure::argument(format!(
+            "`{what}` has an impossible length, {len}"
+        )));
     }
     if !data.is_aligned() {
         return Err(Failure::argument(format!("`{what}` is misaligned")));
@@ -139,7 +141,10 @@ impl Texts {
     ///
     /// # Safety
     /// As for [`Place::new`].
-    pub(crate) unsafe fn optional(out_text: *mut *mut c_char, what: &str) -> Result<Option<Self>, Failure> {
+    pub(crate) unsafe fn optional(
+        out_text: *mut *mut c_char,
+        what: &str,
+    ) -> Result<Option<Self>, Failure> {
         // SAFETY: the caller's contract is ours.
         let text = unsafe { Place::optional(out_text, what) }?;
         Ok(text.map(|text| Self { text, len: None }))
@@ -166,7 +171,10 @@ impl Texts {
 fn given(text: String) -> *mut c_char {
     let text = CString::new(text).unwrap_or_else(|error| {
         let mut bytes = error.into_vec();
-        bytes.iter_mut().filter(|byte| **byte == 0).for_each(|byte| *byte = b' ');
+        bytes
+            .iter_mut()
+            .filter(|byte| **byte == 0)
+            .for_each(|byte| *byte = b' ');
         CString::new(bytes).expect("invariant: every NUL was replaced")
     });
     text.into_raw()
@@ -201,7 +209,10 @@ mod tests {
         assert_eq!(nothing, Ok(&[][..]));
         // SAFETY: NULL is allowed.
         let missing = unsafe { list::<u64>(null(), 1, "x") }.expect_err("refused");
-        assert_eq!((missing.status, &*missing.text), (KVT_NULL_ARGUMENT, "`x` is NULL"));
+        assert_eq!(
+            (missing.status, &*missing.text),
+            (KVT_NULL_ARGUMENT, "`x` is NULL")
+        );
         let values = [1_u64, 2];
         // SAFETY: the length is refused before anything is read.
         let absurd = unsafe { list(values.as_ptr(), usize::MAX, "x") }.expect_err("refused");

@@ -8,8 +8,8 @@ use kvt::{
     serve::{
         bootstrap::BootstrapServer,
         bootstrap_client::{
-            Answered, BlockingBootstrapClient, BootstrapClient, BootstrapTarget, ClientError, RankAddress, RankRow,
-            ServerInfo,
+            Answered, BlockingBootstrapClient, BootstrapClient, BootstrapTarget, ClientError,
+            RankAddress, RankRow, ServerInfo,
         },
         tls::client_config_from_pem,
     },
@@ -237,7 +237,10 @@ impl Request {
         }
         if let Some(path) = self.ca {
             let bad = |error: &dyn std::error::Error| {
-                Failure::new(KVT_BAD_CONFIG, format!("ca {}: {}", path.display(), sentence(error)))
+                Failure::new(
+                    KVT_BAD_CONFIG,
+                    format!("ca {}: {}", path.display(), sentence(error)),
+                )
             };
             let pem = std::fs::read(&path).map_err(|error| bad(&error))?;
             let tls = client_config_from_pem(&pem, None).map_err(|error| bad(&error))?;
@@ -258,16 +261,27 @@ impl Call {
                 let found = client.rank(RankKey { dp, cp, tp, pp }).await?;
                 return Ok(answered(found, rank_address));
             }
-            Self::Register { row, lease_s, instance, deadline_ms } => {
+            Self::Register {
+                row,
+                lease_s,
+                instance,
+                deadline_ms,
+            } => {
                 let lease = lease_s.map(Duration::from_secs);
                 let deadline = deadline_ms.map_or(REGISTER_DEADLINE, Duration::from_millis);
-                client.register(&row, lease, instance.as_deref(), deadline).await?;
+                client
+                    .register(&row, lease, instance.as_deref(), deadline)
+                    .await?;
             }
             Self::Withdraw { row } => client.withdraw(&row).await?,
-            Self::RegisterDpRank { room, dp_rank } => client.register_dp_rank(room, dp_rank).await?,
+            Self::RegisterDpRank { room, dp_rank } => {
+                client.register_dp_rank(room, dp_rank).await?
+            }
             Self::QueryDpRanks { rooms } => {
                 let ranks = client.query_dp_ranks(&rooms).await?;
-                let named = ranks.into_iter().map(|(room, rank)| (room.to_string(), json!(rank)));
+                let named = ranks
+                    .into_iter()
+                    .map(|(room, rank)| (room.to_string(), json!(rank)));
                 return Ok(Value::Object(named.collect()));
             }
         }

@@ -11,6 +11,7 @@ use std::{
 use kvt::{
     engine::{CompletionQueue, Engine},
     ids::TransferId,
+    layout::{Component, ComponentKind},
 };
 
 use crate::{
@@ -32,6 +33,8 @@ pub struct kvt_engine_t(Handle<Opened>);
 pub(crate) struct Opened {
     pub(crate) engine: Engine,
     pub(crate) records: Arc<Records>,
+    /// Which components are DSA tails, whose lists come as SGLang's six numbers.
+    pub(crate) tails: Arc<[bool]>,
     completions: Arc<CompletionQueue>,
     /// Ended transfers that the last drain had no room for.
     left: Mutex<VecDeque<TransferId>>,
@@ -93,11 +96,15 @@ pub unsafe extern "C" fn kvt_engine_new(
         // SAFETY: this function's own contract.
         let config = unsafe { text(config, config_len, "config") }?;
         let config = parse::<EngineSettings>(config, "config")?.config()?;
+        let is_tail =
+            |component: &Component| component.kind == ComponentKind::State("dsa_tail".to_owned());
+        let tails = layout.components.iter().map(is_tail).collect();
         let engine = Engine::start(config, memory, layout)?;
         let completions = engine.completions();
         place.put(give(Opened {
             engine,
             records: Arc::default(),
+            tails,
             completions,
             left: Mutex::default(),
         }));
@@ -165,7 +172,8 @@ pub unsafe extern "C" fn kvt_completions_fd(
         // SAFETY: this function's own contract.
         let place = unsafe { Place::new(out_fd, "out_fd") }?;
         let fd = opened.completions.fd().ok_or_else(|| {
-            let text = "the process had no descriptor left when the engine started: raise `ulimit -n`";
+            let text =
+                "the process had no descriptor left when the engine started: raise `ulimit -n`";
             Failure::new(KVT_SYSTEM, text)
         })?;
         place.put(fd.as_raw_fd());

@@ -1,8 +1,5 @@
 //! Opaque handles: one Rust value, one owner, and a mark that a panic leaves on it.
-#![expect(
-    unsafe_code,
-    reason = "C holds handles as raw pointers"
-)]
+#![expect(unsafe_code, reason = "C holds handles as raw pointers")]
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

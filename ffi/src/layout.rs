@@ -5,7 +5,10 @@ use std::{ffi::c_char, ptr::NonNull};
 
 use kvt::{
     engine::Memory,
-    layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard},
+    layout::{
+        Attention, COMPONENTS_MAX, Component, ComponentKind, ENTRIES_MAX, Entry, Layout, RegionId,
+        Shard, StateShape, StateSlice, name_ratio_layers,
+    },
     memory::Region,
     wire::hello::REGIONS_MAX,
 };
@@ -64,6 +67,20 @@ pub struct kvt_entry_t {
     pub device: i32,
 }
 
+/// How one tensor of a "mamba" state is spread over tensor-parallel ranks.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct kvt_slice_t {
+    /// Channels on this rank (SGLang's `state_dim_per_tensor`); 0 where every rank holds the whole tensor.
+    pub dim: u32,
+    /// Rows in front of the channels (SGLang's `state_slice_outer_counts`), at least 1.
+    pub rows: u32,
+    /// Channels of the whole model's sub-blocks where each is sharded by itself (SGLang's `state_conv_shard_groups`).
+    pub groups: *const u32,
+    /// How many; 0 where the channels are one block.
+    pub groups_len: usize,
+}
+
 /// Buffers that share one list of item indices.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -72,12 +89,20 @@ pub struct kvt_component_t {
     pub kind: i32,
     /// How many of the last entries belong to a speculative draft model (KV only, else 0).
     pub draft_entries: u32,
-    /// SGLang's name of a state component, such as "mamba"; empty for the others.
+    /// SGLang's name of a state component, such as "mamba"; empty for the others. The items of "dsa_tail" are the slots
+    /// of its rings (`item_len` is a row's bytes divided by the ring's size), and its lists are SGLang's six numbers.
     pub name: kvt_text_t,
     /// The buffers, in the order both sides agree on.
     pub entries: *const kvt_entry_t,
     /// How many.
     pub entries_len: usize,
+    /// For each entry of a "mamba" state, how it is spread. May be left out: then it cannot be re-cut for another
+    /// tensor-parallel size.
+    pub slices: *const kvt_slice_t,
+    /// How many: `entries_len`, or 0.
+    pub slices_len: usize,
+    /// A state's page layout where it is not the layout's own (SGLang's `swa_kv_cache_layout`), else empty.
+    pub page_layout: kvt_text_t,
 }
 
 /// What a rank's KV memory looks like. Read during `kvt_engine_new` only.
@@ -116,6 +141,11 @@ pub struct kvt_layout_t {
     pub components: *const kvt_component_t,
     /// How many.
     pub components_len: usize,
+    /// DeepSeek-V4: the compression ratio of every layer of the whole model. Buffers grouped by it are paired by layer
+    /// then. NULL for other models.
+    pub compression_ratios: *const u32,
+    /// How many.
+    pub compression_ratios_len: usize,
 }
 
 /// The library's view of the caller's memory.
@@ -149,17 +179,39 @@ pub(crate) unsafe fn described(layout: *const kvt_layout_t) -> Result<(Memory, L
         }
     };
     // SAFETY: the caller's contract is ours.
-    let given = unsafe { list(layout.components, layout.components_len, "layout.components") }?;
+    let given = unsafe {
+        list(
+            layout.components,
+            layout.components_len,
+            "layout.components",
+        )
+    }?;
     // SAFETY: the caller's contract is ours.
     let components = unsafe { read_components(given) }?;
     let regions = regions_of(&components)?;
     let memory = memory_over(&regions)?;
-    let components = components.into_iter().map(|component| component.placed(&regions));
+    let components = components
+        .into_iter()
+        .map(|component| component.placed(&regions));
     // SAFETY: the caller's contract is ours.
     let kv_dtype = unsafe { text(layout.kv_dtype.data, layout.kv_dtype.len, "layout.kv_dtype") }?;
     // SAFETY: the caller's contract is ours.
-    let kv_layout = unsafe { text(layout.kv_layout.data, layout.kv_layout.len, "layout.kv_layout") }?;
-    let layout = Layout {
+    let kv_layout = unsafe {
+        text(
+            layout.kv_layout.data,
+            layout.kv_layout.len,
+            "layout.kv_layout",
+        )
+    }?;
+    // SAFETY: the caller's contract is ours.
+    let ratios = unsafe {
+        list(
+            layout.compression_ratios,
+            layout.compression_ratios_len,
+            "layout.compression_ratios",
+        )
+    }?;
+    let mut layout = Layout {
         page_size: layout.page_size,
         kv_dtype: kv_dtype.to_owned(),
         kv_layout: kv_layout.to_owned(),
@@ -175,6 +227,13 @@ pub(crate) unsafe fn described(layout: *const kvt_layout_t) -> Result<(Memory, L
         layers: layout.first_layer..layout.end_layer,
         components: components.collect(),
     };
+    if !ratios.is_empty() {
+        let layers = layout.layers.clone();
+        for component in &mut layout.components {
+            name_ratio_layers(component, ratios, layers.clone())
+                .map_err(|error| Failure::new(KVT_BAD_LAYOUT, error.to_string()))?;
+        }
+    }
     Ok((memory, layout))
 }
 
@@ -183,6 +242,7 @@ struct Described {
     kind: ComponentKind,
     draft_entries: u32,
     entries: Vec<kvt_entry_t>,
+    state: StateShape,
 }
 
 impl Described {
@@ -202,6 +262,7 @@ impl Described {
             kind: self.kind,
             entries: self.entries.into_iter().map(place).collect(),
             draft_entries: self.draft_entries,
+            state: self.state,
         }
     }
 }
@@ -209,7 +270,7 @@ impl Described {
 /// # Safety
 /// As for [`described`].
 unsafe fn read_components(given: &[kvt_component_t]) -> Result<Vec<Described>, Failure> {
-    let mut components = Vec::with_capacity(given.len().min(kvt::layout::COMPONENTS_MAX));
+    let mut components = Vec::with_capacity(given.len().min(COMPONENTS_MAX));
     for (at, component) in given.iter().enumerate() {
         let what = format!("component {at}'s name");
         // SAFETY: the caller's contract is ours.
@@ -233,9 +294,38 @@ unsafe fn read_components(given: &[kvt_component_t]) -> Result<Vec<Described>, F
             kind,
             draft_entries: component.draft_entries,
             entries: entries.to_vec(),
+            // SAFETY: the caller's contract is ours.
+            state: unsafe { state_of(at, component) }?,
         });
     }
     Ok(components)
+}
+
+/// # Safety
+/// As for [`described`].
+unsafe fn state_of(at: usize, component: &kvt_component_t) -> Result<StateShape, Failure> {
+    let what = format!("component {at}'s slices");
+    // SAFETY: the caller's contract is ours.
+    let given = unsafe { list(component.slices, component.slices_len, &what) }?;
+    let mut slices = Vec::with_capacity(given.len().min(ENTRIES_MAX));
+    for (place, slice) in given.iter().enumerate() {
+        let what = format!("the groups of slice {place} of component {at}");
+        // SAFETY: the caller's contract is ours.
+        let groups = unsafe { list(slice.groups, slice.groups_len, &what) }?;
+        slices.push(StateSlice {
+            dim: slice.dim,
+            rows: slice.rows,
+            groups: groups.to_vec(),
+        });
+    }
+    let (data, len) = (component.page_layout.data, component.page_layout.len);
+    // SAFETY: the caller's contract is ours.
+    let page_layout = unsafe { text(data, len, &format!("component {at}'s page layout")) }?;
+    let page_layout = Some(page_layout).filter(|name| !name.is_empty());
+    Ok(StateShape {
+        slices,
+        page_layout: page_layout.map(str::to_owned),
+    })
 }
 
 fn check_entry(entry: &kvt_entry_t, what: &str) -> Result<(), Failure> {
@@ -256,10 +346,15 @@ fn check_entry(entry: &kvt_entry_t, what: &str) -> Result<(), Failure> {
     }
     if entry.layer_id < -1 || entry.layer_id > i64::from(u32::MAX) {
         let id = entry.layer_id;
-        return Err(Failure::argument(format!("{what} has layer id {id}; -1 is for none")));
+        return Err(Failure::argument(format!(
+            "{what} has layer id {id}; -1 is for none"
+        )));
     }
     if entry.len > 0 && entry.item_len == 0 {
-        let text = format!("{what} has {} bytes of items without length; an elided entry has len 0", entry.len);
+        let text = format!(
+            "{what} has {} bytes of items without length; an elided entry has len 0",
+            entry.len
+        );
         return Err(Failure::new(KVT_BAD_LAYOUT, text));
     }
     Ok(())
@@ -278,7 +373,9 @@ fn regions_of(components: &[Described]) -> Result<Regions, Failure> {
     let regions = Regions::covering(stretches);
     let count = regions.all().len();
     if count > REGIONS_MAX {
-        let text = format!("the layout's buffers are {count} separate stretches of memory, the limit is {REGIONS_MAX}");
+        let text = format!(
+            "the layout's buffers are {count} separate stretches of memory, the limit is {REGIONS_MAX}"
+        );
         return Err(Failure::new(KVT_BAD_LAYOUT, text));
     }
     Ok(regions)
@@ -288,7 +385,10 @@ fn memory_over(regions: &Regions) -> Result<Memory, Failure> {
     let mut memory = Memory::new();
     for stretch in regions.all() {
         let impossible = || {
-            let text = format!("{:#x}..{:#x} is outside of this process", stretch.start, stretch.end);
+            let text = format!(
+                "{:#x}..{:#x} is outside of this process",
+                stretch.start, stretch.end
+            );
             Failure::new(KVT_REGION, text)
         };
         let start = usize::try_from(stretch.start).map_err(|_| impossible())?;

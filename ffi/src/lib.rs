@@ -21,6 +21,8 @@ mod picture;
 mod records;
 mod regions;
 mod settings;
+#[cfg(test)]
+mod shape;
 pub mod status;
 pub mod transfer;
 pub mod version;

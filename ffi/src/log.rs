@@ -1,5 +1,8 @@
 //! The library's log, handed to one function of the caller's.
-#![expect(unsafe_code, reason = "the caller's function is called through a raw pointer")]
+#![expect(
+    unsafe_code,
+    reason = "the caller's function is called through a raw pointer"
+)]
 
 use std::{
     cell::Cell,
@@ -70,10 +73,14 @@ pub unsafe extern "C" fn kvt_log(
 ) -> kvt_status_t {
     enter(|| {
         if IN_SINK.get() {
-            return Err(Failure::argument("kvt_log was called from within a log sink"));
+            return Err(Failure::argument(
+                "kvt_log was called from within a log sink",
+            ));
         }
         if !(KVT_LOG_ERROR..=KVT_LOG_TRACE).contains(&level) {
-            return Err(Failure::argument(format!("`level` is {level}, no KVT_LOG_ number")));
+            return Err(Failure::argument(format!(
+                "`level` is {level}, no KVT_LOG_ number"
+            )));
         }
         let sink = sink.map(|call| Sink { call, user_data });
         let level = if sink.is_some() { level } else { 0 };

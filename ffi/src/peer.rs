@@ -10,7 +10,10 @@ use crate::{
     engine::{Opened, kvt_engine_t},
     handle::on,
     settings::resolve,
-    status::{Failure, KVT_BAD_ARGUMENT, KVT_BAD_CONFIG, KVT_SYSTEM, KVT_UNKNOWN_PEER, KVT_UNREACHABLE, kvt_status_t},
+    status::{
+        Failure, KVT_BAD_ARGUMENT, KVT_BAD_CONFIG, KVT_SYSTEM, KVT_UNKNOWN_PEER, KVT_UNREACHABLE,
+        kvt_status_t,
+    },
 };
 
 /// Connects to the listener of another engine, compares both layouts and opens the data connections.
@@ -40,8 +43,14 @@ pub unsafe extern "C" fn kvt_peer_connect(
         // SAFETY: this function's own contract.
         let address = unsafe { text(address, address_len, "address") }?;
         let address = resolve(address, "address").map_err(|failure| match failure.status {
-            KVT_BAD_CONFIG => Failure { status: KVT_BAD_ARGUMENT, ..failure },
-            KVT_SYSTEM => Failure { status: KVT_UNREACHABLE, ..failure },
+            KVT_BAD_CONFIG => Failure {
+                status: KVT_BAD_ARGUMENT,
+                ..failure
+            },
+            KVT_SYSTEM => Failure {
+                status: KVT_UNREACHABLE,
+                ..failure
+            },
             _ => failure,
         })?;
         let timeout = Duration::from_millis(timeout_ms.into());
@@ -71,7 +80,11 @@ pub unsafe extern "C" fn kvt_peer_disconnect(
         // SAFETY: this function's own contract.
         let reason = unsafe { text(reason, reason_len, "reason") }?;
         known(opened, peer)?;
-        let reason = if reason.is_empty() { "disconnected by the application" } else { reason };
+        let reason = if reason.is_empty() {
+            "disconnected by the application"
+        } else {
+            reason
+        };
         opened.engine.disconnect(PeerId(peer), reason);
         Ok(())
     };
@@ -81,7 +94,12 @@ pub unsafe extern "C" fn kvt_peer_disconnect(
 
 /// Fails where no such peer is connected.
 pub(crate) fn known(opened: &Opened, peer: u64) -> Result<(), Failure> {
-    if opened.engine.peers().iter().any(|known| known.peer == PeerId(peer)) {
+    if opened
+        .engine
+        .peers()
+        .iter()
+        .any(|known| known.peer == PeerId(peer))
+    {
         return Ok(());
     }
     let text = format!("peer {peer} is not connected (any more)");

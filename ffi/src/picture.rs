@@ -11,7 +11,8 @@ use serde_json::{Map, Value, json};
 /// The whole picture.
 pub(crate) fn of(engine: &Engine) -> Value {
     let snapshot = engine.snapshot();
-    let address = |address: Option<std::net::SocketAddr>| address.map(|address| address.to_string());
+    let address =
+        |address: Option<std::net::SocketAddr>| address.map(|address| address.to_string());
     json!({
         "version": env!("CARGO_PKG_VERSION"),
         "abi_version": crate::version::KVT_ABI_VERSION,
@@ -48,7 +49,10 @@ fn layout(engine: &Engine) -> Value {
         })
     };
     let attention = match layout.attention {
-        Attention::Heads { total_kv_heads, rank_kv_heads } => {
+        Attention::Heads {
+            total_kv_heads,
+            rank_kv_heads,
+        } => {
             json!({ "kind": "heads", "total_kv_heads": total_kv_heads, "rank_kv_heads": rank_kv_heads })
         }
         Attention::Latent => json!({ "kind": "latent" }),
@@ -139,6 +143,8 @@ fn room(room: &RoomStat) -> Value {
 }
 
 fn counts(failures: &[(String, u64)]) -> Map<String, Value> {
-    let counted = failures.iter().map(|(reason, count)| (reason.clone(), json!(count)));
+    let counted = failures
+        .iter()
+        .map(|(reason, count)| (reason.clone(), json!(count)));
     counted.collect()
 }

@@ -56,7 +56,10 @@ mod tests {
         let record = Record { room, user_data: 9 };
         let id = records.open(record, || Ok::<_, ()>(TransferId(5)), |id| *id);
         assert_eq!(id, Ok(TransferId(5)));
-        assert_eq!(records.open(record, || Err::<TransferId, _>(1), |id| *id), Err(1));
+        assert_eq!(
+            records.open(record, || Err::<TransferId, _>(1), |id| *id),
+            Err(1)
+        );
         assert_eq!(records.take(TransferId(5)), Some(record));
         assert_eq!(records.take(TransferId(5)), None);
     }

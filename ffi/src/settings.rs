@@ -244,10 +244,20 @@ impl BootstrapSettings {
                 Some(TokenScope::All) => Scope::All,
                 Some(TokenScope::Writes) | None => Scope::Writes,
             };
-            config.access = Access::bearer(&token, scope).map_err(|error| bad("bootstrap.token", &error))?;
+            config.access =
+                Access::bearer(&token, scope).map_err(|error| bad("bootstrap.token", &error))?;
         }
-        if let Some(TlsSettings { cert, key, client_ca }) = self.tls {
-            let files = TlsFiles { cert, key, client_ca };
+        if let Some(TlsSettings {
+            cert,
+            key,
+            client_ca,
+        }) = self.tls
+        {
+            let files = TlsFiles {
+                cert,
+                key,
+                client_ca,
+            };
             let tls = server_config(&files).map_err(|error| bad("bootstrap.tls", &error))?;
             config.tls = Some(tls);
         }
@@ -285,7 +295,10 @@ struct TelemetrySettings {
 impl TelemetrySettings {
     fn config(self) -> Result<TelemetryConfig, Failure> {
         let mut config = TelemetryConfig::default();
-        config.metrics = self.metrics.map(|at| resolve(&at, "telemetry.metrics")).transpose()?;
+        config.metrics = self
+            .metrics
+            .map(|at| resolve(&at, "telemetry.metrics"))
+            .transpose()?;
         let token = self.token.map(BearerToken::new).transpose();
         config.token = token.map_err(|error| bad("telemetry.token", &error))?;
         config.tls = self.tls.map(read_identity).transpose()?;
@@ -322,13 +335,25 @@ pub(crate) fn resolve(address: &str, what: &str) -> Result<SocketAddr, Failure> 
     if let Ok(address) = address.parse() {
         return Ok(address);
     }
-    if address.rsplit_once(':').is_none_or(|(_, port)| port.parse::<u16>().is_err()) {
+    if address
+        .rsplit_once(':')
+        .is_none_or(|(_, port)| port.parse::<u16>().is_err())
+    {
         let text = format!("{what}: \"{address}\" is no address; write host:port or [v6]:port");
         return Err(Failure::new(KVT_BAD_CONFIG, text));
     }
-    let unknown = |error: &str| Failure::new(KVT_SYSTEM, format!("{what}: cannot resolve \"{address}\": {error}"));
-    let mut found = address.to_socket_addrs().map_err(|error| unknown(&error.to_string()))?;
-    found.next().ok_or_else(|| unknown("the name has no address"))
+    let unknown = |error: &str| {
+        Failure::new(
+            KVT_SYSTEM,
+            format!("{what}: cannot resolve \"{address}\": {error}"),
+        )
+    };
+    let mut found = address
+        .to_socket_addrs()
+        .map_err(|error| unknown(&error.to_string()))?;
+    found
+        .next()
+        .ok_or_else(|| unknown("the name has no address"))
 }
 
 #[cfg(test)]

@@ -92,37 +92,106 @@ pub const KVT_OTHER: kvt_status_t = 902;
 /// Code, and "NAME: sentence".
 const TEXTS: &[(kvt_status_t, &CStr)] = &[
     (KVT_OK, c"KVT_OK: it worked"),
-    (KVT_NULL_ARGUMENT, c"KVT_NULL_ARGUMENT: a pointer that must not be NULL is NULL"),
-    (KVT_BAD_ARGUMENT, c"KVT_BAD_ARGUMENT: an argument is outside of its range"),
-    (KVT_BAD_CONFIG, c"KVT_BAD_CONFIG: the configuration cannot be used"),
-    (KVT_BAD_LAYOUT, c"KVT_BAD_LAYOUT: the layout contradicts itself"),
-    (KVT_DUPLICATE_ROOM, c"KVT_DUPLICATE_ROOM: the room is already in use on this engine"),
+    (
+        KVT_NULL_ARGUMENT,
+        c"KVT_NULL_ARGUMENT: a pointer that must not be NULL is NULL",
+    ),
+    (
+        KVT_BAD_ARGUMENT,
+        c"KVT_BAD_ARGUMENT: an argument is outside of its range",
+    ),
+    (
+        KVT_BAD_CONFIG,
+        c"KVT_BAD_CONFIG: the configuration cannot be used",
+    ),
+    (
+        KVT_BAD_LAYOUT,
+        c"KVT_BAD_LAYOUT: the layout contradicts itself",
+    ),
+    (
+        KVT_DUPLICATE_ROOM,
+        c"KVT_DUPLICATE_ROOM: the room is already in use on this engine",
+    ),
     (KVT_QUEUE_FULL, c"KVT_QUEUE_FULL: a bounded queue is full"),
-    (KVT_UNKNOWN_PEER, c"KVT_UNKNOWN_PEER: the peer is not connected"),
+    (
+        KVT_UNKNOWN_PEER,
+        c"KVT_UNKNOWN_PEER: the peer is not connected",
+    ),
     (KVT_ENDED, c"KVT_ENDED: the transfer has ended"),
     (KVT_NOT_READY, c"KVT_NOT_READY: not yet, ask again"),
-    (KVT_BAD_ITEMS, c"KVT_BAD_ITEMS: the page lists do not fit the layout"),
-    (KVT_WRONG_ABI, c"KVT_WRONG_ABI: the caller was compiled against another version of kvtransfer.h"),
+    (
+        KVT_BAD_ITEMS,
+        c"KVT_BAD_ITEMS: the page lists do not fit the layout",
+    ),
+    (
+        KVT_WRONG_ABI,
+        c"KVT_WRONG_ABI: the caller was compiled against another version of kvtransfer.h",
+    ),
     (KVT_LISTEN, c"KVT_LISTEN: an address cannot be listened on"),
-    (KVT_REGION, c"KVT_REGION: memory cannot be used or registered"),
-    (KVT_RDMA, c"KVT_RDMA: RDMA is required and cannot be used here"),
-    (KVT_SYSTEM, c"KVT_SYSTEM: the system has no thread, descriptor or random number left"),
-    (KVT_BOOTSTRAP, c"KVT_BOOTSTRAP: a bootstrap registry did not start or did not answer"),
-    (KVT_TELEMETRY, c"KVT_TELEMETRY: the telemetry server did not start"),
-    (KVT_UNREACHABLE, c"KVT_UNREACHABLE: nobody answers at the address"),
+    (
+        KVT_REGION,
+        c"KVT_REGION: memory cannot be used or registered",
+    ),
+    (
+        KVT_RDMA,
+        c"KVT_RDMA: RDMA is required and cannot be used here",
+    ),
+    (
+        KVT_SYSTEM,
+        c"KVT_SYSTEM: the system has no thread, descriptor or random number left",
+    ),
+    (
+        KVT_BOOTSTRAP,
+        c"KVT_BOOTSTRAP: a bootstrap registry did not start or did not answer",
+    ),
+    (
+        KVT_TELEMETRY,
+        c"KVT_TELEMETRY: the telemetry server did not start",
+    ),
+    (
+        KVT_UNREACHABLE,
+        c"KVT_UNREACHABLE: nobody answers at the address",
+    ),
     (KVT_REFUSED, c"KVT_REFUSED: the peer refused"),
-    (KVT_INCOMPATIBLE, c"KVT_INCOMPATIBLE: the peer did not complete the greeting of this protocol"),
-    (KVT_PEER_FAILED, c"KVT_PEER_FAILED: the other side ended the transfer"),
-    (KVT_PEER_LOST, c"KVT_PEER_LOST: the connection to the peer ended"),
-    (KVT_PEER_MISBEHAVED, c"KVT_PEER_MISBEHAVED: the peer broke the protocol"),
-    (KVT_NO_PATH, c"KVT_NO_PATH: the deadline passed without a data connection to the peer"),
+    (
+        KVT_INCOMPATIBLE,
+        c"KVT_INCOMPATIBLE: the peer did not complete the greeting of this protocol",
+    ),
+    (
+        KVT_PEER_FAILED,
+        c"KVT_PEER_FAILED: the other side ended the transfer",
+    ),
+    (
+        KVT_PEER_LOST,
+        c"KVT_PEER_LOST: the connection to the peer ended",
+    ),
+    (
+        KVT_PEER_MISBEHAVED,
+        c"KVT_PEER_MISBEHAVED: the peer broke the protocol",
+    ),
+    (
+        KVT_NO_PATH,
+        c"KVT_NO_PATH: the deadline passed without a data connection to the peer",
+    ),
     (KVT_CANCELLED, c"KVT_CANCELLED: cancelled by this side"),
     (KVT_TIMEOUT, c"KVT_TIMEOUT: this side's deadline passed"),
-    (KVT_MEMORY, c"KVT_MEMORY: memory of either side could not be accessed"),
-    (KVT_WOULD_WAIT, c"KVT_WOULD_WAIT: the time given to wait passed"),
+    (
+        KVT_MEMORY,
+        c"KVT_MEMORY: memory of either side could not be accessed",
+    ),
+    (
+        KVT_WOULD_WAIT,
+        c"KVT_WOULD_WAIT: the time given to wait passed",
+    ),
     (KVT_SHUTDOWN, c"KVT_SHUTDOWN: the engine has shut down"),
-    (KVT_PANIC, c"KVT_PANIC: the library panicked; please report it"),
-    (KVT_OTHER, c"KVT_OTHER: a failure that has no code of its own"),
+    (
+        KVT_PANIC,
+        c"KVT_PANIC: the library panicked; please report it",
+    ),
+    (
+        KVT_OTHER,
+        c"KVT_OTHER: a failure that has no code of its own",
+    ),
 ];
 
 /// Name and meaning of a status, such as "KVT_TIMEOUT: this side's deadline passed". The part before the colon is stable.

@@ -6,6 +6,7 @@ use std::{ffi::c_char, sync::Arc, time::Duration};
 use kvt::{
     engine::{Poll, Transfer},
     ids::{PeerId, Room},
+    layout::dsa_tail_slots,
     transfer::{Chunk, ReceiveRequest, SendRequest, Source},
 };
 
@@ -15,7 +16,7 @@ use crate::{
     guard::enter,
     handle::{Handle, Opaque, borrow, free, give, on},
     records::{Record, Records},
-    status::{Failure, KVT_OK, KVT_WOULD_WAIT, kvt_status_t},
+    status::{Failure, KVT_BAD_ITEMS, KVT_OK, KVT_WOULD_WAIT, kvt_status_t},
 };
 
 /// `kvt_transfer_poll_many`: it failed; `kvt_transfer_wait` says why. The numbers are SGLang's `KVPoll`.
@@ -45,6 +46,7 @@ pub struct kvt_transfer_t(Handle<Moving>);
 pub(crate) struct Moving {
     transfer: Transfer,
     records: Arc<Records>,
+    tails: Arc<[bool]>,
 }
 
 impl Drop for Moving {
@@ -220,11 +222,13 @@ pub unsafe extern "C" fn kvt_receive_open(
             room,
             sources: sources.iter().map(source).collect::<Result<_, _>>()?,
             receivers_expected: u16::try_from(expected).map_err(|_| {
-                Failure::argument(format!("`request.receivers_expected` is {expected}, at most 65535"))
+                Failure::argument(format!(
+                    "`request.receivers_expected` is {expected}, at most 65535"
+                ))
             })?,
             prefix_tokens: request.prefix_tokens,
             // SAFETY: this function's own contract.
-            items: unsafe { item_lists(request.items, request.items_len) }?,
+            items: unsafe { item_lists(request.items, request.items_len, &opened.tails) }?,
             timeout: millis(request.timeout_ms),
         };
         place.put(open(opened, record, || opened.engine.receive(&request))?);
@@ -255,7 +259,7 @@ pub unsafe extern "C" fn kvt_transfer_push(
     let body = |moving: &Moving| {
         zero(flags & !KVT_LAST, "flags")?;
         // SAFETY: this function's own contract.
-        let items = unsafe { item_lists(items, items_len) }?;
+        let items = unsafe { item_lists(items, items_len, &moving.tails) }?;
         let last = flags & KVT_LAST != 0;
         Ok(moving.transfer.push(&Chunk { items, last })?)
     };
@@ -344,19 +348,23 @@ pub unsafe extern "C" fn kvt_transfer_wait(
         if came {
             return Ok(());
         }
-        let text = format!("room {}: {timeout:?} passed; the transfer goes on", stand.room);
+        let text = format!(
+            "room {}: {timeout:?} passed; the transfer goes on",
+            stand.room
+        );
         Err(Failure::new(KVT_WOULD_WAIT, text))
     };
     // SAFETY: this function's own contract.
     unsafe { on(transfer, body) }
 }
 
-/// Ends a transfer now and tells the other side why: `reason` is the text of its `KVT_PEER_FAILED`. With an empty
+/// Ends a transfer and tells the other side why at once: `reason` is in the text of its `KVT_PEER_FAILED`. With an empty
 /// reason it hears "cancelled by the application". A transfer that has ended stays as it is.
 ///
-/// When this returns nothing of the transfer touches this side's memory any more; with RDMA that can take some 10 ms.
+/// Nothing more is handed to a network, but a network card may still touch this side's pages: they are free when
+/// `kvt_transfer_wait`, `kvt_transfer_fence` or `kvt_transfer_poll_many` shows the end, which without RDMA is at once.
 ///
-/// Ownership: `reason` is read during the call only. Threads: any. Errors: `KVT_BAD_ARGUMENT`.
+/// Ownership: `reason` is read during the call only. Threads: any; does not wait. Errors: `KVT_BAD_ARGUMENT`.
 ///
 /// # Safety
 /// `transfer` is NULL or alive; `reason` is NULL or as long as it says.
@@ -370,8 +378,37 @@ pub unsafe extern "C" fn kvt_transfer_cancel(
     let body = |moving: &Moving| {
         // SAFETY: this function's own contract.
         let reason = unsafe { text(reason, reason_len, "reason") }?;
-        moving.transfer.cancel_with(reason);
+        moving.transfer.start_cancel(reason);
         Ok(())
+    };
+    // SAFETY: this function's own contract.
+    unsafe { on(transfer, body) }
+}
+
+/// Ends a transfer as `kvt_transfer_cancel` does, without a reason, and waits until nothing of it can touch this side's
+/// memory any more: with RDMA some 10 ms, else at once. A transfer that has ended is fenced already.
+///
+/// Ownership: nothing changes hands. Threads: any; waits up to `timeout_ms`. Errors: `KVT_WOULD_WAIT` (the time passed;
+/// the memory may still be touched, fence again).
+///
+/// # Safety
+/// `transfer` is NULL or alive.
+// SAFETY: `kvt_` is this library's own prefix, so the unmangled name meets no other symbol.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvt_transfer_fence(
+    transfer: *const kvt_transfer_t,
+    timeout_ms: u32,
+) -> kvt_status_t {
+    let body = |moving: &Moving| {
+        moving.transfer.start_cancel("");
+        let timeout = millis(timeout_ms);
+        if moving.transfer.wait(timeout).is_some() {
+            return Ok(());
+        }
+        let room = moving.transfer.room();
+        let text =
+            format!("room {room} is not fenced after {timeout:?}; its memory may still be touched");
+        Err(Failure::new(KVT_WOULD_WAIT, text))
     };
     // SAFETY: this function's own contract.
     unsafe { on(transfer, body) }
@@ -438,20 +475,34 @@ fn open(
     start: impl FnOnce() -> Result<Transfer, kvt::error::SubmitError>,
 ) -> Result<*mut kvt_transfer_t, Failure> {
     let transfer = opened.records.open(record, start, Transfer::id)?;
-    let records = Arc::clone(&opened.records);
-    Ok(give(Moving { transfer, records }))
+    Ok(give(Moving {
+        transfer,
+        records: Arc::clone(&opened.records),
+        tails: Arc::clone(&opened.tails),
+    }))
 }
 
 /// # Safety
 /// `items` is NULL or points to `len` lists that are as long as they say and do not change during the call.
-unsafe fn item_lists(items: *const kvt_items_t, len: usize) -> Result<Vec<Arc<[i32]>>, Failure> {
+unsafe fn item_lists(
+    items: *const kvt_items_t,
+    len: usize,
+    tails: &[bool],
+) -> Result<Vec<Arc<[i32]>>, Failure> {
     // SAFETY: the caller's contract is ours.
     let lists = unsafe { list(items, len, "items") }?;
     let mut copies = Vec::with_capacity(lists.len().min(kvt::layout::COMPONENTS_MAX));
     for (at, items) in lists.iter().enumerate() {
         // SAFETY: the caller's contract is ours.
         let items = unsafe { list(items.items, items.count, &format!("items[{at}].items")) }?;
-        copies.push(items.into());
+        copies.push(if tails.get(at) == Some(&true) {
+            let slots = dsa_tail_slots(items);
+            slots
+                .map_err(|error| Failure::new(KVT_BAD_ITEMS, error.to_string()))?
+                .into()
+        } else {
+            items.into()
+        });
     }
     Ok(copies)
 }
@@ -461,7 +512,11 @@ fn source(given: &kvt_source_t) -> Result<Source, Failure> {
     let dummy = match given.dummy {
         0 => false,
         1 => true,
-        other => return Err(Failure::argument(format!("`source.dummy` is {other}, it must be 0 or 1"))),
+        other => {
+            return Err(Failure::argument(format!(
+                "`source.dummy` is {other}, it must be 0 or 1"
+            )));
+        }
     };
     let peer = PeerId(given.peer);
     Ok(Source { peer, dummy })
@@ -489,7 +544,9 @@ fn zero(value: u32, what: &str) -> Result<(), Failure> {
     if value == 0 {
         return Ok(());
     }
-    Err(Failure::argument(format!("`{what}` has bits that must be 0: {value:#x}")))
+    Err(Failure::argument(format!(
+        "`{what}` has bits that must be 0: {value:#x}"
+    )))
 }
 
 fn millis(number: u32) -> Duration {

@@ -10,10 +10,11 @@ use std::ffi::{CStr, c_char};
 /// `kvt_abi_version()` before anything else, and put it into `kvt_layout_t.abi_version`.
 pub const KVT_ABI_VERSION: u32 = 1;
 
-const PACKAGE: &CStr = match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes()) {
-    Ok(text) => text,
-    Err(_) => panic!("a version holds no NUL"),
-};
+const PACKAGE: &CStr =
+    match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes()) {
+        Ok(text) => text,
+        Err(_) => panic!("a version holds no NUL"),
+    };
 
 /// The ABI version of the loaded library: `KVT_ABI_VERSION` of the header it was built with.
 ///

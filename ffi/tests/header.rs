@@ -4,7 +4,16 @@ use std::{fs, path::Path};
 
 /// In the order in which a reader meets them in the header.
 const SOURCES: [&str; 10] = [
-    "version", "status", "argument", "log", "layout", "engine", "peer", "transfer", "bootstrap", "doctor",
+    "version",
+    "status",
+    "argument",
+    "log",
+    "layout",
+    "engine",
+    "peer",
+    "transfer",
+    "bootstrap",
+    "doctor",
 ];
 const WRITE: &str = "KVT_WRITE_HEADER";
 
@@ -13,7 +22,8 @@ fn root() -> &'static Path {
 }
 
 fn generated() -> String {
-    let config = cbindgen::Config::from_file(root().join("cbindgen.toml")).expect("cbindgen.toml is well-formed");
+    let config = cbindgen::Config::from_file(root().join("cbindgen.toml"))
+        .expect("cbindgen.toml is well-formed");
     let mut builder = cbindgen::Builder::new().with_config(config);
     for source in SOURCES {
         builder = builder.with_src(root().join(format!("src/{source}.rs")));
@@ -32,7 +42,10 @@ fn the_committed_header_is_what_the_sources_make() {
         fs::write(&path, &generated).expect("the header can be written");
     }
     let committed = fs::read_to_string(&path).expect("the header is committed");
-    let differs = committed.lines().zip(generated.lines()).position(|(old, new)| old != new);
+    let differs = committed
+        .lines()
+        .zip(generated.lines())
+        .position(|(old, new)| old != new);
     assert!(
         committed == generated,
         "include/kvtransfer.h is not what src/*.rs makes, first in line {:?}: run \
@@ -47,7 +60,7 @@ fn functions(header: &str) -> Vec<(String, String)> {
     let mut comment = String::new();
     let mut is_comment = false;
     for line in header.lines() {
-        if line.starts_with("/**") {
+        if line.starts_with("/*") {
             comment.clear();
             is_comment = true;
         }
@@ -67,13 +80,20 @@ fn functions(header: &str) -> Vec<(String, String)> {
 #[test]
 fn every_function_says_threads_errors_and_ownership() {
     let functions = functions(&generated());
-    assert!((20..=30).contains(&functions.len()), "{} functions", functions.len());
+    assert!(
+        (20..=30).contains(&functions.len()),
+        "{} functions",
+        functions.len()
+    );
     for (name, comment) in &functions {
         for word in ["Threads: ", "Errors: "] {
             assert!(comment.contains(word), "{name} does not say \"{word}\"");
         }
         let takes_nothing = name == "kvt_abi_version";
-        assert!(takes_nothing || comment.contains("Ownership: "), "{name} does not say who owns what");
+        assert!(
+            takes_nothing || comment.contains("Ownership: "),
+            "{name} does not say who owns what"
+        );
     }
 }
 
@@ -86,9 +106,20 @@ fn every_exported_function_is_in_the_header() {
         let Ok(text) = fs::read_to_string(&path) else {
             continue;
         };
-        for line in text.lines().filter(|line| line.contains("extern \"C\" fn kvt_")) {
-            let name = line.split("fn ").nth(1).and_then(|rest| rest.split('(').next()).expect("a name");
-            assert!(header.contains(&format!("{name}(")), "{name} of {} is not in the header", path.display());
+        for line in text
+            .lines()
+            .filter(|line| line.starts_with("pub") && line.contains("extern \"C\" fn kvt_"))
+        {
+            let name = line
+                .split("fn ")
+                .nth(1)
+                .and_then(|rest| rest.split('(').next())
+                .expect("a name");
+            assert!(
+                header.contains(&format!("{name}(")),
+                "{name} of {} is not in the header",
+                path.display()
+            );
             exported += 1;
         }
     }

@@ -140,6 +140,13 @@ pub struct EngineConfig {
     /// How long a thread that waits for its own small transfer looks for the answer before it sleeps. Default 20 µs, about
     /// what a 16 KiB transfer takes on one host; zero for the lowest use of the CPU.
     pub spin: Duration,
+    /// Whether peers may write to any address in this engine's regions ([`Engine::write`](crate::engine::Engine::write)
+    /// at their side). Default false. Layouts then need not fit: a rank without any may use
+    /// [`Layout::raw`](crate::layout::Layout::raw).
+    pub writable_by_address: bool,
+    /// For measurements: data connections plan and count every write, but carry no bytes. Default false; two engines
+    /// connect only if both say the same. See [`Engine::null_counts`](crate::engine::Engine::null_counts).
+    pub null_wire: bool,
     /// How long a connecting peer may take to introduce itself. Default 5 s.
     pub handshake_timeout: Duration,
     /// Most connected peers. Default 4096; further ones are turned away with a sentence.
@@ -170,6 +177,8 @@ impl Default for EngineConfig {
             inline_bytes: 256 << 10,
             drive_while_waiting: true,
             spin: Duration::from_micros(20),
+            writable_by_address: false,
+            null_wire: false,
             handshake_timeout: Duration::from_secs(5),
             peers_max: 4096,
             strangers_max: 256,

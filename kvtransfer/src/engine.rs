@@ -15,9 +15,16 @@ pub(crate) mod lanes;
 pub(crate) mod link;
 mod queue_pairs;
 pub(crate) mod redial;
+mod release;
+mod write;
 
 pub use dial::ConnectError;
 pub use handle::{CompletionQueue, Poll, Transfer};
+pub use release::MemoryError;
+pub use write::WriteError;
+
+pub use crate::plan::blocks::Block;
+pub use crate::transport::null_wire::NullCounts;
 
 pub use crate::transport::rail::RailCounts;
 
@@ -45,7 +52,7 @@ use crate::{
         telemetry::{StartError, TelemetryServer},
     },
     telemetry::snapshot::Snapshot,
-    transfer::{ReceiveRequest, SendRequest},
+    transfer::{ReceiveRequest, SendRequest, Summary},
     transport::rail::Rails,
 };
 
@@ -277,6 +284,59 @@ impl Engine {
         Transfer::open_receive(&self.hub, request)
     }
 
+    /// Writes blocks of this engine's memory to addresses of a peer's, which must allow it
+    /// ([`writable_by_address`](EngineConfig::writable_by_address)), and waits until the peer has confirmed the last
+    /// byte. Any number of threads may write at once; at most 32 rooms of 16 384 merged blocks each are on their way to
+    /// one peer, and further ones wait for their turn. Order between blocks and between calls is not kept.
+    ///
+    /// # Errors
+    /// [`WriteError`]: nothing was written, or some was but nothing will be any more, or (only if the peer does not
+    /// answer) that is not known.
+    pub fn write(
+        &self,
+        peer: PeerId,
+        blocks: &[Block],
+        timeout: Duration,
+    ) -> Result<Summary, WriteError> {
+        write::write(&self.hub, peer, blocks, timeout)
+    }
+
+    /// Gives up the memory behind regions: their owner may free it, and must not before this returns `Ok`. No new transfer
+    /// opens from now on, and live ones are waited for, for at most `timeout`. Then nothing touches the memory: gates are
+    /// closed, RDMA registrations undone. Peers of an engine that uses RDMA are disconnected with that reason; others stay.
+    /// Until [`restore_memory`](Self::restore_memory) transfers are refused with
+    /// [`SubmitError::Released`] and peers cannot connect. Regions that are released already stay so.
+    ///
+    /// # Errors
+    /// [`MemoryError`]. If it is [`Busy`](MemoryError::Busy) nothing has changed; after [`Rdma`](MemoryError::Rdma) the
+    /// memory is not in use by transfers but still registered, and releasing again tries again.
+    pub fn release_memory(
+        &self,
+        regions: &[RegionId],
+        timeout: Duration,
+    ) -> Result<(), MemoryError> {
+        self.hub.release(regions, timeout)
+    }
+
+    /// Takes regions into use again, when memory is back behind the same addresses. With the last one, RDMA devices are
+    /// opened and the memory registered anew; peers that were disconnected must connect again.
+    ///
+    /// # Errors
+    /// [`MemoryError`]; the memory stays released then.
+    pub fn restore_memory(&self, regions: &[RegionId]) -> Result<(), MemoryError> {
+        self.hub.restore(regions)
+    }
+
+    /// Whether memory is released, or about to be.
+    pub fn is_memory_released(&self) -> bool {
+        self.hub.released().is_some()
+    }
+
+    /// What connections without a wire were asked to move so far, see [`EngineConfig::null_wire`].
+    pub fn null_counts(&self) -> NullCounts {
+        self.hub.null_wire.counts()
+    }
+
     /// The queue of ended transfers, with a descriptor to poll. Transfers opened after this call appear in it.
     pub fn completions(&self) -> Arc<CompletionQueue> {
         self.hub.completions()
@@ -300,7 +360,7 @@ impl Engine {
 
     /// What each RDMA device was asked to do so far; empty without RDMA.
     pub fn rail_counts(&self) -> Vec<RailCounts> {
-        self.hub.rails.counts()
+        self.hub.rails().counts()
     }
 
     /// Ends every transfer with [`TransferError::Shutdown`](crate::error::TransferError::Shutdown), closes every
@@ -315,7 +375,7 @@ impl Engine {
         if let Some(control) = control {
             let _ = control.join();
         }
-        self.hub.rails.stop();
+        self.hub.rails().stop();
         self.hub.join_lanes();
     }
 

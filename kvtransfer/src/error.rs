@@ -45,6 +45,14 @@ pub enum SubmitError {
     /// The page lists do not fit.
     #[error("{0}")]
     Items(String),
+    /// Memory of this engine is released.
+    #[error(
+        "region {region} is released; transfers can be opened again when Engine::restore_memory has taken it back"
+    )]
+    Released {
+        /// The first such region.
+        region: u32,
+    },
     /// The engine has shut down.
     #[error("the engine has shut down")]
     Shutdown,

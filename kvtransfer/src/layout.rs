@@ -127,6 +127,30 @@ pub struct Layout {
     pub components: Vec<Component>,
 }
 
+impl Layout {
+    /// The layout of a rank that has none: nothing is sent or received by items, only written by address
+    /// ([`EngineConfig::writable_by_address`](crate::config::EngineConfig::writable_by_address)).
+    #[must_use]
+    pub fn raw() -> Self {
+        Self {
+            page_size: 1,
+            kv_dtype: RAW.into(),
+            kv_layout: RAW.into(),
+            attention: Attention::Latent,
+            tp: Shard::ONE,
+            pp: Shard::ONE,
+            layers: 0..0,
+            components: Vec::new(),
+        }
+    }
+
+    /// Whether it is that of a rank that has none.
+    #[must_use]
+    pub fn is_raw(&self) -> bool {
+        self.components.is_empty() && self.kv_dtype == RAW
+    }
+}
+
 impl Attention {
     /// KV heads on this rank; a latent cache counts as one.
     #[must_use]
@@ -161,6 +185,9 @@ impl Component {
         real.map(|entry| entry.item_count).min().unwrap_or(u64::MAX)
     }
 }
+
+/// Stands for names that a raw layout does not have.
+const RAW: &str = "raw";
 
 /// The page layout `[page_size, heads, head_dim]`, the only one whose heads can be cut apart.
 pub(crate) const NHD: &str = "nhd";

@@ -11,6 +11,7 @@
 //! (`srt/disaggregation/mooncake/conn.py:1019-1279, 1647-1778`), which costs it 2 to 4 µs per block.
 #![forbid(unsafe_code)]
 
+pub mod blocks;
 pub mod cursor;
 pub mod descriptor;
 mod heads;

@@ -22,6 +22,7 @@
 mod audit;
 mod ebb;
 mod ends;
+mod explicit;
 mod grants;
 mod inputs;
 mod lane;

@@ -10,6 +10,7 @@ use crate::ids::LaneId;
 
 mod inbound;
 pub(crate) mod lane;
+pub(crate) mod null_wire;
 mod outbound;
 pub(crate) mod rail;
 pub(crate) mod sys;

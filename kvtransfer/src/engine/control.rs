@@ -20,8 +20,15 @@ use super::{
     accept::{Stranger, greet},
     greeting::socket_name,
     hub::Hub,
+    write,
 };
-use crate::{clock, config::SameHost, ids::PeerId, time::Time, wire::control::ControlDecoder};
+use crate::{
+    clock,
+    config::SameHost,
+    ids::PeerId,
+    time::Time,
+    wire::control::{Control, ControlDecoder},
+};
 
 /// The waker's token; peers are numbered from 1 and shifted past the fixed tokens.
 pub(super) const WAKE: Token = Token(0);
@@ -284,13 +291,22 @@ fn until(due: Time) -> Option<Duration> {
     })
 }
 
-fn read_turn(hub: &Hub, peer: PeerId, stream: &mut Stream) -> Turn {
+fn on_message(hub: &Arc<Hub>, peer: PeerId, message: Control) {
+    match message {
+        Control::WriteOpen(open) => write::accept(hub, peer, &open),
+        Control::WriteClose { room } => write::close(hub, peer, room),
+        Control::WriteClosed { room } => write::closed(hub, peer, room),
+        message => hub.with(|node, now| node.on_control(now, peer, message)),
+    }
+}
+
+fn read_turn(hub: &Arc<Hub>, peer: PeerId, stream: &mut Stream) -> Turn {
     let mut bytes = [0; 64 << 10];
     let (mut taken, mut messages) = (0, 0);
     loop {
         loop {
             match stream.decoder.next() {
-                Ok(Some(message)) => hub.with(|node, now| node.on_control(now, peer, message)),
+                Ok(Some(message)) => on_message(hub, peer, message),
                 Ok(None) => break,
                 Err(error) => {
                     hub.malformed.fetch_add(1, Ordering::Relaxed);

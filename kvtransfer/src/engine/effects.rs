@@ -41,6 +41,7 @@ impl Hub {
             completions: core.completions.clone(),
             ..Effects::default()
         };
+        let mut closes_gates = false;
         while let Some(next) = output {
             match next {
                 Output::Control(peer, message) => {
@@ -72,6 +73,7 @@ impl Hub {
                 Output::Stopping { transfer } => {
                     if let Some(shared) = core.transfers.get(&transfer) {
                         effects.stopping.push(Arc::clone(shared));
+                        closes_gates = true;
                     }
                 }
                 Output::Fence { peer, lane, reason } => {
@@ -82,11 +84,15 @@ impl Hub {
                 Output::Ended { transfer, result } => {
                     if let Some(shared) = core.transfers.remove(&transfer) {
                         effects.ended.push((shared, result));
+                        closes_gates = true;
                     }
                 }
                 Output::Disconnect { peer, reason } => effects.disconnect.push((peer, reason)),
             }
             output = core.node.poll_output();
+        }
+        if closes_gates {
+            self.closing_gates.fetch_add(1, Ordering::SeqCst);
         }
         Some(effects)
     }
@@ -96,6 +102,9 @@ impl Hub {
         let stopping = effects.stopping.iter();
         for shared in stopping.chain(effects.ended.iter().map(|(shared, _)| shared)) {
             shared.gate.close();
+        }
+        if !effects.stopping.is_empty() || !effects.ended.is_empty() {
+            self.gates_closed();
         }
         for (link, lane, reason) in effects.fences {
             link.fence(lane, &reason);

@@ -36,7 +36,7 @@ use crate::{
     wire::{
         control::{Control, ControlDecoder},
         hello::{Hello, HostIdentity, RegionAddress},
-        lane::PayloadMode,
+        lane::{NULL_BATCH_BYTES_MAX, PayloadMode},
     },
 };
 
@@ -69,8 +69,10 @@ pub(super) fn introduce(hub: &Hub, link: u64, lanes: u8) -> Hello {
                 len: region.len() as u64,
             })
             .collect(),
+        by_address: hub.config.writable_by_address,
+        null_wire: hub.config.null_wire,
         layout: hub.layout.clone(),
-        rails: hub.rails.offers(),
+        rails: hub.rails().offers(),
     }
 }
 
@@ -99,6 +101,12 @@ pub(super) fn check_token(hub: &Hub, token: &[u8]) -> Result<(), String> {
 /// A sentence that both sides can log.
 pub(super) fn agree(hub: &Hub, peer: Hello, address: String) -> Result<Agreement, String> {
     check_token(hub, &peer.token)?;
+    if let Some(released) = hub.released() {
+        return Err(released.to_string());
+    }
+    if peer.null_wire != hub.config.null_wire {
+        return Err("only one of the two engines has null_wire set, which moves no bytes; it is for measurements between two that both have it".into());
+    }
     if peer.instance == hub.instance {
         return Err("this is the same engine; an engine cannot be its own peer".into());
     }
@@ -117,7 +125,9 @@ pub(super) fn agree(hub: &Hub, peer: Hello, address: String) -> Result<Agreement
     let incoming = pair(&peer.layout, &hub.layout)
         .map(Arc::new)
         .map_err(|e| e.to_string());
-    if let (Err(why), Err(_)) = (&outgoing, &incoming) {
+    // Ranks that only write each other's memory by address need no layouts that fit.
+    let is_by_address = hub.config.writable_by_address || peer.by_address;
+    if let (Err(why), Err(_), false) = (&outgoing, &incoming, is_by_address) {
         return Err(why.clone());
     }
     Ok(Agreement {
@@ -128,6 +138,7 @@ pub(super) fn agree(hub: &Hub, peer: Hello, address: String) -> Result<Agreement
         address,
         host: peer.host,
         regions: peer.regions.into(),
+        by_address: peer.by_address,
         rails: peer.rails.into(),
         outgoing,
         incoming,
@@ -334,6 +345,13 @@ pub(super) struct LaneStart {
 pub(super) fn start_lane(hub: &Arc<Hub>, link: &Link, start: LaneStart) -> io::Result<()> {
     let config = &hub.config;
     let setup = match &start.local {
+        _ if config.null_wire => LaneSetup {
+            mode: PayloadMode::Null,
+            path: "null",
+            path_reason: "null_wire is set: bytes are planned and counted, not moved".into(),
+            batch_bytes: NULL_BATCH_BYTES_MAX,
+            window: config.lane_window,
+        },
         None => LaneSetup {
             mode: PayloadMode::Inline,
             path: "tcp",

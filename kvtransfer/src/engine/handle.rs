@@ -19,12 +19,13 @@ use super::hub::Hub;
 use crate::{
     clock,
     error::{SubmitError, TransferError, plain_text},
-    ids::{Room, TransferId},
+    ids::{PeerId, Room, TransferId},
     layout::Layout,
     memory::Gate,
-    plan::stream::check_items,
+    plan::{pairing::Pairing, stream::check_items},
     transfer::{Chunk, ReceiveRequest, SendRequest, Summary},
     transport::DataLane,
+    wire::control::WriteOpen,
 };
 
 /// SGLang's `KVPoll` (`srt/disaggregation/base/conn.py:123-128`), with its numbers: several ranks' states are combined by
@@ -68,7 +69,7 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    fn new(token: u64) -> Self {
+    pub(super) fn new(token: u64) -> Self {
         let gate = Arc::new(Gate::new(token));
         Self {
             id: OnceLock::new(),
@@ -113,6 +114,17 @@ impl Shared {
         }
         let callback = state.ready_callback.take();
         callback.map(|callback| move || callback(prefix_tokens))
+    }
+
+    /// Calls `callback` when the end is published, at once if it has been.
+    pub(super) fn when_over(&self, callback: impl FnOnce() + Send + 'static) {
+        let mut state = self.lock();
+        if state.result.is_some() {
+            drop(state);
+            callback();
+        } else {
+            state.callback = Some(Box::new(move |_| callback()));
+        }
     }
 
     /// Publishes the end. The gate is closed already. Returns the callback, to be called when every end of the same
@@ -184,6 +196,38 @@ impl Transfer {
             id,
             is_sender: false,
         })
+    }
+
+    /// Opens a room that writes blocks to a peer.
+    pub(super) fn open_write(
+        hub: &Arc<Hub>,
+        peer: PeerId,
+        open: WriteOpen,
+        pairing: Pairing,
+    ) -> Result<Self, SubmitError> {
+        if hub.is_stopped() {
+            return Err(SubmitError::Shutdown);
+        }
+        let room = Room::new(open.room).ok_or_else(|| SubmitError::Items("room 0".into()))?;
+        let shared = Arc::new(Shared::new(hub.new_token()));
+        let pairing = Arc::new(pairing);
+        let id = hub.open(&shared, |node, now| {
+            node.open_write(now, peer, open, pairing)
+        })?;
+        Ok(Self {
+            hub: Arc::clone(hub),
+            shared,
+            room,
+            id,
+            is_sender: true,
+        })
+    }
+
+    /// Queues items that need no check against the layout.
+    pub(super) fn push_unchecked(&self, chunk: &Chunk) -> Result<(), SubmitError> {
+        let lane = self.hub.push(self.id, chunk)?;
+        self.shared.lock().lane = lane;
+        Ok(())
     }
 
     /// The room.
@@ -310,7 +354,7 @@ impl Transfer {
 
     /// Ends it now. When this returns, no byte of it moves any more.
     pub fn cancel(&self) {
-        self.end_with(TransferError::Cancelled);
+        self.cancel_with("");
     }
 
     /// Ends it now, and tells the other side why at once: `reason` is the text of its
@@ -320,16 +364,24 @@ impl Transfer {
     /// [`orphan_ttl`](crate::transfer::NodeConfig::orphan_ttl). When this returns, no byte of the transfer moves any more.
     /// Does nothing if it has ended; an empty reason is none.
     pub fn cancel_with(&self, reason: &str) {
-        let reason = plain_text(reason);
-        if reason.is_empty() {
-            return self.cancel();
-        }
-        self.end_with(TransferError::CancelledBecause { reason });
+        self.start_cancel(reason);
+        self.until_ended();
     }
 
-    fn end_with(&self, error: TransferError) {
+    /// As [`cancel_with`](Self::cancel_with), but does not wait for a network card: pages may be touched until the end is
+    /// seen, by [`wait`](Self::wait) or any other way.
+    pub fn start_cancel(&self, reason: &str) {
+        let reason = plain_text(reason);
+        let error = if reason.is_empty() {
+            TransferError::Cancelled
+        } else {
+            TransferError::CancelledBecause { reason }
+        };
         self.hub.with(|node, now| node.cancel(now, self.id, error));
-        // Another thread may be ending it at this moment: wait until it is published.
+    }
+
+    /// Another thread may be ending it at this moment, or a network card be stopped: waits until its end is published.
+    fn until_ended(&self) {
         let state = self.shared.lock();
         drop(
             self.shared

@@ -1,11 +1,11 @@
 //! What the threads of an engine share: the node behind its lock, the memory, the links.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     io,
     sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread,
     time::Duration,
@@ -19,6 +19,7 @@ use super::{
     handle::{CompletionQueue, Shared},
     lanes::Stage,
     link::Link,
+    write::Written,
 };
 use crate::{
     clock,
@@ -30,7 +31,7 @@ use crate::{
     telemetry::snapshot::Snapshot,
     time::Time,
     transfer::{Admission, BatchIn, BatchOut, Chunk, LaneSetup, Node, PeerSetup, Placement},
-    transport::{DataLane, rail::Rails},
+    transport::{DataLane, null_wire::NullWire, rail::Rails},
     wire::lane::{Ack, AckStatus, BatchHeader},
 };
 
@@ -42,6 +43,12 @@ pub(super) struct Core {
     pub(super) transfers: HashMap<TransferId, Arc<Shared>>,
     pub(super) links: HashMap<PeerId, Arc<Link>>,
     pub(super) completions: Option<Arc<CompletionQueue>>,
+    /// Regions whose memory is gone for now.
+    pub(super) released: BTreeSet<RegionId>,
+    /// Rooms of peers that write to addresses here.
+    pub(super) written: HashMap<(PeerId, u64), Written>,
+    /// Rooms that this engine wrote to addresses of a peer, and which that peer is to confirm closed.
+    pub(super) closing: HashMap<(PeerId, u64), crossbeam_channel::Sender<()>>,
 }
 
 /// Shared state of one engine.
@@ -53,7 +60,16 @@ pub(crate) struct Hub {
     /// What a same-host peer reads to prove that it can.
     pub(crate) probe_cookie: Box<[u8; 16]>,
     /// The RDMA devices.
-    pub(crate) rails: Rails,
+    rails: RwLock<Arc<Rails>>,
+    /// Devices that were to be closed, but are still in use. Held while memory is released or restored.
+    pub(super) old_rails: Mutex<Option<Arc<Rails>>>,
+    /// Signalled when no transfer is live any more, if somebody waits for that.
+    pub(super) idle: Condvar,
+    pub(super) idle_waiters: AtomicUsize,
+    /// Threads that are about to close the gates of transfers that have ended.
+    pub(super) closing_gates: AtomicUsize,
+    /// What lanes without a wire have been asked to send.
+    pub(crate) null_wire: NullWire,
     /// Some failed room waits for a network card.
     is_ebbing: AtomicBool,
     regions: Vec<Arc<Region>>,
@@ -85,6 +101,9 @@ impl Hub {
             transfers: HashMap::new(),
             links: HashMap::new(),
             completions: None,
+            released: BTreeSet::new(),
+            written: HashMap::new(),
+            closing: HashMap::new(),
         };
         let hub = Self {
             config,
@@ -92,7 +111,12 @@ impl Hub {
             instance: InstanceId(random()?),
             generation,
             probe_cookie: Box::new(random()?),
-            rails,
+            rails: RwLock::new(Arc::new(rails)),
+            old_rails: Mutex::default(),
+            idle: Condvar::new(),
+            idle_waiters: AtomicUsize::new(0),
+            closing_gates: AtomicUsize::new(0),
+            null_wire: NullWire::default(),
             is_ebbing: AtomicBool::new(false),
             regions,
             core: Mutex::new(core),
@@ -113,7 +137,7 @@ impl Hub {
         self.with_core(|core, now| f(&mut core.node, now))
     }
 
-    fn with_core<R>(&self, f: impl FnOnce(&mut Core, Time) -> R) -> R {
+    pub(super) fn with_core<R>(&self, f: impl FnOnce(&mut Core, Time) -> R) -> R {
         let now = clock::now();
         let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
         let result = f(&mut core, now);
@@ -156,14 +180,54 @@ impl Hub {
         Ok(taken.filter(|_| self.config.drive_while_waiting))
     }
 
+    pub(super) fn lock_core(&self) -> MutexGuard<'_, Core> {
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The RDMA devices that are open now.
+    pub(crate) fn rails(&self) -> Arc<Rails> {
+        Arc::clone(&self.rails.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Puts others in their place, which are returned.
+    pub(super) fn set_rails(&self, rails: Rails) -> Arc<Rails> {
+        let mut current = self.rails.write().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut *current, Arc::new(rails))
+    }
+
+    /// Gates that were to be closed are closed.
+    pub(super) fn gates_closed(&self) {
+        self.closing_gates.fetch_sub(1, Ordering::SeqCst);
+        if self.idle_waiters.load(Ordering::SeqCst) > 0 {
+            // Whoever is about to wait holds the lock until it does.
+            drop(self.lock_core());
+            self.idle.notify_all();
+        }
+    }
+
     /// Opens a transfer and remembers its handle before any of its outputs are acted on.
-    pub(super) fn open<E>(
+    ///
+    /// # Errors
+    /// What `open` says, or that memory is released.
+    pub(super) fn open(
         &self,
         shared: &Arc<Shared>,
-        open: impl FnOnce(&mut Node, Time) -> Result<TransferId, E>,
-    ) -> Result<TransferId, E> {
+        open: impl FnOnce(&mut Node, Time) -> Result<TransferId, SubmitError>,
+    ) -> Result<TransferId, SubmitError> {
+        self.open_with(shared, |core, now| open(&mut core.node, now))
+    }
+
+    /// The same for who needs more than the node.
+    pub(super) fn open_with(
+        &self,
+        shared: &Arc<Shared>,
+        open: impl FnOnce(&mut Core, Time) -> Result<TransferId, SubmitError>,
+    ) -> Result<TransferId, SubmitError> {
         self.with_core(|core, now| {
-            let id = open(&mut core.node, now)?;
+            if let Some(region) = core.released.first() {
+                return Err(SubmitError::Released { region: region.0 });
+            }
+            let id = open(core, now)?;
             shared.set_id(id);
             core.transfers.insert(id, Arc::clone(shared));
             Ok(id)
@@ -319,6 +383,8 @@ impl Hub {
     pub(crate) fn drop_peer(&self, peer: PeerId, reason: &str) {
         let link = self.with_core(|core, now| {
             core.node.peer_down(now, peer, reason);
+            // Nobody will confirm anything any more.
+            core.closing.retain(|(of, _), _| *of != peer);
             core.links.remove(&peer)
         });
         if let Some(link) = link {

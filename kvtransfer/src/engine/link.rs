@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use super::{lanes::Lanes, redial::Redial};
+use super::{lanes::Lanes, redial::Redial, write::Turns};
 use rustix::net::{SendFlags, Shutdown, send, shutdown};
 
 use crate::{
@@ -39,6 +39,8 @@ pub(crate) struct Agreement {
     pub(crate) address: String,
     pub(crate) host: HostIdentity,
     pub(crate) regions: Arc<[RegionAddress]>,
+    /// Its regions may be written by address.
+    pub(crate) by_address: bool,
     /// Its RDMA devices.
     pub(crate) rails: Arc<[RailOffer]>,
     pub(crate) outgoing: Result<Arc<Pairing>, String>,
@@ -63,6 +65,8 @@ pub(crate) struct Link {
     /// Where this side dialled it; `None` if the peer dialled.
     pub(crate) dialled: Option<SocketAddr>,
     pub(super) redial: Mutex<Redial>,
+    /// Rooms of ours that write to its addresses.
+    pub(super) writes: Turns,
     is_closed: AtomicBool,
 }
 
@@ -87,6 +91,7 @@ impl Link {
             lanes: Lanes::default(),
             dialled,
             redial: Mutex::default(),
+            writes: Turns::default(),
             is_closed: AtomicBool::new(false),
         }
     }

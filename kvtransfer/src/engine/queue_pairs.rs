@@ -52,7 +52,7 @@ pub(super) struct Track {
 /// # Errors
 /// A sentence that says why none is possible.
 pub(super) fn tracks(hub: &Hub, link: &Link) -> Result<Vec<Track>, String> {
-    let pairs = hub.rails.pairs(&link.agreement.rails)?;
+    let pairs = hub.rails().pairs(&link.agreement.rails)?;
     let each = pairs.iter().cycle();
     let wanted = usize::from(hub.config.rdma.queue_pairs) * pairs.len();
     let count = wanted.min(LANES_MAX.into());
@@ -77,10 +77,8 @@ pub(super) fn open(
     deadline: Time,
     path_reason: &str,
 ) -> Result<(), String> {
-    let rail = hub
-        .rails
-        .get(track.rail)
-        .ok_or("a rail that is not there")?;
+    let rails = hub.rails();
+    let rail = rails.get(track.rail).ok_or("a rail that is not there")?;
     let offers = &link.agreement.rails;
     let offer = offers.get(usize::from(track.peer_rail));
     let offer = offer.ok_or("a rail that the peer did not offer")?;
@@ -182,8 +180,8 @@ pub(super) fn accept(
     open: &QpOpen,
 ) -> Result<(), String> {
     let deadline = clock::now() + hub.config.handshake_timeout;
-    let rail = hub
-        .rails
+    let rails = hub.rails();
+    let rail = rails
         .get(open.peer_rail)
         .ok_or("a rail that this engine did not offer")?;
     let offer = link.agreement.rails.get(usize::from(open.rail));

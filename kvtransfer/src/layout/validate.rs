@@ -249,7 +249,7 @@ impl Layout {
         if count > COMPONENTS_MAX {
             return Err(LayoutError::TooManyComponents { count });
         }
-        if count == 0 {
+        if count == 0 && !self.is_raw() {
             return Err(LayoutError::NoKv);
         }
         for (at, component) in self.components.iter().enumerate() {

@@ -84,6 +84,16 @@ pub fn pair(source: &Layout, target: &Layout) -> Result<Pairing, LayoutMismatch>
     Ok(Pairing { components })
 }
 
+impl Pairing {
+    /// One component of one item that moves these pieces.
+    pub(super) fn of_pieces(pieces: Vec<Piece>) -> Self {
+        let only = ComponentPairing::new(ComponentKind::Kv, pieces, 1, 1);
+        Self {
+            components: vec![only],
+        }
+    }
+}
+
 impl ComponentPairing {
     /// What the component is for.
     pub fn kind(&self) -> &ComponentKind {

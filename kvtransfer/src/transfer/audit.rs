@@ -46,7 +46,7 @@ impl Node {
             peers: self.peers.len(),
             transfers: self.live_transfers(),
             ebbing: self.ebbs.len(),
-            rooms: self.send_rooms.len() + self.receive_rooms.len(),
+            rooms: self.send_rooms.len() + self.receive_rooms.len() + self.written.len(),
             orphans: self.orphans.len(),
             orphan_grants: grants.sum(),
             timers: self.timers.len(),

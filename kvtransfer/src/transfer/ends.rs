@@ -106,7 +106,11 @@ impl Node {
             return;
         };
         let number = room.room.number();
-        self.receive_rooms.remove(&number);
+        if room.explicit.is_some() {
+            self.written.retain(|_, known| *known != id);
+        } else {
+            self.receive_rooms.remove(&number);
+        }
         self.timers.clear(room.deadline);
         self.remember_receive(now, &room, result.as_ref().err());
         match result {

@@ -21,10 +21,15 @@ impl Node {
             return;
         };
         let (room, epoch) = (grant.room, grant.epoch);
-        let pairing = match &peer.outgoing {
+        let live = self.send_rooms.get(&room).and_then(|id| self.sends.get(id));
+        let pairing = match live.and_then(|live| live.explicit.as_ref()) {
+            Some((to, pairing)) if *to == peer_id => Ok(Arc::clone(pairing)),
+            Some(_) => Err("the room is another peer's".to_owned()),
+            None => peer.outgoing.clone(),
+        };
+        let pairing = match pairing {
             Ok(pairing) => pairing,
-            Err(why) => {
-                let reason = why.clone();
+            Err(reason) => {
                 return self.refuse(peer_id, room, epoch, FailureCode::ItemMismatch, reason);
             }
         };
@@ -166,11 +171,8 @@ impl Node {
             peer.failures_heard += 1;
         }
         self.open_waiting_lanes(peer);
-        if let Some(room) = self
-            .receive_rooms
-            .get(&number)
-            .and_then(|id| self.receives.get(id))
-            && room.epoch == epoch
+        let receiving = self.receiving(peer, number, epoch);
+        if let Some(room) = receiving.and_then(|id| self.receives.get(&id))
             && room.told.contains(&peer)
         {
             let id = room.id;
@@ -186,7 +188,9 @@ impl Node {
                 .legs
                 .iter()
                 .find(|leg| leg.peer == peer && leg.epoch == epoch);
-            if leg.is_some() {
+            let refuses_blocks =
+                room.legs.is_empty() && room.explicit.as_ref().is_some_and(|(to, _)| *to == peer);
+            if leg.is_some() || refuses_blocks {
                 self.end_send(now, id, Err(error));
             } else {
                 // Of this use of the room nothing was ever sent, or its end has been told before.

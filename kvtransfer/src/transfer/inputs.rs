@@ -266,14 +266,15 @@ impl Node {
         };
         peer.last_heard = now;
         let pairing = peer.incoming.clone();
-        let room = self.receive_rooms.get(&header.room);
-        let room = room.and_then(|id| self.receives.get_mut(id));
-        let Some(room) = room.filter(|room| room.epoch == header.epoch()) else {
+        let room = self.receiving(peer_id, header.room, header.epoch());
+        let room = room.and_then(|id| self.receives.get_mut(&id));
+        let Some(room) = room else {
             self.late_messages += 1;
             self.ebb_notice(peer_id, header.room, header.epoch(), header.seq);
             return Admission::Discard;
         };
         let id = room.id;
+        let pairing = room.explicit.clone().map_or(pairing, Ok);
         let located = match (pairing, room.leg_mut(peer_id).is_some()) {
             (Ok(pairing), true) => room.locate(&pairing, header),
             (Ok(_), false) => {
@@ -388,8 +389,11 @@ impl Node {
             | Control::QpOpen(_)
             | Control::QpReady(_)
             | Control::QpUp
-            | Control::QpDown { .. } => {
-                let reason = "it introduced itself twice".to_owned();
+            | Control::QpDown { .. }
+            | Control::WriteOpen(_)
+            | Control::WriteClose { .. }
+            | Control::WriteClosed { .. } => {
+                let reason = "it said what has no place on a control stream".to_owned();
                 self.outputs.push_back(Output::Disconnect { peer, reason });
             }
         }

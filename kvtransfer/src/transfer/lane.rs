@@ -39,6 +39,8 @@ pub(super) struct Window {
     pub(super) room: u64,
     pub(super) epoch: Epoch,
     pub(super) component: u8,
+    /// Which bytes go where.
+    pub(super) pairing: Arc<Pairing>,
     /// Where the window starts in the granted list.
     pub(super) start: u32,
     pub(super) items: Arc<[i32]>,
@@ -56,13 +58,7 @@ pub(super) struct Window {
 
 impl Window {
     /// What a lane needs to know of a window that is one batch.
-    pub(super) fn to_batch(
-        &self,
-        seq: u32,
-        mode: PayloadMode,
-        pairing: Arc<Pairing>,
-        targets: Arc<[i32]>,
-    ) -> BatchOut {
+    pub(super) fn to_batch(&self, seq: u32, mode: PayloadMode, targets: Arc<[i32]>) -> BatchOut {
         BatchOut {
             transfer: self.transfer,
             fields: BatchFields {
@@ -79,7 +75,7 @@ impl Window {
                 len: self.end - self.offset,
                 place: 0,
             },
-            pairing,
+            pairing: Arc::clone(&self.pairing),
             items: Arc::clone(&self.items),
             part: self.part.clone(),
             targets,
@@ -87,11 +83,17 @@ impl Window {
     }
 
     /// A window of nothing, to be filled in by [`Peer::enqueue_chunk`].
-    pub(super) fn new(transfer: TransferId, room: u64, epoch: Epoch, queued_at: Time) -> Self {
+    pub(super) fn new(
+        transfer: TransferId,
+        (room, epoch): (u64, Epoch),
+        pairing: Arc<Pairing>,
+        queued_at: Time,
+    ) -> Self {
         Self {
             transfer,
             room,
             epoch,
+            pairing,
             component: 0,
             start: 0,
             items: Arc::from([]),

@@ -132,6 +132,8 @@ pub struct Node {
     pub(super) send_rooms: HashMap<u64, TransferId>,
     pub(super) receives: HashMap<TransferId, ReceiveRoom>,
     pub(super) receive_rooms: HashMap<u64, TransferId>,
+    /// Rooms of explicit blocks: each peer draws its own numbers.
+    pub(super) written: HashMap<(PeerId, u64), TransferId>,
     pub(super) orphans: HashMap<u64, Orphan>,
     /// Failed rooms whose pages may still be in use.
     pub(super) ebbs: Ebbs,
@@ -162,6 +164,7 @@ impl Node {
             send_rooms: HashMap::new(),
             receives: HashMap::new(),
             receive_rooms: HashMap::new(),
+            written: HashMap::new(),
             orphans: HashMap::new(),
             ebbs: Ebbs::new(),
             received: VecDeque::new(),
@@ -230,6 +233,7 @@ impl Node {
                 pushed: Vec::new(),
                 closed: false,
                 bytes: 0,
+                explicit: None,
             },
         );
         if let Some(orphan) = self.orphans.remove(&number) {
@@ -278,8 +282,18 @@ impl Node {
                 "the last chunk has already been pushed".into(),
             ));
         }
+        let peers = &self.peers;
+        let explicit = room.explicit.as_ref().map(|(_, pairing)| pairing);
+        let pairing_to = |id: PeerId| match explicit {
+            Some(pairing) => Ok(pairing),
+            None => {
+                let peer = peers.get(&id).ok_or(SubmitError::UnknownPeer)?;
+                let outgoing = peer.outgoing.as_ref();
+                outgoing.map_err(|why| SubmitError::Items(why.clone()))
+            }
+        };
         let first = room.legs.iter().find(|leg| !leg.dummy);
-        let pairing = first.and_then(|leg| self.peers.get(&leg.peer)?.outgoing.as_ref().ok());
+        let pairing = first.map(|leg| pairing_to(leg.peer)).transpose()?;
         let fitted = pairing.and_then(|pairing| room.fitted(chunk, pairing));
         let chunk = fitted.as_ref().unwrap_or(chunk);
         let counts: Vec<usize> = chunk.items.iter().map(|items| items.len()).collect();
@@ -295,8 +309,9 @@ impl Node {
             .max(1);
         for leg in room.legs.iter().filter(|leg| !leg.dummy) {
             let peer = self.peers.get(&leg.peer).ok_or(SubmitError::UnknownPeer)?;
-            peer.check_room(&self.config, windows, &counts)?;
-            if !leg.has_seqs(peer.batches_of(&counts)) {
+            let pairing = pairing_to(leg.peer)?;
+            peer.check_room(&self.config, pairing, windows, &counts)?;
+            if !leg.has_seqs(peer.batches_of(pairing, &counts)) {
                 return Err(SubmitError::Items("the room has too many batches".into()));
             }
         }
@@ -307,12 +322,18 @@ impl Node {
         }
         room.closed = chunk.last;
         let number = room.room.number();
+        let explicit = room
+            .explicit
+            .as_ref()
+            .map(|(_, pairing)| Arc::clone(pairing));
         for leg in room.legs.iter_mut().filter(|leg| !leg.dummy) {
             let peer = self
                 .peers
                 .get_mut(&leg.peer)
                 .expect("invariant: looked up a few lines above");
-            let proto = Window::new(transfer, number, leg.epoch, now);
+            let pairing = explicit.clone().or_else(|| peer.outgoing.clone().ok());
+            let pairing = pairing.expect("invariant: looked up a few lines above");
+            let proto = Window::new(transfer, (number, leg.epoch), pairing, now);
             peer.enqueue_chunk(&proto, chunk, &starts);
             self.outputs.push_back(Output::Work(leg.peer));
         }
@@ -386,6 +407,7 @@ impl Node {
                 items: request.items.clone(),
                 legs,
                 told: request.sources.iter().map(|source| source.peer).collect(),
+                explicit: None,
                 bytes: 0,
                 batches: 0,
             },
@@ -452,7 +474,7 @@ impl Node {
         }
     }
 
-    fn new_transfer(&mut self) -> Result<TransferId, SubmitError> {
+    pub(super) fn new_transfer(&mut self) -> Result<TransferId, SubmitError> {
         let (used, limit) = (self.live_transfers(), self.config.transfers_max);
         if used >= limit {
             return Err(SubmitError::Full {

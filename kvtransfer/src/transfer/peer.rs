@@ -78,7 +78,7 @@ impl Peer {
         for (component, items) in chunk.items.iter().enumerate() {
             for (index, part) in items.chunks(WINDOW_ITEMS_MAX as usize).enumerate() {
                 let from = index * WINDOW_ITEMS_MAX as usize;
-                let bytes = self.bytes_of(component, part.len());
+                let bytes = bytes_of(&proto.pairing, component, part.len());
                 if bytes == 0 {
                     continue;
                 }
@@ -109,27 +109,17 @@ impl Peer {
         }
     }
 
-    /// Stream bytes of `items` items of a component to this peer; zero where nothing of it goes there.
-    fn bytes_of(&self, component: usize, items: usize) -> u64 {
-        let pairing = self.outgoing.as_ref().ok();
-        let paired = pairing.and_then(|pairing| pairing.components.get(component));
-        paired.map_or(0, |paired| paired.item_bytes() * items as u64)
-    }
-
     /// Checks that the queue takes so much more.
     ///
     /// # Errors
-    /// Back-pressure, or why this peer cannot be sent to.
+    /// Back-pressure, or more lists than components.
     pub(super) fn check_room(
         &self,
         config: &NodeConfig,
+        pairing: &Pairing,
         windows: usize,
         counts: &[usize],
     ) -> Result<(), SubmitError> {
-        let pairing = self
-            .outgoing
-            .as_ref()
-            .map_err(|why| SubmitError::Items(why.clone()))?;
         if counts.len() > pairing.components.len() {
             let (got, known) = (counts.len(), pairing.components.len());
             return Err(SubmitError::Items(format!(
@@ -139,7 +129,7 @@ impl Peer {
         let bytes: u64 = counts
             .iter()
             .enumerate()
-            .map(|(c, n)| self.bytes_of(c, *n))
+            .map(|(c, n)| bytes_of(pairing, c, *n))
             .sum();
         let bounds = [
             (
@@ -172,7 +162,7 @@ impl Peer {
     }
 
     /// At most how many batches a chunk makes.
-    pub(super) fn batches_of(&self, counts: &[usize]) -> u64 {
+    pub(super) fn batches_of(&self, pairing: &Pairing, counts: &[usize]) -> u64 {
         let smallest = self
             .lanes
             .iter()
@@ -182,7 +172,7 @@ impl Peer {
         // Cutting at item boundaries makes batches of at least half the size.
         let smallest = smallest.unwrap_or(1 << 20).max(2) / 2;
         let each = counts.iter().enumerate();
-        each.map(|(c, n)| self.bytes_of(c, *n) / smallest + Self::windows_of(*n) as u64)
+        each.map(|(c, n)| bytes_of(pairing, c, *n) / smallest + Self::windows_of(*n) as u64)
             .sum()
     }
 
@@ -203,7 +193,6 @@ impl Peer {
         if lane.state != LaneState::Up || lane.in_flight.len() >= lane.setup.window {
             return None;
         }
-        let pairing = Arc::clone(self.outgoing.as_ref().ok()?);
         let found = self.queue.iter().take(LOOKAHEAD).position(|window| {
             // States and aux come after everything before them has arrived (promise P6): on one lane the order of the
             // stream sees to that, across lanes only the acknowledgements do.
@@ -220,7 +209,7 @@ impl Peer {
         let len = if window.resend.is_some() {
             whole
         } else {
-            let component = &pairing.components[usize::from(window.component)];
+            let component = &window.pairing.components[usize::from(window.component)];
             batch_len(component, window.offset, whole, lane.setup.batch_bytes)
         };
         let mut sent = window.clone();
@@ -241,7 +230,7 @@ impl Peer {
         lane.given += 1;
         let targets = leg.granted.get(usize::from(sent.component)).cloned();
         let targets = targets.unwrap_or_else(|| Arc::from([]));
-        let batch = sent.to_batch(seq, lane.setup.mode, pairing, targets);
+        let batch = sent.to_batch(seq, lane.setup.mode, targets);
         lane.in_flight.push_back(InFlight {
             window: sent,
             seq,
@@ -331,6 +320,12 @@ impl Peer {
         });
         self.queued_bytes = self.queued_bytes.saturating_sub(dropped);
     }
+}
+
+/// Stream bytes of `items` items of a component; zero where nothing of it goes there.
+fn bytes_of(pairing: &Pairing, component: usize, items: usize) -> u64 {
+    let paired = pairing.components.get(component);
+    paired.map_or(0, |paired| paired.item_bytes() * items as u64)
 }
 
 /// Bytes of the next batch: at most `most`, ending between items where an item is not larger than a batch, so that both

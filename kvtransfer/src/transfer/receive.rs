@@ -119,6 +119,8 @@ pub(super) struct ReceiveRoom {
     pub(super) legs: Vec<ReceiveLeg>,
     /// Peers to be told if it fails, dummies included.
     pub(super) told: Vec<PeerId>,
+    /// For a room of explicit blocks: which they are.
+    pub(super) explicit: Option<Arc<Pairing>>,
     pub(super) bytes: u64,
     pub(super) batches: u64,
 }

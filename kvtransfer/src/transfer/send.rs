@@ -94,6 +94,8 @@ pub(super) struct SendRoom {
     /// The last chunk has been pushed.
     pub(super) closed: bool,
     pub(super) bytes: u64,
+    /// For a room of explicit blocks: who receives them, and which they are.
+    pub(super) explicit: Option<(PeerId, Arc<Pairing>)>,
 }
 
 impl SendRoom {

@@ -20,6 +20,7 @@ use crate::{
 };
 
 mod ebb;
+mod explicit;
 
 const NOW: Time = Time(1_000);
 const LONG: Duration = Duration::from_secs(5);

@@ -290,6 +290,20 @@ impl Inbound {
                 discard(context, &header, out);
                 Expect::Frame
             }
+            (PayloadMode::Null, Some((batch, _))) if context.hub.config.null_wire => {
+                let placement = Placement::Placed;
+                let status = context.hub.placed(context.peer, &header, &batch, placement);
+                out.queue_ack(Ack::new(&header, status));
+                Expect::Frame
+            }
+            (PayloadMode::Null, None) if context.hub.config.null_wire => {
+                discard(context, &header, out);
+                Expect::Frame
+            }
+            (PayloadMode::Null, _) => {
+                let what = "a batch without its bytes; null_wire is not set here";
+                return Err(LaneError::Protocol(what.into()));
+            }
             (PayloadMode::Write, _) => {
                 let what =
                     "a batch written by RDMA, announced on a connection that is not a queue pair";

@@ -167,6 +167,15 @@ impl Outbound {
                 head.extend_from_slice(&BatchHeader::new(fields).to_bytes());
                 None
             }
+            PayloadMode::Null => {
+                context
+                    .hub
+                    .null_wire
+                    .plan(&batch)
+                    .map_err(LaneError::Protocol)?;
+                head.extend_from_slice(&BatchHeader::new(fields).to_bytes());
+                None
+            }
             PayloadMode::Write => {
                 let what = "a batch for a queue pair was given to a stream";
                 return Err(LaneError::Protocol(what.into()));

@@ -199,6 +199,46 @@ impl Rails {
         rails.map(|rail| rail.counters.counts(&rail.name)).collect()
     }
 
+    /// Whether there are any.
+    pub(crate) fn is_open(&self) -> bool {
+        !self.rails.is_empty()
+    }
+
+    /// Ends them, their registrations included. Their queue pairs must have been told to end.
+    ///
+    /// # Errors
+    /// The rails that were still in use at the deadline, and a sentence that names the first.
+    pub(crate) fn close(self, deadline: crate::time::Time) -> Result<(), (Self, String)> {
+        self.stop();
+        let mut left = Vec::new();
+        for mut rail in self.rails {
+            loop {
+                rail = match Arc::try_unwrap(rail) {
+                    Ok(unused) => {
+                        drop(unused);
+                        break;
+                    }
+                    Err(used) if crate::clock::now() < deadline => used,
+                    Err(used) => {
+                        left.push(used);
+                        break;
+                    }
+                };
+                // Its thread and its queue pairs hold it; neither says when it lets go.
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+        }
+        let Some(first) = left.first() else {
+            return Ok(());
+        };
+        let reason = format!("device {} is still in use; release again", first.name);
+        let left = Self {
+            rails: left,
+            refusal: self.refusal,
+        };
+        Err((left, reason))
+    }
+
     /// Ends their threads, once their queue pairs are gone.
     pub(crate) fn stop(&self) {
         for rail in &self.rails {

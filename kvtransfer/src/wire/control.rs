@@ -7,7 +7,14 @@ use super::{
     lane::Ack,
     rdma::{ANSWERS_MAX, QpOpen, QpTerms, read_terms, write_terms},
 };
-use crate::ids::{Epoch, InstanceId};
+use crate::{
+    ids::{Epoch, InstanceId},
+    layout::RegionId,
+    plan::{
+        blocks::BLOCKS_MAX,
+        descriptor::{Descriptor, Place},
+    },
+};
 
 /// Version of the whole protocol, spoken in every message head and batch header.
 pub const VERSION: u8 = 1;
@@ -23,6 +30,22 @@ pub const STRANGER_BODY_BYTES_MAX: usize = 2 << 20;
 pub const GRANT_ITEMS_MAX: usize = 1 << 20;
 /// Most bytes of a failure text.
 pub const REASON_BYTES_MAX: usize = 512;
+
+/// Most rooms of explicit blocks that one peer may have open at once: with the longest lists, 32 MiB of plans.
+pub const WRITES_MAX: usize = 32;
+/// Longest deadline of one: ten minutes.
+pub const WRITE_MILLIS_MAX: u32 = 600_000;
+
+/// Opens a room whose sender names every run of bytes: by region and offset on both sides, never by address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WriteOpen {
+    /// Its number, drawn by the sender and its own.
+    pub room: u64,
+    /// How long the receiver keeps it open, in milliseconds.
+    pub timeout_ms: u32,
+    /// The runs, 1 to [`BLOCKS_MAX`].
+    pub blocks: Vec<Descriptor>,
+}
 
 /// Why a room failed, as told to the other side. Numbers are part of the wire format and never re-used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -173,6 +196,18 @@ pub enum Control {
         /// The last of these answers, oldest first.
         answers: Vec<Ack>,
     },
+    /// Asks for a room of explicit blocks. The answer is a [`Grant`] of item 0, or [`Control::RoomFailed`] of epoch 0.
+    WriteOpen(Box<WriteOpen>),
+    /// The sender of such a room has given it up.
+    WriteClose {
+        /// Its number.
+        room: u64,
+    },
+    /// Answers [`Control::WriteClose`]: nothing of the room can be written any more.
+    WriteClosed {
+        /// Its number.
+        room: u64,
+    },
     /// Are you there?
     Ping {
         /// Returned in the pong.
@@ -217,6 +252,9 @@ impl Control {
             Self::QpReady(_) => 12,
             Self::QpUp => 13,
             Self::QpDown { .. } => 14,
+            Self::WriteOpen(_) => 15,
+            Self::WriteClose { .. } => 16,
+            Self::WriteClosed { .. } => 17,
         }
     }
 
@@ -275,6 +313,8 @@ impl Control {
                     w.raw(&answer.to_bytes());
                 }
             }
+            Self::WriteOpen(open) => write_blocks(w, open),
+            Self::WriteClose { room } | Self::WriteClosed { room } => w.u64(*room),
             Self::Ping { nonce } | Self::Pong { nonce } => w.u64(*nonce),
         }
     }
@@ -315,6 +355,9 @@ impl Control {
             12 => Self::QpReady(read_terms(&mut r)?),
             13 => Self::QpUp,
             14 => read_down(&mut r)?,
+            15 => Self::WriteOpen(Box::new(read_blocks(&mut r)?)),
+            16 => Self::WriteClose { room: r.u64()? },
+            17 => Self::WriteClosed { room: r.u64()? },
             got => {
                 return Err(WireError::Value {
                     what: "message kind",
@@ -358,6 +401,50 @@ fn read_down(r: &mut Reader<'_>) -> Result<Control, WireError> {
         reason,
         answered,
         answers,
+    })
+}
+
+fn write_blocks(w: &mut Writer<'_>, open: &WriteOpen) {
+    w.u64(open.room);
+    w.u32(open.timeout_ms);
+    w.count(open.blocks.len());
+    for block in &open.blocks {
+        for place in [block.source, block.target] {
+            w.u32(place.region.0);
+            w.u64(place.offset);
+        }
+        w.u64(block.len);
+    }
+}
+
+fn read_blocks(r: &mut Reader<'_>) -> Result<WriteOpen, WireError> {
+    let room = r.u64()?;
+    let timeout_ms = r.u32()?;
+    if timeout_ms == 0 || timeout_ms > WRITE_MILLIS_MAX {
+        return Err(WireError::Value {
+            what: "a write's deadline",
+            got: timeout_ms.into(),
+        });
+    }
+    let place = |r: &mut Reader<'_>| {
+        Ok(Place {
+            region: RegionId(r.u32()?),
+            offset: r.u64()?,
+        })
+    };
+    let blocks = (0..r.count("block count", BLOCKS_MAX, 32)?)
+        .map(|_| {
+            Ok(Descriptor {
+                source: place(r)?,
+                target: place(r)?,
+                len: r.u64()?,
+            })
+        })
+        .collect::<Result<_, WireError>>()?;
+    Ok(WriteOpen {
+        room,
+        timeout_ms,
+        blocks,
     })
 }
 

@@ -67,6 +67,10 @@ pub struct Hello {
     pub host: HostIdentity,
     /// Its regions, indexed by [`RegionId`].
     pub regions: Vec<RegionAddress>,
+    /// Whether its peers may write to any address in them.
+    pub by_address: bool,
+    /// Whether its data connections carry no bytes (measurements only).
+    pub null_wire: bool,
     /// What lies in the regions.
     pub layout: Layout,
     /// Its RDMA devices, empty if it uses none.
@@ -86,6 +90,7 @@ impl Hello {
         w.text(&self.host.socket_name);
         w.u64(self.host.probe_address);
         w.raw(&self.host.probe_cookie);
+        w.u8(u8::from(self.by_address) | u8::from(self.null_wire) << 1);
         w.count(self.regions.len());
         for region in &self.regions {
             w.u64(region.base);
@@ -117,6 +122,13 @@ impl Hello {
             probe_address: r.u64()?,
             probe_cookie: r.id()?,
         };
+        let flags = r.u8()?;
+        if flags > 3 {
+            return Err(WireError::Value {
+                what: "hello flags",
+                got: flags.into(),
+            });
+        }
         let regions = (0..r.count("region count", REGIONS_MAX, 16)?)
             .map(|_| {
                 Ok(RegionAddress {
@@ -137,6 +149,8 @@ impl Hello {
             token,
             host,
             regions,
+            by_address: flags & 1 != 0,
+            null_wire: flags & 2 != 0,
             rails,
             layout,
         })

@@ -18,6 +18,8 @@ pub const BATCH_MAGIC: u32 = u32::from_le_bytes(*b"KVTB");
 pub const ACK_MAGIC: u32 = u32::from_le_bytes(*b"KVTA");
 /// Most bytes of one batch: bounds how long a lane is busy with one room.
 pub const BATCH_BYTES_MAX: u64 = 64 << 20;
+/// Most bytes of a batch that carries none: a whole window, so that a measurement sees the plan and not the headers.
+pub const NULL_BATCH_BYTES_MAX: u64 = 1 << 50;
 /// Most items (pages) in one window: bounds the item list that follows a pull header (16 KiB).
 pub const WINDOW_ITEMS_MAX: u32 = 4096;
 /// Most batches of one room and one peer: bounds the receiver's record of what it has seen (128 KiB of bits).
@@ -37,6 +39,8 @@ pub enum PayloadMode {
     Ring,
     /// The sender's network card has written it to the target pages before the header (RDMA WRITE).
     Write,
+    /// It does not: measurements of everything else.
+    Null,
 }
 
 /// Announces one batch.
@@ -118,6 +122,7 @@ impl BatchHeader {
             PayloadMode::Pull => 1,
             PayloadMode::Ring => 2,
             PayloadMode::Write => 3,
+            PayloadMode::Null => 4,
         };
         let mut header = Self {
             magic: BATCH_MAGIC,
@@ -171,7 +176,7 @@ impl BatchHeader {
                 got: header.check,
             });
         }
-        if header.mode > 3 {
+        if header.mode > 4 {
             return Err(WireError::Value {
                 what: "payload mode",
                 got: header.mode.into(),
@@ -183,8 +188,13 @@ impl BatchHeader {
                 got: header.flags.into(),
             });
         }
+        let most = if header.mode() == PayloadMode::Null {
+            NULL_BATCH_BYTES_MAX
+        } else {
+            BATCH_BYTES_MAX
+        };
         let bounds = [
-            ("batch", header.len, BATCH_BYTES_MAX),
+            ("batch", header.len, most),
             ("window", header.window_len.into(), WINDOW_ITEMS_MAX.into()),
             ("batch number", header.seq.into(), (BATCHES_MAX - 1).into()),
         ];
@@ -202,7 +212,8 @@ impl BatchHeader {
             0 => PayloadMode::Inline,
             1 => PayloadMode::Pull,
             2 => PayloadMode::Ring,
-            _ => PayloadMode::Write,
+            3 => PayloadMode::Write,
+            _ => PayloadMode::Null,
         }
     }
 

@@ -2,15 +2,22 @@
 
 use crate::{
     ids::{Epoch, InstanceId},
-    layout::Shard,
+    layout::{RegionId, Shard, StateSlice},
+    plan::{
+        blocks::BLOCKS_MAX,
+        descriptor::{Descriptor, Place},
+    },
     testing::{model::Model, sim::Dice},
     wire::{
         WireError,
-        control::{Control, ControlDecoder, FailureCode, GRANT_ITEMS_MAX, Grant, REASON_BYTES_MAX},
+        control::{
+            Control, ControlDecoder, FailureCode, GRANT_ITEMS_MAX, Grant, REASON_BYTES_MAX,
+            WRITE_MILLIS_MAX, WriteOpen,
+        },
         hello::{Hello, HostIdentity, RegionAddress},
         lane::{
-            Ack, AckStatus, BATCH_BYTES_MAX, BATCHES_MAX, BatchFields, BatchHeader, PayloadMode,
-            Seal, WINDOW_ITEMS_MAX,
+            Ack, AckStatus, BATCH_BYTES_MAX, BATCHES_MAX, BatchFields, BatchHeader,
+            NULL_BATCH_BYTES_MAX, PayloadMode, Seal, WINDOW_ITEMS_MAX,
         },
         rdma::{Connector, Endpoint, Frame, Immediate, QpEnd, QpOpen, QpTerms, RailOffer},
     },
@@ -18,6 +25,19 @@ use crate::{
 
 fn hello() -> Hello {
     let (mut layout, regions) = Model::default().rank(Shard::ONE, Shard::ONE);
+    layout.components[1].state.page_layout = Some("hnd".into());
+    layout.components[1].state.slices = vec![
+        StateSlice {
+            dim: 0,
+            rows: 1,
+            groups: Vec::new(),
+        },
+        StateSlice {
+            dim: 16,
+            rows: 2,
+            groups: vec![8, 16, 24],
+        },
+    ];
     layout.components[0].entries[1].layer_id = Some(u32::MAX);
     Hello {
         instance: InstanceId([1; 16]),
@@ -39,6 +59,8 @@ fn hello() -> Hello {
                 len: *len as u64,
             })
             .collect(),
+        by_address: true,
+        null_wire: false,
         layout,
         rails: vec![rail()],
     }
@@ -143,11 +165,49 @@ fn messages() -> Vec<Control> {
             answered: u64::MAX,
             answers: vec![Ack::new(&batch_header(), AckStatus::Placed); 3],
         },
+        Control::WriteOpen(Box::new(write_open(2, WRITE_MILLIS_MAX))),
+        Control::WriteClose { room: u64::MAX },
+        Control::WriteClosed { room: 1 },
         Control::Ping { nonce: 1 },
         Control::Pong { nonce: u64::MAX },
     ];
     all.extend(codes.map(|code| room_failed(code, code.name())));
     all
+}
+
+fn write_open(blocks: usize, timeout_ms: u32) -> WriteOpen {
+    let place = |region, offset| Place {
+        region: RegionId(region),
+        offset,
+    };
+    let block = Descriptor {
+        source: place(1, 2),
+        target: place(u32::MAX, u64::MAX),
+        len: 3,
+    };
+    WriteOpen {
+        room: 4,
+        timeout_ms,
+        blocks: vec![block; blocks],
+    }
+}
+
+#[test]
+fn lists_of_blocks_and_their_deadlines_are_bounded() {
+    let heard = |open: WriteOpen| {
+        let mut bytes = Vec::new();
+        Control::WriteOpen(Box::new(open)).encode(&mut bytes);
+        let mut decoder = trusting();
+        decoder.push(&bytes);
+        decoder.next()
+    };
+    assert!(heard(write_open(BLOCKS_MAX, 1)).is_ok());
+    let many = heard(write_open(BLOCKS_MAX + 1, 1));
+    assert!(matches!(many, Err(WireError::TooLong { .. })), "{many:?}");
+    for millis in [0, WRITE_MILLIS_MAX + 1] {
+        let odd = heard(write_open(1, millis));
+        assert!(matches!(odd, Err(WireError::Value { .. })), "{odd:?}");
+    }
 }
 
 fn trusting() -> ControlDecoder {
@@ -286,6 +346,11 @@ fn header_lengths_are_bounded() {
     let over = [
         BatchFields {
             len: BATCH_BYTES_MAX + 1,
+            ..fields()
+        },
+        BatchFields {
+            len: NULL_BATCH_BYTES_MAX + 1,
+            mode: PayloadMode::Null,
             ..fields()
         },
         BatchFields {

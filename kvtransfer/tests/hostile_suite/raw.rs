@@ -107,6 +107,8 @@ pub(crate) fn hello(instance: u8, lanes: u8) -> Hello {
             len(rig::BUFFERS * rig::PAGE * rig::PAGES),
             len(rig::ROWS * rig::AUX),
         ],
+        by_address: false,
+        null_wire: false,
         layout: rig::layout(),
         rails: Vec::new(),
     }

@@ -254,7 +254,9 @@ impl World {
                 self.refuse_batch(at, &header);
                 Expect::Frame
             }
-            (PayloadMode::Write, _) => return Err("a batch that this lane cannot carry".into()),
+            (PayloadMode::Write | PayloadMode::Null, _) => {
+                return Err("a batch that this lane cannot carry".into());
+            }
         };
         Ok(Step::Again)
     }
