@@ -18,13 +18,13 @@ from .errors import (
     TransferError,
     UnknownPeerError,
 )
-from .layout import Component, Entry, Kind, Layout, Memory
+from .layout import Component, Entry, Kind, Layout, Memory, Slice
 from .transfer import Outcome, State, Transfer
 
 __version__ = version()
 
 __all__ = [
     "BootstrapServer", "Component", "DuplicateRoomError", "Engine", "Entry", "HostError", "Kind", "KvtError", "Layout",
-    "LibraryPanicError", "Memory", "MisuseError", "Outcome", "PeerError", "PollSet", "ShutDownError", "Source", "State",
+    "LibraryPanicError", "Memory", "MisuseError", "Outcome", "PeerError", "PollSet", "ShutDownError", "Slice", "Source", "State",
     "Transfer", "TransferError", "UnknownPeerError",
 ]  # fmt: skip

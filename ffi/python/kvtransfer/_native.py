@@ -47,7 +47,7 @@ def _file(name: str) -> Path:
 
 def _open() -> Any:
     named = os.environ.get("KVTRANSFER_LIBRARY")
-    path = Path(named) if named else _HERE / "libkvtransfer.so"
+    path = Path(named) if named else next(iter(sorted((_HERE / "_library").glob("*.so"))), _HERE / "_library")
     try:
         opened = ffi.dlopen(str(path))
     except OSError as error:

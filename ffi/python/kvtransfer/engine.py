@@ -10,7 +10,7 @@ from typing import Any, Mapping, Sequence
 
 from . import errors
 from ._native import ABI_VERSION, check, ffi, lib, taken
-from .layout import Kind, Layout
+from .layout import Component, Kind, Layout
 from .transfer import State, Transfer, as_lists, millis
 
 # How old a batched poll's answer may be: far below a scheduler's loop, far above the cost of asking.
@@ -218,6 +218,18 @@ def _described(layout: Layout) -> tuple[list[Any], Any]:
         keep.append(data)
         return {"data": data, "len": len(data)}
 
+    def slices(part: Component) -> Any:
+        groups = [ffi.new("uint32_t[]", list(cut.groups)) for cut in part.slices]
+        made = ffi.new(
+            "kvt_slice_t[]",
+            [
+                {"dim": cut.dim, "rows": cut.rows, "groups": group, "groups_len": len(cut.groups)}
+                for cut, group in zip(part.slices, groups)
+            ],
+        )
+        keep.extend([made, *groups])
+        return made
+
     components = ffi.new("kvt_component_t[]", len(layout.components))
     for place, part in enumerate(layout.components):
         entries = ffi.new(
@@ -241,7 +253,11 @@ def _described(layout: Layout) -> tuple[list[Any], Any]:
         described.name = text(part.name if part.kind is Kind.STATE else "")
         described.entries = entries
         described.entries_len = len(part.entries)
-    keep.append(components)
+        described.slices = slices(part)
+        described.slices_len = len(part.slices)
+        described.page_layout = text(part.page_layout)
+    ratios = ffi.new("uint32_t[]", list(layout.compression_ratios))
+    keep.extend([components, ratios])
     heads = layout.total_kv_heads is not None
     given = ffi.new(
         "kvt_layout_t *",
@@ -261,6 +277,8 @@ def _described(layout: Layout) -> tuple[list[Any], Any]:
             "end_layer": layout.layers[1],
             "components": components,
             "components_len": len(layout.components),
+            "compression_ratios": ratios if layout.compression_ratios else ffi.NULL,
+            "compression_ratios_len": len(layout.compression_ratios),
         },
     )
     return keep, given

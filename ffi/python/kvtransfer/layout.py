@@ -40,6 +40,18 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Slice:
+    """How one tensor of a "mamba" state is spread over tensor-parallel ranks."""
+
+    dim: int
+    """Channels on this rank; 0 where every rank holds the whole tensor."""
+    rows: int = 1
+    """Rows in front of the channels."""
+    groups: tuple[int, ...] = ()
+    """Channels of the whole model's sub-blocks where each is sharded by itself."""
+
+
+@dataclass(frozen=True)
 class Component:
     """Buffers that share one list of items."""
 
@@ -49,6 +61,10 @@ class Component:
     """SGLang's `StateType` value for `Kind.STATE`."""
     draft_entries: int = 0
     """How many trailing entries belong to a draft model (`Kind.KV` only)."""
+    slices: tuple[Slice, ...] = ()
+    """One per entry of a "mamba" state; without them it cannot be cut anew for another tensor-parallel size."""
+    page_layout: str = ""
+    """A state's page layout where it is not the layout's own."""
 
 
 @dataclass(frozen=True)
@@ -71,3 +87,5 @@ class Layout:
     """Rank and size of the pipeline."""
     layers: tuple[int, int] = field(default=(0, 1))
     """First and one past the last global layer of this rank, draft layers not counted."""
+    compression_ratios: tuple[int, ...] = ()
+    """DeepSeek-V4: the compression ratio of every layer of the whole model; its buffers are grouped by it."""

@@ -31,25 +31,15 @@ class RankError(AssertionError):
 class Rank:
     """One process."""
 
-    def __init__(self, name: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, name: str, extra: dict[str, str] | None = None) -> None:
         self.name = name
         self.log = tempfile.NamedTemporaryFile("w+", prefix=f"{name}-", suffix=".log", delete=False)
-        inherited = {key: value for key, value in os.environ.items() if key.startswith(("KVTRANSFER", "PATH", "HOME", "SGLANG"))}
-        places = f"{HERE.parent}{os.pathsep}{HERE / 'plugin'}" if os.environ.get("KVTRANSFER_TEST_INSTALLED") != "1" else ""
-        settings = {
-            **inherited,
-            "PYTHONPATH": places,
-            "PYTHONUNBUFFERED": "1",
-            "SGLANG_HOST_IP": "127.0.0.1",
-            "MC_FORCE_TCP": "1",
-            **(environment or {}),
-        }
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "rank_process.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
-            env=settings,
+            env=environment(extra or {}),
         )
 
     def start(self, **setup: Any) -> None:
@@ -106,6 +96,20 @@ class Rank:
                 stream.close()
         self.log.close()
         os.unlink(self.log.name)
+
+
+def environment(extra: dict[str, str]) -> dict[str, str]:
+    """What a process of a test sees: this checkout's package and its entry point, unless an installed wheel is under test."""
+    inherited = {key: value for key, value in os.environ.items() if key.startswith(("KVTRANSFER", "PATH", "HOME", "SGLANG"))}
+    checkout = f"{HERE.parent}{os.pathsep}{HERE / 'plugin'}"
+    return {
+        **inherited,
+        "PYTHONPATH": "" if os.environ.get("KVTRANSFER_TEST_INSTALLED") == "1" else checkout,
+        "PYTHONUNBUFFERED": "1",
+        "SGLANG_HOST_IP": "127.0.0.1",
+        "MC_FORCE_TCP": "1",
+        **extra,
+    }
 
 
 def free_port() -> int:

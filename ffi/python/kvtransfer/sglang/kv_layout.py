@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import Any, Sequence
 
-from ..layout import Component, Entry, Kind, Layout, Memory
+from ..layout import Component, Entry, Kind, Layout, Memory, Slice
 
 logger = logging.getLogger("kvtransfer.sglang")
 
@@ -25,14 +25,9 @@ MOVED_AS_ITEMS = frozenset(
 
 # State types that are not moved, with the reason that the operator reads.
 REFUSED = {
-    "dsa_tail": "its indices name a part of a row, which this backend cannot express yet; start SGLang without the DSA "
-    "key-pool compression that keeps a tail, or use another transfer backend",
+    "dsa_tail": "SGLang does not say at start-up how large its rings are; start it without the DSA key-pool compression that "
+    "keeps a tail, or use another transfer backend",
 }
-
-# State components whose two index lists must have one length: they are addressed by position or by request, so cutting one
-# to the other's length would move the wrong rows (`_requires_exact_state_index_match`).
-EXACT = frozenset({"mamba", "qsa_pending", "qsa_compressed", "swa_ring", "c128_state", "request_row", "minimax_dense_kv"})
-
 
 class UnsupportedModelError(ValueError):
     """This model or parallel layout is not moved by this backend; the sentence says what and what to do."""
@@ -54,7 +49,13 @@ def layout_of(manager: Any) -> Layout:
         draft_entries=draft,
     )
     states = [
-        Component(Kind.STATE, _state_entries(args, place, memory), name=_value(state))
+        Component(
+            Kind.STATE,
+            _state_entries(args, place, memory),
+            name=_value(state),
+            slices=_slices(args, place) if _value(state) == "mamba" else (),
+            page_layout=(getattr(args, "swa_kv_cache_layout", None) or "") if _value(state) == "swa" else "",
+        )
         for place, state in enumerate(getattr(args, "state_types", None) or [])
     ]
     aux = Component(Kind.AUX, _entries(args.aux_data_ptrs, args.aux_data_lens, args.aux_item_lens, None, (Memory.HOST, 0)))
@@ -69,6 +70,7 @@ def layout_of(manager: Any) -> Layout:
         tp=(int(args.engine_rank) % manager.attn_tp_size, manager.attn_tp_size),
         pp=(manager.pp_rank or 0, manager.pp_size or 1),
         layers=_layers(manager, kv.entries[: len(kv.entries) - draft], latent),
+        compression_ratios=tuple(getattr(args, "mla_compression_ratios", None) or ()),
     )
 
 
@@ -124,6 +126,22 @@ def _state_entries(args: Any, place: int, memory: tuple[Memory, int]) -> list[En
     )
 
 
+def _slices(args: Any, place: int) -> tuple[Slice, ...]:
+    """How the tensors of a mamba state are sharded; nothing where the release or the pool does not say."""
+
+    def of(name: str) -> Sequence[Any]:
+        lists = getattr(args, name, None) or []
+        return lists[place] if place < len(lists) and lists[place] else []
+
+    dims, rows, groups = of("state_dim_per_tensor"), of("state_slice_outer_counts"), of("state_conv_shard_groups")
+    if len(dims) != len(args.state_data_ptrs[place]):
+        return ()
+    return tuple(
+        Slice(int(dim or 0), int(rows[at]) if at < len(rows) else 1, tuple(groups[at] or ()) if at < len(groups) else ())
+        for at, dim in enumerate(dims)
+    )
+
+
 def _value(state: Any) -> str:
     return str(getattr(state, "value", state))
 
@@ -165,11 +183,10 @@ def _layers(manager: Any, entries: list[Entry], latent: bool) -> tuple[int, int]
     named = [entry.layer_id for entry in entries if entry.layer_id is not None]
     if named:
         return min(named), max(named) + 1
-    if (manager.pp_size or 1) > 1 and getattr(manager.kv_args, "mla_compression_ratios", None):
-        raise UnsupportedModelError(
-            "a pipeline (--pp-size above 1) of a model whose cache is grouped by compression ratio is not supported by this backend"
-        )
     start = _first_layer(manager)
+    ratios = getattr(manager.kv_args, "mla_compression_ratios", None)
+    if ratios:
+        return start, int(getattr(manager.kv_args, "prefill_end_layer", None) or len(ratios))
     return start, start + (len(entries) if latent else len(entries) // 2)
 
 
