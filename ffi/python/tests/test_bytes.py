@@ -56,7 +56,7 @@ def test_layers_by_name() -> None:
 
 def test_states() -> None:
     """State components: slots, windows of pages and rows, each with its own list; a request may have none of one."""
-    states = (("mamba", 3, 96), ("swa", 4, 128), ("c128_state", 2, 40))
+    states = (("mamba", 3, 96), ("swa", 4, 512), ("c128_state", 2, 40))
     with Pair(layers=2, heads=4, head_bytes=64, states=states) as pair:
         pair.transfer(1, [3, 4], [8, 9], states=([[5], [1, 2], [7, 8]], [[6], [11, 12], [3, 4]]))
         pair.transfer(2, [3, 4], [10, 12], chunks=[1, 1], states=([[9], None, []], [[7], None, []]))

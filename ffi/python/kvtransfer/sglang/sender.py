@@ -29,16 +29,20 @@ class KvtransferKVSender(CommonKVSender):
     # The page list may still be on its way to the host when send() is called; `indices_event` is waited for off this thread.
     supports_host_tensor_indices = True
 
-    def __init__(
-        self, mgr: Any, bootstrap_addr: str, bootstrap_room: int, req_has_disagg_prefill_dp_rank: bool = False
-    ) -> None:
+    def __init__(self, mgr: Any, bootstrap_addr: str, bootstrap_room: int, *more: Any, **named: Any) -> None:
+        # What follows the room differs between releases and is the base class's business.
         self._transfer: Transfer | None = None
         self._failure: str | None = None
         self._owner = mgr.claim(bootstrap_room, self)
         self._chunks_waiting = 0
         self._dummy_state: int | None = None
+        self._started: float | None = None
+        self._latency: float | None = None
         self.num_kv_indices = 0
-        super().__init__(mgr, bootstrap_addr, bootstrap_room, req_has_disagg_prefill_dp_rank)
+        # The scheduler writes it before send(); releases differ in whether the base class makes it.
+        self._early_send_wait_event: Any = None
+        self.curr_idx = 0
+        super().__init__(mgr, bootstrap_addr, bootstrap_room, *more, **named)
         if not self._owner:
             self._fail(f"room {bootstrap_room} is already in use on this rank; draw a new room number for every request")
         elif mgr.is_dummy_cp_rank:
@@ -64,13 +68,12 @@ class KvtransferKVSender(CommonKVSender):
             return
         self.curr_idx += len(kv_indices)
         is_last = self.curr_idx == self.num_kv_indices
-        if self._transfer_start_time is None:
-            self._transfer_start_time = time.perf_counter()
+        if self._started is None:
+            self._started = time.perf_counter()
         if self._dummy_state is not None:
             if is_last:
                 self._dummy_state = KVPoll.Success
             return
-        self._transfer_num_kv_indices += len(kv_indices)
         events = tuple(event for event in (self._early_send_wait_event, indices_event) if event is not None)
         self._early_send_wait_event = None
         states = state_indices if is_last else None
@@ -114,12 +117,9 @@ class KvtransferKVSender(CommonKVSender):
             self.kv_mgr.update_status(self.bootstrap_room, state)
 
     def get_transfer_metric(self) -> KVTransferMetric:
-        metric = super().get_transfer_metric()
-        if self._transfer is not None:
-            outcome = self._transfer.outcome()
-            if outcome.bytes:
-                metric.transfer_total_bytes = outcome.bytes
-        return metric
+        """What the engine counted: bytes to all receivers together, and the time from the first chunk to the end."""
+        total = self._transfer.outcome().bytes if self._transfer is not None else 0
+        return KVTransferMetric(transfer_latency_s=self._latency, transfer_total_bytes=total)
 
     def failure_exception(self) -> NoReturn:
         reason = self._failure or self._reason_of_transfer()
@@ -188,8 +188,8 @@ class KvtransferKVSender(CommonKVSender):
         self.conclude_state = state
         if state == KVPoll.Failed and self._failure is None:
             self._failure = self._reason_of_transfer()
-        if state == KVPoll.Success and self._transfer_start_time is not None:
-            self._transfer_metric.transfer_latency_s = time.perf_counter() - self._transfer_start_time
+        if state == KVPoll.Success and self._started is not None:
+            self._latency = time.perf_counter() - self._started
         self.publish(state)
         return state
 
