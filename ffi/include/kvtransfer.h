@@ -83,6 +83,13 @@
 #define KVT_COMPONENT_AUX 2
 
 /**
+ * `kvt_component_t.kind`: memory that is only written and read by address (`kvt_engine_write`). It may stand anywhere, is
+ * no component for lists of items, and `item_len` is not looked at. A layout with nothing else needs no other field but
+ * `abi_version`.
+ */
+#define KVT_COMPONENT_MEMORY 3
+
+/**
  * `kvt_layout_t.attention`: keys and values per head; entries are all K layers, then all V layers, then the draft
  * model's.
  */
@@ -375,6 +382,38 @@ typedef struct kvt_completion_t {
 } kvt_completion_t;
 
 /**
+ * A stretch of this process's memory.
+ */
+typedef struct kvt_range_t {
+  /**
+   * Where it starts.
+   */
+  uint64_t address;
+  /**
+   * Bytes, not 0.
+   */
+  uint64_t len;
+} kvt_range_t;
+
+/**
+ * Some bytes of this process for an address of a peer's.
+ */
+typedef struct kvt_block_t {
+  /**
+   * Where to read: inside the buffers of this engine's layout.
+   */
+  uint64_t source;
+  /**
+   * Where to write: inside the buffers of the peer's layout.
+   */
+  uint64_t target;
+  /**
+   * Bytes; 0 is skipped.
+   */
+  uint64_t len;
+} kvt_block_t;
+
+/**
  * Opens the sending side of a room.
  */
 typedef struct kvt_send_request_t {
@@ -581,6 +620,11 @@ typedef struct kvt_outcome_t {
 #define KVT_WRONG_ABI 111
 
 /**
+ * The engine's memory is released; restore it first.
+ */
+#define KVT_RELEASED 112
+
+/**
  * An address cannot be listened on.
  */
 #define KVT_LISTEN 200
@@ -664,6 +708,11 @@ typedef struct kvt_outcome_t {
  * The time given to wait passed; what was waited for goes on.
  */
 #define KVT_WOULD_WAIT 403
+
+/**
+ * A write by address failed, and the peer has not confirmed that it stopped: its memory may still be written.
+ */
+#define KVT_UNSETTLED 404
 
 /**
  * The engine has shut down.
@@ -821,6 +870,62 @@ kvt_status_t kvt_completions_drain(const struct kvt_engine_t *engine,
                                    size_t *out_count);
 
 /**
+ * Gives up buffers, so that the caller may free the memory behind them (SGLang does while it takes new weights). No
+ * transfer opens from now on (`KVT_RELEASED`); live ones are waited for. With RDMA the registrations are undone, for which
+ * peers are disconnected.
+ *
+ * A range stands for every buffer that it touches, and for those that overlap them; no range at all stands for all
+ * buffers. Buffers that are released stay so.
+ *
+ * Ownership: `ranges` is read during the call only. The memory must not be freed before this has returned `KVT_OK`.
+ * Threads: any; waits up to `timeout_ms`, and with RDMA some 100 ms more. Errors: `KVT_WOULD_WAIT` (transfers went on;
+ * nothing was released), `KVT_RDMA` (still registered; try again), `KVT_BAD_ARGUMENT` (no buffer there),
+ * `KVT_SHUTDOWN`.
+ *
+ * # Safety
+ * `engine` is NULL or alive; `ranges` is NULL or as long as it says.
+ */
+kvt_status_t kvt_engine_release_memory(const struct kvt_engine_t *engine,
+                                       const struct kvt_range_t *ranges,
+                                       size_t ranges_len,
+                                       uint32_t timeout_ms);
+
+/**
+ * Takes buffers back into use, at their old addresses. Peers that were disconnected must be connected again.
+ *
+ * Ownership: `ranges` is read during the call only; from now on the memory must stay usable again until
+ * `kvt_engine_free` or another release. Threads: any; registering may take seconds. Errors: `KVT_RDMA` (it stays
+ * released), `KVT_BAD_ARGUMENT` (no buffer there), `KVT_SHUTDOWN`.
+ *
+ * # Safety
+ * `engine` is NULL or alive; `ranges` is NULL or as long as it says; memory is behind the buffers again.
+ */
+kvt_status_t kvt_engine_restore_memory(const struct kvt_engine_t *engine,
+                                       const struct kvt_range_t *ranges,
+                                       size_t ranges_len);
+
+/**
+ * Writes blocks to addresses of a peer whose configuration says `writable_by_address`, and waits until the peer has
+ * confirmed the last byte. Blocks that touch are merged. The order of blocks, and of calls, is not kept.
+ *
+ * `KVT_OK` means that every byte is there. Any other status but `KVT_UNSETTLED` means that none is missing that could
+ * still come: nothing will be written any more.
+ *
+ * Ownership: `blocks` is read during the call only. Threads: any, several at a time; waits up to `timeout_ms`, and 1 s
+ * more for the peer to confirm that a failed write is over. Errors: `KVT_UNSETTLED` (the peer does not answer, so its
+ * memory may still be written), `KVT_BAD_ITEMS` (an address outside of the buffers, or the peer does not allow it),
+ * `KVT_UNKNOWN_PEER`, `KVT_TIMEOUT`, `KVT_PEER_FAILED`, `KVT_PEER_LOST`, `KVT_RELEASED`, `KVT_SHUTDOWN`.
+ *
+ * # Safety
+ * `engine` is NULL or alive; `blocks` is NULL or as long as it says.
+ */
+kvt_status_t kvt_engine_write(const struct kvt_engine_t *engine,
+                              uint64_t peer,
+                              const struct kvt_block_t *blocks,
+                              size_t blocks_len,
+                              uint32_t timeout_ms);
+
+/**
  * Connects to the listener of another engine, compares both layouts and opens the data connections.
  *
  * Several connections to one engine may exist; each has its own number. The path that was chosen, and why not a better
@@ -853,6 +958,21 @@ kvt_status_t kvt_peer_disconnect(const struct kvt_engine_t *engine,
                                  uint64_t peer,
                                  const char *reason,
                                  size_t reason_len);
+
+/**
+ * Asks a peer whether it answers, and waits for that. A frozen process does not answer, although its connections stand.
+ *
+ * Ownership: `*out_round_trip_ns`, which may be NULL, is how long the answer took. Threads: any; waits up to
+ * `timeout_ms`. Errors: `KVT_PEER_LOST` (no answer in time; it stays connected until it has been silent for
+ * `peer_silence_max_ms`), `KVT_UNKNOWN_PEER`.
+ *
+ * # Safety
+ * `engine` is NULL or alive; `out_round_trip_ns` is NULL or writable.
+ */
+kvt_status_t kvt_peer_probe(const struct kvt_engine_t *engine,
+                            uint64_t peer,
+                            uint32_t timeout_ms,
+                            uint64_t *out_round_trip_ns);
 
 /**
  * Opens the sending side of a room. It becomes ready when every receiver has granted its pages.

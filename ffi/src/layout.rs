@@ -33,6 +33,11 @@ pub const KVT_COMPONENT_STATE: i32 = 1;
 /// visible last.
 pub const KVT_COMPONENT_AUX: i32 = 2;
 
+/// `kvt_component_t.kind`: memory that is only written and read by address (`kvt_engine_write`). It may stand anywhere, is
+/// no component for lists of items, and `item_len` is not looked at. A layout with nothing else needs no other field but
+/// `abi_version`.
+pub const KVT_COMPONENT_MEMORY: i32 = 3;
+
 /// `kvt_layout_t.attention`: keys and values per head; entries are all K layers, then all V layers, then the draft
 /// model's.
 pub const KVT_ATTENTION_HEADS: i32 = 0;
@@ -190,9 +195,14 @@ pub(crate) unsafe fn described(layout: *const kvt_layout_t) -> Result<(Memory, L
     let components = unsafe { read_components(given) }?;
     let regions = regions_of(&components)?;
     let memory = memory_over(&regions)?;
+    let is_raw =
+        !components.is_empty() && components.iter().all(|component| component.kind.is_none());
+    if is_raw {
+        return Ok((memory, Layout::raw()));
+    }
     let components = components
         .into_iter()
-        .map(|component| component.placed(&regions));
+        .filter_map(|component| component.placed(&regions));
     // SAFETY: the caller's contract is ours.
     let kv_dtype = unsafe { text(layout.kv_dtype.data, layout.kv_dtype.len, "layout.kv_dtype") }?;
     // SAFETY: the caller's contract is ours.
@@ -239,14 +249,17 @@ pub(crate) unsafe fn described(layout: *const kvt_layout_t) -> Result<(Memory, L
 
 /// A component whose entries are still addresses.
 struct Described {
-    kind: ComponentKind,
+    /// `None` for memory without items.
+    kind: Option<ComponentKind>,
     draft_entries: u32,
     entries: Vec<kvt_entry_t>,
     state: StateShape,
 }
 
 impl Described {
-    fn placed(self, regions: &Regions) -> Component {
+    /// The library's component, unless it is memory without items.
+    fn placed(self, regions: &Regions) -> Option<Component> {
+        let kind = self.kind?;
         let place = |entry: kvt_entry_t| {
             // An elided entry lies nowhere; the first region stands in for it.
             let (region, offset) = regions.find(entry.address).unwrap_or((0, 0));
@@ -258,12 +271,12 @@ impl Described {
                 layer_id: u32::try_from(entry.layer_id).ok(),
             }
         };
-        Component {
-            kind: self.kind,
+        Some(Component {
+            kind,
             entries: self.entries.into_iter().map(place).collect(),
             draft_entries: self.draft_entries,
             state: self.state,
-        }
+        })
     }
 }
 
@@ -276,9 +289,10 @@ unsafe fn read_components(given: &[kvt_component_t]) -> Result<Vec<Described>, F
         // SAFETY: the caller's contract is ours.
         let name = unsafe { text(component.name.data, component.name.len, &what) }?;
         let kind = match component.kind {
-            KVT_COMPONENT_KV => ComponentKind::Kv,
-            KVT_COMPONENT_STATE => ComponentKind::State(name.to_owned()),
-            KVT_COMPONENT_AUX => ComponentKind::Aux,
+            KVT_COMPONENT_KV => Some(ComponentKind::Kv),
+            KVT_COMPONENT_STATE => Some(ComponentKind::State(name.to_owned())),
+            KVT_COMPONENT_AUX => Some(ComponentKind::Aux),
+            KVT_COMPONENT_MEMORY => None,
             other => {
                 let text = format!("component {at} has kind {other}, no KVT_COMPONENT_ number");
                 return Err(Failure::argument(text));
@@ -287,8 +301,15 @@ unsafe fn read_components(given: &[kvt_component_t]) -> Result<Vec<Described>, F
         let what = format!("component {at}'s entries");
         // SAFETY: the caller's contract is ours.
         let entries = unsafe { list(component.entries, component.entries_len, &what) }?;
+        let called = kind
+            .as_ref()
+            .map_or_else(|| "memory".to_owned(), ToString::to_string);
         for (place, entry) in entries.iter().enumerate() {
-            check_entry(entry, &format!("entry {place} of component {at} ({kind})"))?;
+            check_entry(
+                entry,
+                kind.is_some(),
+                &format!("entry {place} of component {at} ({called})"),
+            )?;
         }
         components.push(Described {
             kind,
@@ -328,7 +349,7 @@ unsafe fn state_of(at: usize, component: &kvt_component_t) -> Result<StateShape,
     })
 }
 
-fn check_entry(entry: &kvt_entry_t, what: &str) -> Result<(), Failure> {
+fn check_entry(entry: &kvt_entry_t, has_items: bool, what: &str) -> Result<(), Failure> {
     match entry.memory {
         KVT_HOST_MEMORY => {}
         KVT_CUDA_MEMORY => {
@@ -350,7 +371,7 @@ fn check_entry(entry: &kvt_entry_t, what: &str) -> Result<(), Failure> {
             "{what} has layer id {id}; -1 is for none"
         )));
     }
-    if entry.len > 0 && entry.item_len == 0 {
+    if has_items && entry.len > 0 && entry.item_len == 0 {
         let text = format!(
             "{what} has {} bytes of items without length; an elided entry has len 0",
             entry.len
@@ -362,10 +383,10 @@ fn check_entry(entry: &kvt_entry_t, what: &str) -> Result<(), Failure> {
 
 fn regions_of(components: &[Described]) -> Result<Regions, Failure> {
     let mut stretches = Vec::new();
-    for component in components {
+    for (at, component) in components.iter().enumerate() {
         for (place, entry) in component.entries.iter().enumerate() {
             if entry.len > 0 {
-                let what = format!("entry {place} of component {}", component.kind);
+                let what = format!("entry {place} of component {at}");
                 stretches.push(Stretch::new(entry.address, entry.len, &what)?);
             }
         }

@@ -16,6 +16,7 @@ mod guard;
 mod handle;
 pub mod layout;
 pub mod log;
+pub mod memory;
 pub mod peer;
 mod picture;
 mod records;

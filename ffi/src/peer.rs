@@ -3,7 +3,7 @@
 
 use std::{ffi::c_char, time::Duration};
 
-use kvt::ids::PeerId;
+use kvt::{engine::ProbeError, ids::PeerId};
 
 use crate::{
     argument::{Place, text},
@@ -11,8 +11,8 @@ use crate::{
     handle::on,
     settings::resolve,
     status::{
-        Failure, KVT_BAD_ARGUMENT, KVT_BAD_CONFIG, KVT_SYSTEM, KVT_UNKNOWN_PEER, KVT_UNREACHABLE,
-        kvt_status_t,
+        Failure, KVT_BAD_ARGUMENT, KVT_BAD_CONFIG, KVT_OTHER, KVT_PEER_LOST, KVT_SYSTEM,
+        KVT_UNKNOWN_PEER, KVT_UNREACHABLE, kvt_status_t,
     },
 };
 
@@ -90,6 +90,47 @@ pub unsafe extern "C" fn kvt_peer_disconnect(
     };
     // SAFETY: this function's own contract.
     unsafe { on(engine, body) }
+}
+
+/// Asks a peer whether it answers, and waits for that. A frozen process does not answer, although its connections stand.
+///
+/// Ownership: `*out_round_trip_ns`, which may be NULL, is how long the answer took. Threads: any; waits up to
+/// `timeout_ms`. Errors: `KVT_PEER_LOST` (no answer in time; it stays connected until it has been silent for
+/// `peer_silence_max_ms`), `KVT_UNKNOWN_PEER`.
+///
+/// # Safety
+/// `engine` is NULL or alive; `out_round_trip_ns` is NULL or writable.
+// SAFETY: `kvt_` is this library's own prefix, so the unmangled name meets no other symbol.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvt_peer_probe(
+    engine: *const kvt_engine_t,
+    peer: u64,
+    timeout_ms: u32,
+    out_round_trip_ns: *mut u64,
+) -> kvt_status_t {
+    let body = |opened: &Opened| {
+        // SAFETY: this function's own contract.
+        let place = unsafe { Place::optional(out_round_trip_ns, "out_round_trip_ns") }?;
+        let timeout = Duration::from_millis(timeout_ms.into());
+        let took = opened.engine.probe(PeerId(peer), timeout)?;
+        if let Some(place) = place {
+            place.put(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX));
+        }
+        Ok(())
+    };
+    // SAFETY: this function's own contract.
+    unsafe { on(engine, body) }
+}
+
+impl From<ProbeError> for Failure {
+    fn from(error: ProbeError) -> Self {
+        let status = match &error {
+            ProbeError::UnknownPeer => KVT_UNKNOWN_PEER,
+            ProbeError::Silent { .. } => KVT_PEER_LOST,
+            _ => KVT_OTHER,
+        };
+        Self::new(status, error.to_string())
+    }
 }
 
 /// Fails where no such peer is connected.

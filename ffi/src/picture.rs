@@ -11,6 +11,7 @@ use serde_json::{Map, Value, json};
 /// The whole picture.
 pub(crate) fn of(engine: &Engine) -> Value {
     let snapshot = engine.snapshot();
+    let nothing = engine.null_counts();
     let address =
         |address: Option<std::net::SocketAddr>| address.map(|address| address.to_string());
     json!({
@@ -22,12 +23,19 @@ pub(crate) fn of(engine: &Engine) -> Value {
         "telemetry": address(engine.telemetry_addr()),
         "metrics": address(engine.metrics_addr()),
         "layout": layout(engine),
+        "is_memory_released": engine.is_memory_released(),
         "regions": regions(engine),
         "rdma": rdma(engine),
         "peers": peers(engine),
         "counters": {
             "malformed": engine.malformed(),
             "late_messages": engine.late_messages(),
+            "null_wire": {
+                "batches": nothing.batches,
+                "bytes": nothing.bytes,
+                "blocks": nothing.blocks,
+                "wire_operations": nothing.wire_operations,
+            },
             "completions_lost": engine.completions().lost(),
         },
         "monotonic_ns": snapshot.monotonic_ns,

@@ -60,6 +60,8 @@ pub(crate) struct EngineSettings {
     strangers_max: Option<usize>,
     bootstrap: Option<BootstrapSettings>,
     telemetry: Option<TelemetrySettings>,
+    writable_by_address: Option<bool>,
+    null_wire: Option<bool>,
     node: NodeSettings,
 }
 
@@ -100,6 +102,8 @@ impl EngineSettings {
             config.handshake_timeout => self.handshake_timeout_ms.map(Duration::from_millis),
             config.peers_max => self.peers_max,
             config.strangers_max => self.strangers_max,
+            config.writable_by_address => self.writable_by_address,
+            config.null_wire => self.null_wire,
         }
         Ok(config)
     }

@@ -5,6 +5,7 @@ use std::{fmt::Write as _, mem::offset_of};
 use crate::{
     engine::kvt_completion_t,
     layout::{kvt_component_t, kvt_entry_t, kvt_layout_t, kvt_slice_t, kvt_text_t},
+    memory::{kvt_block_t, kvt_range_t},
     transfer::{
         kvt_items_t, kvt_outcome_t, kvt_receive_request_t, kvt_send_request_t, kvt_source_t,
     },
@@ -86,6 +87,15 @@ fn lines() -> String {
             components_len,
             compression_ratios,
             compression_ratios_len,
+        }
+    );
+    shape!(out, kvt_range_t { address, len });
+    shape!(
+        out,
+        kvt_block_t {
+            source,
+            target,
+            len
         }
     );
     shape!(

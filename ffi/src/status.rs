@@ -44,6 +44,8 @@ pub const KVT_NOT_READY: kvt_status_t = 108;
 pub const KVT_BAD_ITEMS: kvt_status_t = 109;
 /// The caller was compiled against another version of this header.
 pub const KVT_WRONG_ABI: kvt_status_t = 111;
+/// The engine's memory is released; restore it first.
+pub const KVT_RELEASED: kvt_status_t = 112;
 
 /// An address cannot be listened on.
 pub const KVT_LISTEN: kvt_status_t = 200;
@@ -81,6 +83,8 @@ pub const KVT_TIMEOUT: kvt_status_t = 401;
 pub const KVT_MEMORY: kvt_status_t = 402;
 /// The time given to wait passed; what was waited for goes on.
 pub const KVT_WOULD_WAIT: kvt_status_t = 403;
+/// A write by address failed, and the peer has not confirmed that it stopped: its memory may still be written.
+pub const KVT_UNSETTLED: kvt_status_t = 404;
 
 /// The engine has shut down.
 pub const KVT_SHUTDOWN: kvt_status_t = 900;
@@ -127,6 +131,10 @@ const TEXTS: &[(kvt_status_t, &CStr)] = &[
         KVT_WRONG_ABI,
         c"KVT_WRONG_ABI: the caller was compiled against another version of kvtransfer.h",
     ),
+    (
+        KVT_RELEASED,
+        c"KVT_RELEASED: the engine's memory is released",
+    ),
     (KVT_LISTEN, c"KVT_LISTEN: an address cannot be listened on"),
     (
         KVT_REGION,
@@ -163,7 +171,7 @@ const TEXTS: &[(kvt_status_t, &CStr)] = &[
     ),
     (
         KVT_PEER_LOST,
-        c"KVT_PEER_LOST: the connection to the peer ended",
+        c"KVT_PEER_LOST: the connection to the peer ended, or it stopped answering",
     ),
     (
         KVT_PEER_MISBEHAVED,
@@ -182,6 +190,10 @@ const TEXTS: &[(kvt_status_t, &CStr)] = &[
     (
         KVT_WOULD_WAIT,
         c"KVT_WOULD_WAIT: the time given to wait passed",
+    ),
+    (
+        KVT_UNSETTLED,
+        c"KVT_UNSETTLED: the peer has not confirmed that a failed write stopped",
     ),
     (KVT_SHUTDOWN, c"KVT_SHUTDOWN: the engine has shut down"),
     (
@@ -263,6 +275,7 @@ impl From<SubmitError> for Failure {
             SubmitError::Ended(_) => KVT_ENDED,
             SubmitError::NotReady => KVT_NOT_READY,
             SubmitError::Items(_) => KVT_BAD_ITEMS,
+            SubmitError::Released { .. } => KVT_RELEASED,
             _ => KVT_OTHER,
         };
         Self::new(status, error.to_string())

@@ -3,13 +3,14 @@
 use std::{fs, path::Path};
 
 /// In the order in which a reader meets them in the header.
-const SOURCES: [&str; 10] = [
+const SOURCES: [&str; 11] = [
     "version",
     "status",
     "argument",
     "log",
     "layout",
     "engine",
+    "memory",
     "peer",
     "transfer",
     "bootstrap",

@@ -13,6 +13,7 @@ mod handle;
 pub(crate) mod hub;
 pub(crate) mod lanes;
 pub(crate) mod link;
+mod probe;
 mod queue_pairs;
 pub(crate) mod redial;
 mod release;
@@ -20,6 +21,7 @@ mod write;
 
 pub use dial::ConnectError;
 pub use handle::{CompletionQueue, Poll, Transfer};
+pub use probe::ProbeError;
 pub use release::MemoryError;
 pub use write::WriteError;
 
@@ -261,6 +263,15 @@ impl Engine {
     /// Ends the connection to a peer; transfers that need it fail with that reason.
     pub fn disconnect(&self, peer: PeerId, reason: &str) {
         self.hub.drop_peer(peer, reason);
+    }
+
+    /// Asks a peer whether it answers, and waits for that; how long the answer took. A frozen process does not answer,
+    /// although its connections stand.
+    ///
+    /// # Errors
+    /// [`ProbeError`].
+    pub fn probe(&self, peer: PeerId, timeout: Duration) -> Result<Duration, ProbeError> {
+        self.hub.probe(peer, timeout)
     }
 
     /// Every connected peer.

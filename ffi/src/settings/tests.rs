@@ -13,6 +13,7 @@ const ALL: &str = r#"{
            "batch_bytes": 8192, "window": 9, "send_queue": 64, "spin_us": 6, "drain_ms": 7, "heartbeat_ms": 80},
   "batch_bytes": 4096, "lane_window": 11, "pull_batch_bytes": 12288, "ring_bytes": 65536, "inline_bytes": 13,
   "drive_while_waiting": false, "spin_us": 14, "handshake_timeout_ms": 15, "peers_max": 16, "strangers_max": 17,
+  "writable_by_address": true, "null_wire": true,
   "bootstrap": {"listen": "127.0.0.1:8", "token": "b", "token_scope": "all", "connections_max": 18,
                 "body_bytes_max": 19, "head_timeout_ms": 20, "body_timeout_ms": 21, "reply_timeout_ms": 22,
                 "idle_timeout_ms": 23, "probe_interval_ms": 0, "room_ttl_ms": 24, "rooms_max": 25, "parked_ttl_ms": 26},
@@ -67,6 +68,7 @@ fn every_field_arrives() {
         (Duration::from_micros(14), ms(15))
     );
     assert_eq!((config.peers_max, config.strangers_max), (16, 17));
+    assert!(config.writable_by_address && config.null_wire);
     let bootstrap = config.bootstrap.expect("asked for");
     assert_eq!(bootstrap.listen.port(), 8);
     assert!(

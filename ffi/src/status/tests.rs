@@ -57,6 +57,7 @@ fn errors_of_a_call_have_their_codes() {
         (SubmitError::Ended(TransferError::Shutdown), KVT_SHUTDOWN),
         (SubmitError::NotReady, KVT_NOT_READY),
         (SubmitError::Items("too many".into()), KVT_BAD_ITEMS),
+        (SubmitError::Released { region: 2 }, KVT_RELEASED),
         (SubmitError::Shutdown, KVT_SHUTDOWN),
     ];
     for (error, status) in expected {

@@ -1,6 +1,7 @@
 //! C and C++ programs against `libkvtransfer.so`, under the address and undefined-behaviour sanitizers.
 
 mod build;
+mod frozen;
 mod pair;
 
 use build::{Language, compile, library, run};

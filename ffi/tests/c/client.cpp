@@ -239,13 +239,132 @@ void reports_are_json() {
   free(world.pages);
 }
 
+// Memory that goes away and comes back, between two requests.
+void memory_is_released_and_restored() {
+  static world_t source, target;
+  describe(&source);
+  describe(&target);
+  memset(source.pages, 7, PAGES * PAGE_BYTES);
+  {
+    Engine prefill = engine_over(source, "{\"listen\": \"127.0.0.1:0\"}");
+    Engine decode = engine_over(target, "");
+    uint64_t peer = connect_to(decode.get(), prefill.get());
+    kvt_range_t pages = {target.entries[0].address + 10, 20};
+    kvt_range_t elsewhere = {64, 16};
+    FAILS(KVT_BAD_ARGUMENT, "no buffer", kvt_engine_release_memory(decode.get(), &elsewhere, 1, 1000));
+    Transfer live = receive(decode, peer, 1, 3);
+    FAILS(KVT_WOULD_WAIT, "1 transfers still use the memory", kvt_engine_release_memory(decode.get(), &pages, 1, 10));
+    EXPECT(KVT_OK, kvt_transfer_fence(live.get(), 20000));
+    EXPECT(KVT_OK, kvt_engine_release_memory(decode.get(), &pages, 1, 20000));
+    kvt_send_request_t request = to_send(2, 1000);
+    kvt_transfer_t *refused = nullptr;
+    FAILS(KVT_RELEASED, "released", kvt_send_open(decode.get(), &request, &refused));
+    EXPECT(KVT_OK, kvt_engine_restore_memory(decode.get(), &pages, 1));
+    Transfer sending = send(prefill, 3);
+    Transfer receiving = receive(decode, peer, 3, 5);
+    EXPECT(KVT_OK, kvt_transfer_wait(sending.get(), KVT_UNTIL_READY, 20000, nullptr, nullptr));
+    int32_t page = 9;
+    kvt_items_t items = {&page, 1};
+    EXPECT(KVT_OK, kvt_transfer_push(sending.get(), &items, 1, KVT_LAST));
+    ends(receiving.get(), KVT_OK, nullptr);
+    CHECK(target.pages[5 * PAGE_BYTES] == 7 && target.pages[6 * PAGE_BYTES] == 0);
+    // Without a range it is all of it.
+    EXPECT(KVT_OK, kvt_engine_release_memory(prefill.get(), nullptr, 0, 20000));
+    EXPECT(KVT_OK, kvt_engine_restore_memory(prefill.get(), nullptr, 0));
+  }
+  free(source.pages);
+  free(target.pages);
+}
+
+// Ranks without a layout, one of which writes to addresses of the other.
+void blocks_are_written_by_address() {
+  std::vector<unsigned char> from(1 << 20), to(1 << 20);
+  for (size_t i = 0; i < from.size(); i++) from[i] = static_cast<unsigned char>(i * 3 + i / 4096);
+  auto over = [](std::vector<unsigned char> &bytes, const std::string &config) {
+    kvt_entry_t entry = {reinterpret_cast<uintptr_t>(bytes.data()), bytes.size(), 0, -1, KVT_HOST_MEMORY, 0};
+    kvt_component_t component;
+    memset(&component, 0, sizeof component);
+    component.kind = KVT_COMPONENT_MEMORY;
+    component.entries = &entry;
+    component.entries_len = 1;
+    kvt_layout_t layout;
+    memset(&layout, 0, sizeof layout);
+    layout.abi_version = KVT_ABI_VERSION;
+    layout.components = &component;
+    layout.components_len = 1;
+    kvt_engine_t *engine = nullptr;
+    EXPECT(KVT_OK, kvt_engine_new(config.data(), config.size(), &layout, &engine));
+    return Engine(engine);
+  };
+  Engine writer = over(from, "");
+  Engine closed = over(to, "{\"listen\": \"127.0.0.1:0\"}");
+  Engine open = over(to, "{\"listen\": \"127.0.0.1:0\", \"writable_by_address\": true}");
+  uint64_t source = reinterpret_cast<uintptr_t>(from.data()), target = reinterpret_cast<uintptr_t>(to.data());
+  kvt_block_t blocks[3] = {{source + 100, target + 5000, 3000}, {source, target + 100000, 70000}, {source, target, 0}};
+  uint64_t peer = connect_to(writer.get(), closed.get());
+  FAILS(KVT_BAD_ITEMS, "writable_by_address", kvt_engine_write(writer.get(), peer, blocks, 3, 20000));
+  peer = connect_to(writer.get(), open.get());
+  EXPECT(KVT_OK, kvt_engine_write(writer.get(), peer, blocks, 3, 20000));
+  EXPECT(KVT_OK, kvt_engine_write(writer.get(), peer, nullptr, 0, 20000));
+  for (const kvt_block_t &block : blocks)
+    CHECK(memcmp(to.data() + (block.target - target), from.data() + (block.source - source), block.len) == 0);
+  CHECK(to[4999] == 0 && to[8000] == 0 && to[99999] == 0 && to[170000] == 0);
+  kvt_block_t outside = {source, target + to.size() - 1, 2};
+  EXPECT(KVT_BAD_ITEMS, kvt_engine_write(writer.get(), peer, &outside, 1, 20000));
+}
+
+void next_line() {
+  int letter = 0;
+  do letter = getchar();
+  while (letter != '\n' && letter != EOF);
+}
+
+// An engine that only listens, until a line comes.
+void serve() {
+  static world_t world;
+  describe(&world);
+  {
+    Engine engine = engine_over(world, "{\"listen\": \"127.0.0.1:0\"}");
+    char address[64];
+    listening(engine.get(), address, sizeof address);
+    puts(address);
+    fflush(stdout);
+    next_line();
+  }
+  free(world.pages);
+}
+
+// Probes a peer whenever a line comes, and says what came of it.
+void probe(const char *address, int times) {
+  static world_t world;
+  describe(&world);
+  {
+    Engine engine = engine_over(world, "");
+    uint64_t peer = 0;
+    EXPECT(KVT_OK, kvt_peer_connect(engine.get(), address, strlen(address), 5000, &peer));
+    for (int i = 0; i < times; i++) {
+      next_line();
+      uint64_t round_trip_ns = 0;
+      kvt_status_t status = kvt_peer_probe(engine.get(), peer, 300, &round_trip_ns);
+      CHECK((status == KVT_OK) == (round_trip_ns > 0));
+      puts(kvt_status_text(status));
+      fflush(stdout);
+    }
+  }
+  free(world.pages);
+}
+
 }  // namespace
 
-int main() {
+int main(int argc, char **argv) {
+  if (argc > 1 && strcmp(argv[1], "serve") == 0) return serve(), 0;
+  if (argc > 2 && strcmp(argv[1], "probe") == 0) return probe(argv[2], 3), 0;
   many_rooms("\"same_host\": \"off\"");
   many_rooms("\"same_host\": \"pull\"");
   many_rooms("\"same_host\": \"ring\"");
   reasons_reach_the_other_side();
+  memory_is_released_and_restored();
+  blocks_are_written_by_address();
   the_log_goes_to_one_sink();
   a_registry_answers();
   reports_are_json();

@@ -47,6 +47,10 @@ static void nulls(void) {
   EXPECT(KVT_NULL_ARGUMENT, kvt_transfer_wait(NULL, KVT_UNTIL_ENDED, 0, NULL, NULL));
   EXPECT(KVT_NULL_ARGUMENT, kvt_transfer_cancel(NULL, NULL, 0));
   EXPECT(KVT_NULL_ARGUMENT, kvt_transfer_fence(NULL, 0));
+  EXPECT(KVT_NULL_ARGUMENT, kvt_peer_probe(NULL, 1, 1, NULL));
+  EXPECT(KVT_NULL_ARGUMENT, kvt_engine_write(NULL, 1, NULL, 0, 1));
+  EXPECT(KVT_NULL_ARGUMENT, kvt_engine_release_memory(NULL, NULL, 0, 1));
+  EXPECT(KVT_NULL_ARGUMENT, kvt_engine_restore_memory(NULL, NULL, 0));
   EXPECT(KVT_NULL_ARGUMENT, kvt_bootstrap_new(NULL, 0, NULL, NULL));
   EXPECT(KVT_NULL_ARGUMENT, kvt_bootstrap_call("{}", 2, NULL, NULL));
   EXPECT(KVT_NULL_ARGUMENT, kvt_doctor_json(NULL, 0, NULL, NULL));
@@ -67,6 +71,9 @@ static void nulls(void) {
   EXPECT(KVT_NULL_ARGUMENT, kvt_completions_drain(engine, &completion, 1, NULL));
   EXPECT(KVT_OK, kvt_completions_drain(engine, NULL, 0, &len));
   CHECK(len == 0);
+  EXPECT(KVT_NULL_ARGUMENT, kvt_engine_write(engine, 1, NULL, 1, 1));
+  EXPECT(KVT_NULL_ARGUMENT, kvt_engine_release_memory(engine, NULL, 1, 1));
+  EXPECT(KVT_NULL_ARGUMENT, kvt_engine_restore_memory(engine, NULL, 1));
   EXPECT(KVT_NULL_ARGUMENT, kvt_peer_connect(engine, NULL, 3, 1, &peer));
   EXPECT(KVT_NULL_ARGUMENT, kvt_peer_connect(engine, "127.0.0.1:1", 11, 1, NULL));
   EXPECT(KVT_NULL_ARGUMENT, kvt_send_open(engine, NULL, &transfer));
@@ -128,7 +135,7 @@ static void layouts(void) {
   LAYOUT(KVT_BAD_ARGUMENT, "memory kind 5", bad.entries[0].memory = 5);
   LAYOUT(KVT_BAD_ARGUMENT, "layer id -2", bad.entries[0].layer_id = -2);
   LAYOUT(KVT_REGION, "CUDA device 3", bad.entries[0].memory = KVT_CUDA_MEMORY; bad.entries[0].device = 3);
-  LAYOUT(KVT_NULL_ARGUMENT, "entry 0 of component kv", bad.entries[0].address = 0);
+  LAYOUT(KVT_NULL_ARGUMENT, "entry 0 of component 0", bad.entries[0].address = 0);
   LAYOUT(KVT_NULL_ARGUMENT, "component 0's entries", bad.components[0].entries = NULL);
   LAYOUT(KVT_NULL_ARGUMENT, "layout.components", bad.layout.components = NULL);
   LAYOUT(KVT_NULL_ARGUMENT, "layout.kv_dtype", bad.layout.kv_dtype.data = NULL);
@@ -164,6 +171,8 @@ static void peers(void) {
   listening(other, address, sizeof address);
   FAILS(KVT_REFUSED, "float8_e4m3fn", kvt_peer_connect(engine, address, strlen(address), 5000, &peer));
   FAILS(KVT_UNKNOWN_PEER, "peer 77", kvt_peer_disconnect(engine, 77, "x", 1));
+  FAILS(KVT_UNKNOWN_PEER, "not connected", kvt_peer_probe(engine, 77, 10, NULL));
+  FAILS(KVT_UNKNOWN_PEER, "not connected", kvt_engine_write(engine, 77, NULL, 0, 10));
   kvt_engine_free(other);
   kvt_engine_free(engine);
 }

@@ -296,6 +296,10 @@ fn on_message(hub: &Arc<Hub>, peer: PeerId, message: Control) {
         Control::WriteOpen(open) => write::accept(hub, peer, &open),
         Control::WriteClose { room } => write::close(hub, peer, room),
         Control::WriteClosed { room } => write::closed(hub, peer, room),
+        Control::Pong { nonce } => {
+            hub.probes.answered(peer, nonce);
+            hub.with(|node, now| node.on_control(now, peer, Control::Pong { nonce }));
+        }
         message => hub.with(|node, now| node.on_control(now, peer, message)),
     }
 }

@@ -19,6 +19,7 @@ use super::{
     handle::{CompletionQueue, Shared},
     lanes::Stage,
     link::Link,
+    probe::Probes,
     write::Written,
 };
 use crate::{
@@ -78,6 +79,7 @@ pub(crate) struct Hub {
     /// When the control thread will wake by itself.
     pub(super) armed: AtomicU64,
     stopped: AtomicBool,
+    pub(super) probes: Probes,
     adopted: Mutex<Vec<Adopted>>,
     next_peer: AtomicU64,
     next_token: AtomicU64,
@@ -123,6 +125,7 @@ impl Hub {
             waker,
             armed: AtomicU64::new(0),
             stopped: AtomicBool::new(false),
+            probes: Probes::default(),
             adopted: Mutex::default(),
             next_peer: AtomicU64::new(1),
             next_token: AtomicU64::new(u64::from_le_bytes(random()?)),
@@ -387,6 +390,7 @@ impl Hub {
             core.closing.retain(|(of, _), _| *of != peer);
             core.links.remove(&peer)
         });
+        self.probes.forget(peer);
         if let Some(link) = link {
             tracing::info!(%peer, instance = %link.agreement.instance, reason, "peer dropped");
             link.shut_down();
