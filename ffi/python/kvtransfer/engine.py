@@ -144,13 +144,29 @@ class Engine:
         """Whether this library lets go of buffers while it runs. Where not, it still touches none of them without a transfer."""
         return hasattr(lib, "kvt_engine_release_memory")
 
-    def release_memory(self, addresses: Sequence[int], lengths: Sequence[int]) -> None:
-        """Lets go of buffers before they are freed or paused; transfers that need them fail with a reason."""
-        check(lib.kvt_engine_release_memory(self.handle, *_spans(addresses, lengths)))
+    def release_memory(self, addresses: Sequence[int], lengths: Sequence[int], timeout: float = 5.0) -> None:
+        """Lets go of buffers before they are freed or paused. Waits, without the GIL, up to `timeout` seconds for transfers
+        that still use them; raises if there are any then."""
+        ranges = _ranges(addresses, lengths)
+        check(lib.kvt_engine_release_memory(self.handle, ranges, len(addresses), millis(timeout)))
 
     def restore_memory(self, addresses: Sequence[int], lengths: Sequence[int]) -> None:
         """Takes buffers back at the same addresses."""
-        check(lib.kvt_engine_restore_memory(self.handle, *_spans(addresses, lengths)))
+        check(lib.kvt_engine_restore_memory(self.handle, _ranges(addresses, lengths), len(addresses)))
+
+    def write(self, peer: int, sources: Sequence[int], targets: Sequence[int], lengths: Sequence[int], timeout: float) -> None:
+        """Writes blocks of this rank's buffers into a peer's, by address. Waits without the GIL.
+
+        Returns only when all is delivered, and raises only when nothing can be written any more.
+        """
+        blocks = ffi.new("kvt_block_t[]", list(zip(sources, targets, lengths, strict=True)))
+        check(lib.kvt_engine_write(self.handle, peer, blocks, len(blocks), millis(timeout)))
+
+    def probe(self, peer: int, timeout: float) -> float:
+        """Asks a peer for a sign of life; the round trip in seconds. Raises `PeerError` if none comes in time."""
+        round_trip = ffi.new("uint64_t *")
+        check(lib.kvt_peer_probe(self.handle, peer, millis(timeout), round_trip))
+        return int(round_trip[0]) / 1e9
 
 
 class PollSet:
@@ -205,8 +221,8 @@ class PollSet:
         self._fresh_until = time.monotonic() + POLL_FRESH
 
 
-def _spans(addresses: Sequence[int], lengths: Sequence[int]) -> tuple[Any, Any, int]:
-    return ffi.new("uint64_t[]", list(addresses)), ffi.new("uint64_t[]", list(lengths)), len(addresses)
+def _ranges(addresses: Sequence[int], lengths: Sequence[int]) -> Any:
+    return ffi.new("kvt_range_t[]", list(zip(addresses, lengths, strict=True)))
 
 
 def _described(layout: Layout) -> tuple[list[Any], Any]:

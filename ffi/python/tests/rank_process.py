@@ -6,6 +6,7 @@ would call is called here with the arguments they would use. Everything SGLang p
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -45,10 +46,21 @@ def publish(setup: dict[str, Any], shape: Shape) -> Any:
         "enable_cp_tp_group_sharing": False, "enable_dsa_cache_layer_split": False,
         "load_balance_method": setup.get("load_balance_method", "follow_bootstrap_room"),
     }  # fmt: skip
-    get_parallel()._stamp.update(values)
+    parallel = get_parallel()
+    (parallel._overrides if not hasattr(parallel, "_stamp") else parallel._stamp).update(values)
+    older_places(group)
     get_device()._set("gpu_id", 0)
     get_device()._set("device", "cpu")
     return args
+
+
+def older_places(group: Any) -> None:
+    """Releases before 0.5.20 ask functions for some of it."""
+    from sglang.srt.disaggregation.common import conn
+
+    for name, value in (("get_attention_dp_size", 1), ("get_attention_dp_rank", 0), ("get_pp_group", group)):
+        if hasattr(conn, name):
+            setattr(conn, name, lambda value=value: value)
 
 
 def shared(value: Any, src: int = 0) -> Any:
@@ -130,7 +142,8 @@ class Rank:
         """A sender, or a receiver with its handshake begun."""
         key = room if key is None else key
         if self.is_prefill:
-            self.requests[key] = self.kind(self.kinds.SENDER)(self.manager, self.bootstrap_addr, room)
+            kind = self.kind(self.kinds.SENDER)
+            self.requests[key] = kind(mgr=self.manager, bootstrap_addr=self.bootstrap_addr, bootstrap_room=room, **self.older())
             return {}
         receiver = self.kind(self.kinds.RECEIVER)(self.manager, self.bootstrap_addr, room)
         self.requests[key] = receiver
@@ -143,6 +156,14 @@ class Rank:
         started = time.perf_counter()
         receiver.init(dp_rank)
         return {"info": True, "init_s": time.perf_counter() - started}
+
+    def older(self) -> dict[str, Any]:
+        """What releases before 0.5.20 tell a sender besides."""
+        from sglang.srt.disaggregation.common.conn import CommonKVSender
+
+        known = inspect.signature(CommonKVSender.__init__).parameters
+        told = {"dest_tp_ranks": [self.shape.tp_rank], "pp_rank": self.shape.pp_rank}
+        return {name: value for name, value in told.items() if name in known}
 
     def grant(self, room: int, pages: list[int], slot: int | None, states: Any = None, prefix: int = 0) -> dict[str, Any]:
         """Decode: what `_send_kv_metadata` calls."""
@@ -276,9 +297,10 @@ class Registry:
         from sglang.srt.managers.disagg_service import start_disagg_service
         from sglang.srt.plugins import load_plugins
 
-        publish({**setup, "role": "prefill"}, Shape())
+        args = publish({**setup, "role": "prefill"}, Shape())
         load_plugins()
-        self.server = start_disagg_service()
+        # Releases before 0.5.20 pass the arguments along.
+        self.server = start_disagg_service(*[args][: len(inspect.signature(start_disagg_service).parameters)])
 
     def what(self) -> dict[str, Any]:
         return {"kind": type(self.server).__name__}

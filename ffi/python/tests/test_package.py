@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from array import array
+from pathlib import Path
 from typing import Any, Iterator
 
 import kvtransfer as kvt
@@ -164,3 +165,7 @@ def test_headers_are_read_as_c_compilers_do() -> None:
     read = _native.declarations(text)
     assert "gone" not in read and "int kept(void);" in read and "#define KVT_X 3" in read
     assert read.count("{") == read.count("}")
+
+
+def test_the_documents_have_every_option() -> None:
+    assert options.table() in (Path(__file__).parents[2] / "docs" / "sglang.md").read_text()

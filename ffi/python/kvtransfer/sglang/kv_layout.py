@@ -169,10 +169,8 @@ def _heads(manager: Any) -> tuple[int, int]:
 
 
 def _heads_of_model(manager: Any) -> int:
-    from sglang.srt.arg_groups.model_override_base import model_config_of
-
     try:
-        return int(model_config_of(manager.server_args).get_total_num_kv_heads())
+        return int(_model(manager).get_total_num_kv_heads())
     except (AttributeError, OSError, TypeError, ValueError) as error:
         raise UnsupportedModelError(f"the number of KV heads of the model cannot be found out: {error}") from error
 
@@ -198,8 +196,17 @@ def _first_layer(manager: Any) -> int:
         return int(told)
     if (manager.pp_size or 1) == 1:
         return 0
-    from sglang.srt.arg_groups.model_override_base import model_config_of
     from sglang.srt.distributed.utils import get_pp_indices
 
-    layers = int(model_config_of(manager.server_args).num_hidden_layers)
+    layers = int(_model(manager).num_hidden_layers)
     return int(get_pp_indices(layers, manager.pp_rank, manager.pp_size)[0])
+
+
+def _model(manager: Any) -> Any:
+    """The model's configuration, which the scheduler has already built."""
+    own = getattr(manager.server_args, "get_model_config", None)
+    if own is not None:
+        return own()
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+
+    return model_config_of(manager.server_args)

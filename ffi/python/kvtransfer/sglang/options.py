@@ -134,3 +134,15 @@ def read_all(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
         except OptionError as error:
             raise OptionError(f"{option.name}={text!r}: {error}") from None
     return values
+
+
+def table() -> str:
+    """The options as a Markdown table."""
+    rows = [f"| `{option.name}` | `{option.default or "(empty)"}` | {option.unit} | {option.meaning} |" for option in OPTIONS]
+    return "\n".join(["| variable | default | unit | meaning |", "| --- | --- | --- | --- |", *rows])
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.stdout.write(table() + "\n")

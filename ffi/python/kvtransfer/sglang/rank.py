@@ -46,6 +46,8 @@ class KvtransferKVManager(CommonKVManager):
     supports_role_switch = True
     supports_deferred_decode_kv_release = True
     reports_transfer_latency = True
+    # Releases that know it set it on the instance.
+    enable_deferred_decode_kv_release = False
     enable_staging = False
     _staging_handler = None
 

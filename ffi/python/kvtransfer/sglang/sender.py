@@ -43,6 +43,9 @@ class KvtransferKVSender(CommonKVSender):
         self._early_send_wait_event: Any = None
         self.curr_idx = 0
         super().__init__(mgr, bootstrap_addr, bootstrap_room, *more, **named)
+        if self.init_time is None:
+            # Older releases leave the bootstrap clock to the backend.
+            self.init_time = time.time()
         if not self._owner:
             self._fail(f"room {bootstrap_room} is already in use on this rank; draw a new room number for every request")
         elif mgr.is_dummy_cp_rank:
