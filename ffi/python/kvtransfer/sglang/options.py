@@ -138,7 +138,7 @@ def read_all(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
 
 def table() -> str:
     """The options as a Markdown table."""
-    rows = [f"| `{option.name}` | `{option.default or "(empty)"}` | {option.unit} | {option.meaning} |" for option in OPTIONS]
+    rows = [f"| `{option.name}` | `{option.default or '(empty)'}` | {option.unit} | {option.meaning} |" for option in OPTIONS]
     return "\n".join(["| variable | default | unit | meaning |", "| --- | --- | --- | --- |", *rows])
 
 
