@@ -23,6 +23,8 @@ class Kind(Enum):
     KV = 0
     STATE = 1
     AUX = 2
+    MEMORY = 3
+    """Only written and read by address (`Engine.write`)."""
 
 
 @dataclass(frozen=True)
