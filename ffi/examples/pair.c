@@ -165,6 +165,10 @@ static int decode(const char *address, const char *config) {
   kvt_engine_t *engine = start(&cache, config);
   uint64_t peer = 0;
   must(kvt_peer_connect(engine, address, strlen(address), TIMEOUT_MS, &peer), "connecting to prefill");
+  char *info = NULL, path[32];
+  must(kvt_engine_info_json(engine, &info, NULL), "asking for the path");
+  field(info, "path", path, sizeof path);
+  kvt_text_free(info);
 
   int32_t pages[WANTED], row = 5;
   for (int i = 0; i < WANTED; i++) pages[i] = target_page(i);
@@ -183,10 +187,6 @@ static int decode(const char *address, const char *config) {
   must(kvt_receive_open(engine, &request, &transfer), "granting pages");
   int code = conclude(transfer, "decode");
 
-  char *info = NULL, path[32];
-  must(kvt_engine_info_json(engine, &info, NULL), "asking for the path");
-  field(info, "path", path, sizeof path);
-  kvt_text_free(info);
   long wrong = 0;
   for (int b = 0; b < 2 * LAYERS; b++)
     for (int p = 0; p < PAGES; p++) {

@@ -38,26 +38,17 @@ fn words(payload: &(dyn Any + Send)) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::ffi::CStr;
-
     use super::{caught, enter};
-    use crate::status::{Failure, KVT_BAD_ITEMS, KVT_OK, KVT_PANIC, kvt_last_error};
-
-    fn last_error() -> String {
-        // SAFETY: the text lives until this thread's next failure, and is copied here.
-        #[expect(unsafe_code, reason = "the C function gives a C text")]
-        let text = unsafe { CStr::from_ptr(kvt_last_error()) };
-        text.to_string_lossy().into_owned()
-    }
+    use crate::status::{Failure, KVT_BAD_ITEMS, KVT_OK, KVT_PANIC, last_words};
 
     #[test]
     fn panics_become_a_status_with_their_words() {
         assert_eq!(enter(|| panic!("at page {}", 7)), KVT_PANIC);
-        assert_eq!(last_error(), "the library panicked: at page 7");
+        assert_eq!(last_words(), "the library panicked: at page 7");
         assert_eq!(enter(|| panic!("plain")), KVT_PANIC);
-        assert_eq!(last_error(), "the library panicked: plain");
+        assert_eq!(last_words(), "the library panicked: plain");
         assert_eq!(enter(|| std::panic::panic_any(3_u8)), KVT_PANIC);
-        assert_eq!(last_error(), "the library panicked: it did not say why");
+        assert_eq!(last_words(), "the library panicked: it did not say why");
     }
 
     #[test]
@@ -76,10 +67,10 @@ mod tests {
         let fail = |text: &str| enter(|| Err(Failure::new(KVT_BAD_ITEMS, text)));
         assert_eq!(fail("first\0with a hole"), KVT_BAD_ITEMS);
         assert_eq!(enter(|| Ok(())), KVT_OK);
-        assert_eq!(last_error(), "first with a hole");
-        let theirs = std::thread::spawn(last_error).join();
+        assert_eq!(last_words(), "first with a hole");
+        let theirs = std::thread::spawn(last_words).join();
         assert_eq!(theirs.expect("no panic"), "", "another thread has none");
         assert_eq!(fail("second"), KVT_BAD_ITEMS);
-        assert_eq!(last_error(), "second");
+        assert_eq!(last_words(), "second");
     }
 }

@@ -234,6 +234,17 @@ thread_local! {
     static LAST: RefCell<Option<CString>> = const { RefCell::new(None) };
 }
 
+/// What [`kvt_last_error`] would say.
+#[cfg(test)]
+pub(crate) fn last_words() -> String {
+    let words = LAST.with(|last| {
+        last.borrow()
+            .as_ref()
+            .map(|text| text.to_string_lossy().into_owned())
+    });
+    words.unwrap_or_default()
+}
+
 /// Why a call did nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Failure {

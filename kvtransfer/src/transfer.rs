@@ -29,6 +29,7 @@ mod lane;
 mod node;
 mod peer;
 mod picture;
+mod push;
 mod receive;
 mod send;
 #[cfg(all(test, feature = "testing"))]

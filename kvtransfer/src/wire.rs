@@ -6,6 +6,7 @@
 //! length before it has compared it with a bound, and nothing here panics on peer bytes (promise P3).
 #![forbid(unsafe_code)]
 
+pub mod blocks;
 mod codec;
 pub mod control;
 pub mod hello;

@@ -25,7 +25,7 @@ use crate::{
     plan::{pairing::Pairing, stream::check_items},
     transfer::{Chunk, ReceiveRequest, SendRequest, Summary},
     transport::DataLane,
-    wire::control::WriteOpen,
+    wire::blocks::WriteOpen,
 };
 
 /// SGLang's `KVPoll` (`srt/disaggregation/base/conn.py:123-128`), with its numbers: several ranks' states are combined by

@@ -61,7 +61,7 @@ pub(crate) struct Hub {
     /// What a same-host peer reads to prove that it can.
     pub(crate) probe_cookie: Box<[u8; 16]>,
     /// The RDMA devices.
-    rails: RwLock<Arc<Rails>>,
+    pub(super) rails: RwLock<Arc<Rails>>,
     /// Devices that were to be closed, but are still in use. Held while memory is released or restored.
     pub(super) old_rails: Mutex<Option<Arc<Rails>>>,
     /// Signalled when no transfer is live any more, if somebody waits for that.
@@ -185,27 +185,6 @@ impl Hub {
 
     pub(super) fn lock_core(&self) -> MutexGuard<'_, Core> {
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The RDMA devices that are open now.
-    pub(crate) fn rails(&self) -> Arc<Rails> {
-        Arc::clone(&self.rails.read().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// Puts others in their place, which are returned.
-    pub(super) fn set_rails(&self, rails: Rails) -> Arc<Rails> {
-        let mut current = self.rails.write().unwrap_or_else(PoisonError::into_inner);
-        std::mem::replace(&mut *current, Arc::new(rails))
-    }
-
-    /// Gates that were to be closed are closed.
-    pub(super) fn gates_closed(&self) {
-        self.closing_gates.fetch_sub(1, Ordering::SeqCst);
-        if self.idle_waiters.load(Ordering::SeqCst) > 0 {
-            // Whoever is about to wait holds the lock until it does.
-            drop(self.lock_core());
-            self.idle.notify_all();
-        }
     }
 
     /// Opens a transfer and remembers its handle before any of its outputs are acted on.

@@ -51,6 +51,27 @@ pub enum MemoryError {
 }
 
 impl Hub {
+    /// The RDMA devices that are open now.
+    pub(crate) fn rails(&self) -> Arc<Rails> {
+        Arc::clone(&self.rails.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Puts others in their place, which are returned.
+    pub(super) fn set_rails(&self, rails: Rails) -> Arc<Rails> {
+        let mut current = self.rails.write().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut *current, Arc::new(rails))
+    }
+
+    /// Gates that were to be closed are closed.
+    pub(super) fn gates_closed(&self) {
+        self.closing_gates.fetch_sub(1, Ordering::SeqCst);
+        if self.idle_waiters.load(Ordering::SeqCst) > 0 {
+            // Whoever is about to wait holds the lock until it does.
+            drop(self.lock_core());
+            self.idle.notify_all();
+        }
+    }
+
     /// Releases regions: see [`Engine::release_memory`](super::Engine::release_memory).
     pub(super) fn release(
         &self,

@@ -37,7 +37,10 @@ use crate::{
     },
     time::Time,
     transfer::{Chunk, Summary},
-    wire::control::{Control, FailureCode, WRITE_MILLIS_MAX, WRITES_MAX, WriteOpen},
+    wire::{
+        blocks::{WRITE_MILLIS_MAX, WRITES_MAX, WriteOpen},
+        control::{Control, FailureCode},
+    },
 };
 
 /// Rooms of one call that are open at once: while one moves, the next is being granted.

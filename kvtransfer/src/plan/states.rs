@@ -143,13 +143,6 @@ pub(super) fn slice_pieces(
     if source_slice.rows != target_slice.rows {
         return Err(unlike("has unlike numbers of rows"));
     }
-    let side = |entry: &Entry, channel: u64, channel_len: u64, dim: u32| Side {
-        region: entry.region,
-        base: entry.offset + channel * channel_len,
-        item_stride: entry.item_len,
-        row_stride: u64::from(dim) * channel_len,
-        item_count: entry.item_count,
-    };
     if (source_slice.dim == 0) != (target_slice.dim == 0) {
         return Err(unlike("is replicated on one side only"));
     }
@@ -157,20 +150,9 @@ pub(super) fn slice_pieces(
         if lengths.0 != lengths.1 {
             return Err(unlike("is replicated, but of unlike length"));
         }
-        let whole = Piece {
-            source: Side {
-                row_stride: lengths.0,
-                ..side(source_entry, 0, 0, 0)
-            },
-            target: Side {
-                row_stride: lengths.0,
-                ..side(target_entry, 0, 0, 0)
-            },
-            rows: 1,
-            row_len: lengths.0,
-        };
         let leads = heads::leads_block(source.tp, target.tp);
-        return Ok(if leads { vec![whole] } else { Vec::new() });
+        let whole = leads.then(|| whole_slot(source_entry, target_entry));
+        return Ok(whole.into_iter().collect());
     }
     let (channel_len, other_len) = (
         source_slice.channel_len(lengths.0),
@@ -184,6 +166,13 @@ pub(super) fn slice_pieces(
     let groups = groups(source_slice, total);
     let runs = runs(&groups, source, target)
         .ok_or_else(|| unlike("has sub-blocks that the ranks cannot share evenly"))?;
+    let side = |entry: &Entry, channel: u64, channel_len: u64, dim: u32| Side {
+        region: entry.region,
+        base: entry.offset + channel * channel_len,
+        item_stride: entry.item_len,
+        row_stride: u64::from(dim) * channel_len,
+        item_count: entry.item_count,
+    };
     let piece = |(first, other, count): (u64, u64, u64)| Piece {
         source: side(source_entry, first, channel_len, source_slice.dim),
         target: side(target_entry, other, channel_len, target_slice.dim),
@@ -191,6 +180,23 @@ pub(super) fn slice_pieces(
         row_len: count * channel_len,
     };
     Ok(runs.into_iter().map(piece).collect())
+}
+
+/// A slot that every rank holds in full.
+fn whole_slot(source: &Entry, target: &Entry) -> Piece {
+    let side = |entry: &Entry| Side {
+        region: entry.region,
+        base: entry.offset,
+        item_stride: entry.item_len,
+        row_stride: entry.item_len,
+        item_count: entry.item_count,
+    };
+    Piece {
+        source: side(source),
+        target: side(target),
+        rows: 1,
+        row_len: source.item_len,
+    }
 }
 
 /// The sub-blocks that are sharded one by one: those of the slice if they make up the whole, else all in one.

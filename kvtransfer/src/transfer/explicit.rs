@@ -14,7 +14,10 @@ use crate::{
     layout::ComponentKind,
     plan::pairing::Pairing,
     time::Time,
-    wire::control::{Control, Grant, WRITES_MAX, WriteOpen},
+    wire::{
+        blocks::{WRITES_MAX, WriteOpen},
+        control::{Control, Grant},
+    },
 };
 
 impl Node {
@@ -107,24 +110,7 @@ impl Node {
             .push_back(Output::Control(peer, Control::Grant(grant)));
         let timeout = Duration::from_millis(open.timeout_ms.into());
         let deadline = self.timers.set(now, timeout, Due::Transfer(id));
-        let expected = pairing
-            .components
-            .iter()
-            .map(|only| only.item_bytes())
-            .sum();
-        let owed = Owed {
-            component: 0,
-            kind: ComponentKind::Kv,
-            may_skip: false,
-            got: 0,
-            expected,
-        };
-        let leg = ReceiveLeg {
-            peer,
-            seen: SeqSet::default(),
-            owed: vec![owed],
-            done: false,
-        };
+        let legs = vec![leg(peer, &pairing)];
         self.written.insert((peer, number), id);
         self.receives.insert(
             id,
@@ -136,7 +122,7 @@ impl Node {
                 first_byte: None,
                 deadline,
                 items: vec![Arc::from([0])],
-                legs: vec![leg],
+                legs,
                 told: vec![peer],
                 bytes: 0,
                 batches: 0,
@@ -155,5 +141,23 @@ impl Node {
         let own = self.receive_rooms.get(&number).filter(of_epoch);
         let written = || self.written.get(&(peer, number)).filter(of_epoch);
         own.or_else(written).copied()
+    }
+}
+
+/// All of it is owed by the one who writes.
+fn leg(peer: PeerId, pairing: &Pairing) -> ReceiveLeg {
+    let bytes = pairing.components.iter().map(|only| only.item_bytes());
+    let owed = Owed {
+        component: 0,
+        kind: ComponentKind::Kv,
+        may_skip: false,
+        got: 0,
+        expected: bytes.sum(),
+    };
+    ReceiveLeg {
+        peer,
+        seen: SeqSet::default(),
+        owed: vec![owed],
+        done: false,
     }
 }

@@ -7,9 +7,8 @@ use std::{
 };
 
 use super::{
-    Chunk, ReceiveRequest, SendRequest, Summary,
+    ReceiveRequest, SendRequest, Summary,
     ebb::Ebbs,
-    lane::Window,
     peer::{Peer, Sends},
     receive::{Owed, ReceiveLeg, ReceiveRoom, SeqSet},
     send::{Orphan, SendRoom, check_slots},
@@ -249,106 +248,6 @@ impl Node {
             }
         }
         Ok(id)
-    }
-
-    /// Queues pages to every receiver of a room.
-    ///
-    /// The caller has checked every item against the local layout (`plan` does not do it again per batch). Of states whose
-    /// lists are cut to the shorter one ([`IndexRule::Shorter`]), what goes beyond the grant is left out.
-    ///
-    /// # Errors
-    /// The transfer is over or not ready, a list is longer than what was granted, or (with the last chunk) a state's
-    /// list is not as long as its [`IndexRule`] wants it, or a peer's queue is full. Nothing is queued then.
-    pub fn push(
-        &mut self,
-        now: Time,
-        transfer: TransferId,
-        chunk: &Chunk,
-    ) -> Result<(), SubmitError> {
-        let room =
-            self.sends
-                .get_mut(&transfer)
-                .ok_or(SubmitError::Ended(TransferError::PeerLost {
-                    reason: "the transfer is over".into(),
-                }))?;
-        if !room.is_ready() {
-            return Err(SubmitError::NotReady);
-        }
-        if let Some(doom) = &room.doom {
-            return Err(SubmitError::Ended(doom.clone()));
-        }
-        if room.closed {
-            return Err(SubmitError::Items(
-                "the last chunk has already been pushed".into(),
-            ));
-        }
-        let peers = &self.peers;
-        let explicit = room.explicit.as_ref().map(|(_, pairing)| pairing);
-        let pairing_to = |id: PeerId| match explicit {
-            Some(pairing) => Ok(pairing),
-            None => {
-                let peer = peers.get(&id).ok_or(SubmitError::UnknownPeer)?;
-                let outgoing = peer.outgoing.as_ref();
-                outgoing.map_err(|why| SubmitError::Items(why.clone()))
-            }
-        };
-        let first = room.legs.iter().find(|leg| !leg.dummy);
-        let pairing = first.map(|leg| pairing_to(leg.peer)).transpose()?;
-        let fitted = pairing.and_then(|pairing| room.fitted(chunk, pairing));
-        let chunk = fitted.as_ref().unwrap_or(chunk);
-        let counts: Vec<usize> = chunk.items.iter().map(|items| items.len()).collect();
-        room.check_granted(&counts).map_err(SubmitError::Items)?;
-        if let Some(pairing) = pairing {
-            room.check_rules(&counts, chunk.last, pairing)
-                .map_err(SubmitError::Items)?;
-        }
-        let windows: usize = counts
-            .iter()
-            .map(|n| Peer::windows_of(*n))
-            .sum::<usize>()
-            .max(1);
-        for leg in room.legs.iter().filter(|leg| !leg.dummy) {
-            let peer = self.peers.get(&leg.peer).ok_or(SubmitError::UnknownPeer)?;
-            let pairing = pairing_to(leg.peer)?;
-            peer.check_room(&self.config, pairing, windows, &counts)?;
-            if !leg.has_seqs(peer.batches_of(pairing, &counts)) {
-                return Err(SubmitError::Items("the room has too many batches".into()));
-            }
-        }
-        room.pushed.resize(room.pushed.len().max(counts.len()), 0);
-        let starts = room.pushed.clone();
-        for (pushed, count) in room.pushed.iter_mut().zip(&counts) {
-            *pushed += count;
-        }
-        room.closed = chunk.last;
-        let number = room.room.number();
-        let explicit = room
-            .explicit
-            .as_ref()
-            .map(|(_, pairing)| Arc::clone(pairing));
-        for leg in room.legs.iter_mut().filter(|leg| !leg.dummy) {
-            let peer = self
-                .peers
-                .get_mut(&leg.peer)
-                .expect("invariant: looked up a few lines above");
-            let pairing = explicit.clone().or_else(|| peer.outgoing.clone().ok());
-            let pairing = pairing.expect("invariant: looked up a few lines above");
-            let proto = Window::new(transfer, (number, leg.epoch), pairing, now);
-            peer.enqueue_chunk(&proto, chunk, &starts);
-            self.outputs.push_back(Output::Work(leg.peer));
-        }
-        if chunk.last
-            && room
-                .legs
-                .iter_mut()
-                .filter(|leg| leg.dummy)
-                .map(|leg| leg.done = true)
-                .count()
-                > 0
-        {
-            self.finish_send(now, transfer);
-        }
-        Ok(())
     }
 
     /// Opens the receiving side of a room and sends its grants.

@@ -10,10 +10,8 @@ use crate::{
     testing::{model::Model, sim::Dice},
     wire::{
         WireError,
-        control::{
-            Control, ControlDecoder, FailureCode, GRANT_ITEMS_MAX, Grant, REASON_BYTES_MAX,
-            WRITE_MILLIS_MAX, WriteOpen,
-        },
+        blocks::{WRITE_MILLIS_MAX, WriteOpen},
+        control::{Control, ControlDecoder, FailureCode, GRANT_ITEMS_MAX, Grant, REASON_BYTES_MAX},
         hello::{Hello, HostIdentity, RegionAddress},
         lane::{
             Ack, AckStatus, BATCH_BYTES_MAX, BATCHES_MAX, BatchFields, BatchHeader,

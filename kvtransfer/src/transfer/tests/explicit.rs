@@ -11,7 +11,10 @@ use crate::{
         pairing::Pairing,
     },
     transfer::{NodeConfig, Output, SendRequest},
-    wire::control::{Control, FailureCode, WRITES_MAX, WriteOpen},
+    wire::{
+        blocks::{WRITES_MAX, WriteOpen},
+        control::{Control, FailureCode},
+    },
 };
 use std::sync::Arc;
 
