@@ -124,18 +124,24 @@ class Transfer:
         return outcome
 
     def cancel(self, reason: str = "") -> None:
-        """Ends it and tells the other side why. When this returns nothing of it touches this side's memory any more."""
+        """Ends it and tells the other side why. Does not wait: with RDMA it is over some 10 ms later, otherwise at once."""
         if self._handle is None or self._end is not None:
             return
         text = reason.encode()
         check(lib.kvt_transfer_cancel(self._handle, text, len(text)))
 
     def fence(self, timeout: float) -> bool:
-        """Whether it is over within `timeout` seconds."""
-        return self._handle is None or self.wait(timeout) is not None
+        """Ends it and waits, without the GIL, until nothing of it can touch memory; False if `timeout` seconds passed."""
+        if self._handle is None or self._end is not None:
+            return True
+        status = lib.kvt_transfer_fence(self._handle, millis(timeout))
+        if status == errors.WOULD_WAIT:
+            return False
+        check(status)
+        return True
 
     def close(self) -> None:
-        """Gives it back; a live one is cancelled. How it ended stays readable."""
+        """Gives it back; a live one is cancelled, and waited for. How it ended stays readable."""
         if self._handle is None:
             return
         if self._end is None:

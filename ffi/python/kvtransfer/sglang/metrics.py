@@ -1,7 +1,7 @@
-"""Prometheus series beside SGLang's own: what the engine moved, where transfers failed and why.
+"""Prometheus series beside SGLang's own: what this rank moved, how its transfers ended, whom it is connected to.
 
-SGLang's schedulers publish through prometheus_client's files (multi-process mode), where only plain series work: so a thread
-brings counters up to date from the engine's own totals. Nothing runs without `--enable-metrics`.
+SGLang's schedulers publish through prometheus_client's files (multi-process mode), where only plain series work. Transfers are
+counted when they end; a thread looks at the engine for the rest. Nothing runs without `--enable-metrics`.
 """
 
 from __future__ import annotations
@@ -11,33 +11,41 @@ import threading
 from typing import Any
 
 from ..errors import KvtError
+from ..transfer import Outcome
 
 logger = logging.getLogger("kvtransfer.sglang")
 
+# The label `outcome` of a status.
+OUTCOMES = {
+    0: "success", 302: "incompatible", 303: "peer_failed", 304: "peer_lost", 305: "peer_misbehaved", 306: "no_path",
+    400: "cancelled", 401: "timeout", 402: "memory", 900: "shutdown",
+}  # fmt: skip
+
 
 class RankMetrics:
-    """The series of one rank, and the thread that feeds them."""
+    """The series of one rank."""
 
     def __init__(self, manager: Any, period: float) -> None:
         from prometheus_client import Counter, Gauge
 
-        labels = {"role": str(manager.disaggregation_mode.value), "tp_rank": str(manager.attn_tp_rank), "pp_rank": str(manager.pp_rank)}
-        names = list(labels)
+        role = str(manager.disaggregation_mode.value)
+        self._labels = {"role": role, "tp_rank": str(manager.attn_tp_rank), "pp_rank": str(manager.pp_rank)}
+        names = list(self._labels)
         self._engine = manager.engine
-        self._labels = labels
-        self._seen: dict[tuple[str, ...], float] = {}
-        self._bytes = Counter("kvtransfer_bytes_total", "KV bytes moved.", [*names, "direction"])
+        self._bytes = Counter("kvtransfer_bytes_total", "KV bytes of transfers that succeeded.", names)
         self._ended = Counter("kvtransfer_transfers_total", "Transfers that ended, by outcome.", [*names, "outcome"])
-        self._live = Gauge("kvtransfer_live_transfers", "Transfers that are open now.", names, multiprocess_mode="mostrecent")
+        self._moving = Counter("kvtransfer_moving_seconds_total", "Time from first batch to end, of those that succeeded.", names)
         self._peers = Gauge("kvtransfer_peers", "Connected peers.", names, multiprocess_mode="mostrecent")
-        self._malformed = Counter("kvtransfer_malformed_total", "Connections and frames that were not the protocol.", names)
+        self._malformed = Gauge(
+            "kvtransfer_malformed", "Connections and frames so far that were not the protocol.", names, multiprocess_mode="mostrecent"
+        )
         self._period = period
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvt-metrics", daemon=True)
         self._thread.start()
 
     @staticmethod
-    def start(manager: Any) -> "RankMetrics | NoMetrics":
+    def start(manager: Any) -> RankMetrics | NoMetrics:
         """The series, if this server publishes any."""
         if not getattr(manager.server_args, "enable_metrics", False):
             return NoMetrics()
@@ -47,6 +55,13 @@ class RankMetrics:
             logger.warning("no Prometheus series of kvtransfer: %s", error)
             return NoMetrics()
 
+    def ended(self, outcome: Outcome) -> None:
+        """Counts a transfer that is over."""
+        self._ended.labels(**self._labels, outcome=OUTCOMES.get(outcome.status, "other")).inc()
+        if outcome.status == 0:
+            self._bytes.labels(**self._labels).inc(outcome.bytes)
+            self._moving.labels(**self._labels).inc(outcome.moving_s)
+
     def close(self) -> None:
         """Ends the thread."""
         self._end.set()
@@ -55,31 +70,19 @@ class RankMetrics:
     def _run(self) -> None:
         while not self._end.wait(self._period):
             try:
-                self._take(self._engine.info())
+                info = self._engine.info()
             except KvtError as error:
                 logger.debug("no counters from the engine: %s", error)
                 return
-
-    def _take(self, info: dict[str, Any]) -> None:
-        counters = info.get("counters", {})
-        for direction in ("sent", "received"):
-            self._raise_to(self._bytes, counters.get(f"bytes_{direction}", 0), direction=direction)
-        for outcome, count in counters.get("ended", {}).items():
-            self._raise_to(self._ended, count, outcome=outcome)
-        self._raise_to(self._malformed, counters.get("malformed", 0))
-        self._live.labels(**self._labels).set(counters.get("live_transfers", 0))
-        self._peers.labels(**self._labels).set(len(info.get("peers", [])))
-
-    def _raise_to(self, counter: Any, total: float, **labels: str) -> None:
-        key = (counter._name, *labels.values())
-        more = total - self._seen.get(key, 0)
-        if more > 0:
-            self._seen[key] = total
-            counter.labels(**self._labels, **labels).inc(more)
+            self._peers.labels(**self._labels).set(len(info.get("peers", [])))
+            self._malformed.labels(**self._labels).set(info.get("counters", {}).get("malformed", 0))
 
 
 class NoMetrics:
     """A rank that publishes nothing."""
+
+    def ended(self, outcome: Outcome) -> None:
+        """Nothing to count."""
 
     def close(self) -> None:
         """Nothing to end."""

@@ -184,17 +184,19 @@ class KvtransferKVManager(CommonKVManager):
     def retire(self, transfer: Transfer, reason: str) -> None:
         """Lets go of a transfer. One that is not over is ended, and kept until nothing of it can touch memory."""
         self.polled.remove(transfer)
+        if not transfer.has_ended():
+            transfer.cancel(reason)
         if transfer.has_ended():
-            transfer.close()
-            return
-        transfer.cancel(reason)
-        if transfer.has_ended():
-            transfer.close()
+            self._close(transfer)
         elif self.disaggregation_mode == DisaggregationMode.DECODE and self.enable_deferred_decode_kv_release:
             self._draining[transfer.room] = transfer
         else:
             transfer.fence(DRAIN_PATIENCE)
-            transfer.close()
+            self._close(transfer)
+
+    def _close(self, transfer: Transfer) -> None:
+        self.metrics.ended(transfer.outcome())
+        transfer.close()
 
     def padded(self, state_indices: Sequence[Any] | None) -> list[Any]:
         """One item list per state component, `None` for those that the request has nothing of."""
@@ -210,7 +212,7 @@ class KvtransferKVManager(CommonKVManager):
     def clear_deferred_abort_state(self, bootstrap_room: int) -> None:
         transfer = self._draining.pop(bootstrap_room, None)
         if transfer is not None:
-            transfer.close()
+            self._close(transfer)
 
     def should_verify_kv_checksum(self, bootstrap_addr: str) -> bool:
         """Digests cover the same bytes only where both sides are cut alike."""
