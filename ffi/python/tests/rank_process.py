@@ -199,6 +199,18 @@ class Rank:
         sender.send(np.array(pages, dtype=np.int32), state_indices)
         return {"send_s": time.perf_counter() - started}
 
+    def timed(self, room: int, pages: list[int], slot: int) -> dict[str, Any]:
+        """Prefill: sends pages as they are, in one last chunk; the time until Success."""
+        self.pool.write_aux(room, slot)
+        indices = np.array(pages, dtype=np.int32)
+        started = time.perf_counter()
+        self.requests[room].send(indices, None)
+        while (state := int(self.requests[room].poll())) not in (0, 4):
+            time.sleep(0.0002)
+            if time.perf_counter() - started > 60:
+                break
+        return {"s": time.perf_counter() - started, "state": state}
+
     def until(self, room: int, states: list[int], timeout: float) -> dict[str, Any]:
         """Polls as the scheduler's loop does, until one of the states; the states that were seen, in order."""
         seen: list[int] = []
