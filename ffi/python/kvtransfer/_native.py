@@ -19,7 +19,7 @@ _HERE = Path(__file__).resolve().parent
 # The version of the header that this package was written against; the library must say the same.
 ABI_VERSION = 1
 
-ffi = FFI()
+ffi: Any = FFI()
 
 
 def declarations(header: str) -> str:
@@ -72,7 +72,7 @@ def check(status: int) -> None:
 
 def status_text(status: int) -> str:
     """What a status means, in general."""
-    return ffi.string(lib.kvt_status_text(status)).decode()
+    return str(ffi.string(lib.kvt_status_text(status)).decode())
 
 
 def taken(call: Callable[[Any], int]) -> str:
@@ -87,11 +87,11 @@ def owned_text(text: Any) -> str:
     if text == ffi.NULL:
         return ""
     try:
-        return ffi.string(text).decode("utf-8", "replace")
+        return str(ffi.string(text).decode("utf-8", "replace"))
     finally:
         lib.kvt_text_free(text)
 
 
 def version() -> str:
     """The library's version."""
-    return ffi.string(lib.kvt_version()).decode()
+    return str(ffi.string(lib.kvt_version()).decode())

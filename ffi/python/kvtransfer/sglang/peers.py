@@ -90,17 +90,21 @@ class Peers:
         return group
 
     def forget(self, server: str) -> None:
-        """Drops what is known of a server whose ranks were lost: the next request looks it up again."""
+        """Drops what is known of a server whose rank was lost: the next request looks it up again.
+
+        Its ranks that are still connected stay so: requests to other data-parallel ranks of the same server go on.
+        """
+        try:
+            alive = {peer["peer"] for peer in self._engine.info()["peers"]}
+        except KvtError as error:
+            logger.debug("the engine has no peers any more: %s", error)
+            alive = set()
         with self._lock:
-            gone = [key for key in self._groups if key[0] == server]
-            lost = {source.peer for key in gone for source in self._groups.pop(key).sources}
-            for address in [address for address, peer in self._connected.items() if peer in lost]:
+            for key in [key for key in self._groups if key[0] == server]:
+                del self._groups[key]
+            for address in [address for address, peer in self._connected.items() if peer not in alive]:
                 del self._connected[address]
-        for peer in lost:
-            try:
-                self._engine.disconnect(peer, "its prefill server is looked up anew")
-            except KvtError as error:
-                logger.debug("peer %s was gone before it was dropped: %s", peer, error)
+                self._dialling.pop(address, None)
 
     def close(self) -> None:
         """Lets the threads end; jobs that wait for other hosts are left to their timeouts."""

@@ -52,7 +52,8 @@ class KvtransferKVManager(CommonKVManager):
     _staging_handler = None
 
     def __init__(self, args: Any, disaggregation_mode: Any, server_args: Any, is_mla_backend: bool | None = False) -> None:
-        self.engine: Engine | None = None
+        # None only until the constructor is through.
+        self.engine: Any = None
         self.options = options.read_all()
         self._rooms: dict[int, Any] = {}
         self._rooms_lock = threading.Lock()
