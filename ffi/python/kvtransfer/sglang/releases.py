@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 # First and last release that the suite in ffi/python/tests has passed with.
-FIRST = (0, 5, 23)
+FIRST = (0, 5, 22)
 LAST = (0, 5, 23)
 
 
