@@ -169,20 +169,6 @@ pub(crate) unsafe fn described(layout: *const kvt_layout_t) -> Result<(Memory, L
         );
         return Err(Failure::new(KVT_WRONG_ABI, text));
     }
-    if layout.reserved != 0 {
-        return Err(Failure::argument("`layout.reserved` must be 0"));
-    }
-    let attention = match layout.attention {
-        KVT_ATTENTION_HEADS => Attention::Heads {
-            total_kv_heads: layout.total_kv_heads,
-            rank_kv_heads: layout.rank_kv_heads,
-        },
-        KVT_ATTENTION_LATENT => Attention::Latent,
-        other => {
-            let text = format!("`layout.attention` is {other}, no KVT_ATTENTION_ number");
-            return Err(Failure::argument(text));
-        }
-    };
     // SAFETY: the caller's contract is ours.
     let given = unsafe {
         list(
@@ -200,9 +186,32 @@ pub(crate) unsafe fn described(layout: *const kvt_layout_t) -> Result<(Memory, L
     if is_raw {
         return Ok((memory, Layout::raw()));
     }
-    let components = components
-        .into_iter()
-        .filter_map(|component| component.placed(&regions));
+    let components = components.into_iter();
+    let components = components.filter_map(|component| component.placed(&regions));
+    // SAFETY: the caller's contract is ours.
+    let layout = unsafe { layout_of(layout, components.collect()) }?;
+    Ok((memory, layout))
+}
+
+/// The layout of these components.
+///
+/// # Safety
+/// As for [`described`].
+unsafe fn layout_of(layout: &kvt_layout_t, components: Vec<Component>) -> Result<Layout, Failure> {
+    if layout.reserved != 0 {
+        return Err(Failure::argument("`layout.reserved` must be 0"));
+    }
+    let attention = match layout.attention {
+        KVT_ATTENTION_HEADS => Attention::Heads {
+            total_kv_heads: layout.total_kv_heads,
+            rank_kv_heads: layout.rank_kv_heads,
+        },
+        KVT_ATTENTION_LATENT => Attention::Latent,
+        other => {
+            let text = format!("`layout.attention` is {other}, no KVT_ATTENTION_ number");
+            return Err(Failure::argument(text));
+        }
+    };
     // SAFETY: the caller's contract is ours.
     let kv_dtype = unsafe { text(layout.kv_dtype.data, layout.kv_dtype.len, "layout.kv_dtype") }?;
     // SAFETY: the caller's contract is ours.
@@ -235,7 +244,7 @@ pub(crate) unsafe fn described(layout: *const kvt_layout_t) -> Result<(Memory, L
             size: layout.pp_size,
         },
         layers: layout.first_layer..layout.end_layer,
-        components: components.collect(),
+        components,
     };
     if !ratios.is_empty() {
         let layers = layout.layers.clone();
@@ -244,7 +253,7 @@ pub(crate) unsafe fn described(layout: *const kvt_layout_t) -> Result<(Memory, L
                 .map_err(|error| Failure::new(KVT_BAD_LAYOUT, error.to_string()))?;
         }
     }
-    Ok((memory, layout))
+    Ok(layout)
 }
 
 /// A component whose entries are still addresses.

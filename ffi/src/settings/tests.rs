@@ -69,6 +69,13 @@ fn every_field_arrives() {
     );
     assert_eq!((config.peers_max, config.strangers_max), (16, 17));
     assert!(config.writable_by_address && config.null_wire);
+}
+
+#[test]
+fn every_field_of_its_listeners_and_its_state_machine_arrives() {
+    let config = parse::<EngineSettings>(ALL, "config").and_then(EngineSettings::config);
+    let config = config.expect("all fields are known");
+    let ms = Duration::from_millis;
     let bootstrap = config.bootstrap.expect("asked for");
     assert_eq!(bootstrap.listen.port(), 8);
     assert!(

@@ -34,8 +34,8 @@ pub(crate) fn library() -> &'static Path {
         let said = String::from_utf8_lossy(&built.stderr);
         assert!(built.status.success(), "cargo build failed:\n{said}");
         let messages = String::from_utf8(built.stdout).expect("cargo speaks JSON");
-        let files = messages.lines().filter_map(shared_object);
-        files.last().expect("cargo built the cdylib")
+        let mut files = messages.lines().filter_map(shared_object);
+        files.next_back().expect("cargo built the cdylib")
     })
 }
 
