@@ -83,6 +83,17 @@ fn room_failed(code: FailureCode, reason: &str) -> Control {
     }
 }
 
+fn face() -> Face {
+    Face {
+        boot_id: [4; 16],
+        rails: vec![
+            ("erdma_0".into(), Connector::Compat),
+            ("siw0".into(), Connector::Standard),
+        ],
+        refusal: "keines".into(),
+    }
+}
+
 fn messages() -> Vec<Control> {
     let codes = [
         FailureCode::Cancelled,
@@ -145,14 +156,7 @@ fn messages() -> Vec<Control> {
         },
         Control::Ping { nonce: 1 },
         Control::Look(vec![0, 255]),
-        Control::Seen(Box::new(Face {
-            boot_id: [4; 16],
-            rails: vec![
-                ("erdma_0".into(), Connector::Compat),
-                ("siw0".into(), Connector::Standard),
-            ],
-            refusal: "keines".into(),
-        })),
+        Control::Seen(Box::new(face())),
         Control::Pong { nonce: u64::MAX },
     ];
     all.extend(codes.map(|code| room_failed(code, code.name())));
