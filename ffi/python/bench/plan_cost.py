@@ -16,7 +16,11 @@ import argparse
 import gc
 import json
 import mmap
+import os
+import signal
+import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -231,6 +235,53 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     }
 
 
+class Calls:
+    """The system calls of this process while the block runs, counted by strace."""
+
+    NAMES = ("sendmsg", "recvmsg", "recvfrom", "process_vm_readv")
+
+    def __enter__(self) -> Calls:
+        self.file = tempfile.NamedTemporaryFile("r", suffix=".strace")
+        trace = ["strace", "-f", "-c", "-o", self.file.name, "-e", f"trace={','.join(self.NAMES)}", "-p", str(os.getpid())]
+        self.strace = subprocess.Popen(trace, stderr=subprocess.PIPE)
+        assert self.strace.stderr is not None
+        # It says so once per thread; the first line means that all that existed are attached.
+        line = self.strace.stderr.readline()
+        assert b"attached" in line, line
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.strace.send_signal(signal.SIGINT)
+        self.strace.communicate(timeout=PATIENCE_S)
+        lines = [line.split() for line in self.file.read().splitlines()]
+        self.counts = {line[-1]: int(line[3]) for line in lines if line and line[-1] in self.NAMES}
+        self.file.close()
+
+
+def operations(path: str, cut: Case) -> dict[str, Any]:
+    """What one request to one of two decode ranks is made of on a real path."""
+    source, target = cut.lists()
+    with ExitStack() as stack:
+        ours = Ours(cut, stack, same_host=path)
+        before = sum(rail["batches_total"] for rail in ours.sender.info()["rails"])
+        with Calls() as calls:
+            ours.run(source, target)
+        # What became of it is known a moment later.
+        batches = sum(rail["batches_total"] for rail in ours.sender.info()["rails"]) - before
+    return {"path": {"off": "tcp"}.get(path, path), "slices": cut.tokens * cut.buffers, "batches": batches, **calls.counts}
+
+
+def count_operations() -> list[dict[str, Any]]:
+    rows = [operations(path, CUT) for path in ("off", "pull", "ring")]
+    print("\n| TP 1 to 2, one peer | slices: theirs, a write each | batches | send calls | receive calls | copies between processes |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        receives = row.get("recvmsg", 0) + row.get("recvfrom", 0)
+        print(f"| {row['path']} | {row['slices']} | {row['batches']} | {row.get('sendmsg', 0)} | {receives} "
+              f"| {row.get('process_vm_readv', 0)} |", flush=True)  # fmt: skip
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
@@ -247,6 +298,7 @@ def main() -> None:
             f"| {row['python_us']:.0f} | {row['their_blocks']} ({row['their_calls']}) | {row['our_writes']} |",
             flush=True,
         )
+    found += count_operations()
     if chosen.json:
         chosen.json.write_text("".join(json.dumps(row) + "\n" for row in found))
 
