@@ -3,7 +3,7 @@
 Theirs is the real code of SGLang's Mooncake backend (`_send_kvcache_generic` with `group_concurrent_contiguous`, and
 `send_kvcache_slice` for unequal tensor-parallel sizes) over an engine that counts what it is given and does nothing. Ours is
 two engines without a wire: a whole push until Success on the sending side, hand-over, acknowledgements and threads included,
-and beside it the time in Python, which is the time under the GIL. Both take the same page lists in turns, round by round.
+and beside it how soon push() is back, which waits without the GIL. Both take the same page lists in turns, round by round.
 
     KVTRANSFER_LIBRARY=.../libkvtransfer.so python plan_cost.py [--rounds N] [--json FILE]
 
@@ -184,7 +184,7 @@ class Ours:
         )
 
     def run(self, source: np.ndarray, target: np.ndarray) -> tuple[float, float]:
-        """Seconds until Success, and those of them in Python."""
+        """Seconds until Success, and until push() was back."""
         self.rooms += 1
         with (
             self.receiver.receive(self.rooms, [Source(self.peer)], [target], PATIENCE_S) as receiving,
@@ -226,7 +226,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         "theirs_ms": median(their_times) * 1e3,
         "ours_ms": median(our_times) * 1e3,
         "ours_worst_ms": max(our_times) * 1e3,
-        "python_us": median(pushes) * 1e6,
+        "push_us": median(pushes) * 1e6,
         "their_blocks": theirs.engine.blocks // enough,
         "their_calls": theirs.engine.calls // enough,
         "our_blocks": (after["blocks"] - before["blocks"]) // rounds,
@@ -288,14 +288,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="one object per line")
     chosen = parser.parse_args()
     found = []
-    print("| request, fully fragmented | theirs ms | ours ms (worst) | goal ms | in Python us | their blocks (calls) | our writes |")
+    print("| request, fully fragmented | theirs ms | ours ms (worst) | goal ms | push() us | their blocks (calls) | our writes |")
     print("|---|---|---|---|---|---|---|")
     for case in CASES:
         row = measure(case, chosen.rounds)
         found.append(row)
         print(
             f"| {row['case']} | {row['theirs_ms']:.0f} | {row['ours_ms']:.2f} ({row['ours_worst_ms']:.2f}) | {row['goal_ms']:.0f} "
-            f"| {row['python_us']:.0f} | {row['their_blocks']} ({row['their_calls']}) | {row['our_writes']} |",
+            f"| {row['push_us']:.0f} | {row['their_blocks']} ({row['their_calls']}) | {row['our_writes']} |",
             flush=True,
         )
     found += count_operations()

@@ -24,9 +24,11 @@ from pools import UNTOUCHED, Pool, Shape  # noqa: E402
 
 FAILED, SUCCESS = 0, 4
 # How often a scheduler's loop asks for a request's state.
-POLL_S = 0.0005
+POLL_S = 0.001
 # Longest that one request may take.
 PATIENCE_S = 100.0
+# Places of the noise at which a page can begin.
+STARTS = 1 << 18
 # Ranges of one call (`UIO_MAXIOV`).
 RANGES = 1024
 
@@ -41,14 +43,15 @@ class SharedPool(Pool):
         file = os.open(path, os.O_RDWR)
         self.memory = mmap.mmap(file, len(self.keys) * shape.pages * item)
         os.close(file)
-        self.pages = np.frombuffer(self.memory, np.uint8).reshape(len(self.keys), shape.pages, item)
-        self.kv = list(self.pages)
+        self.kv = list(np.frombuffer(self.memory, np.uint8).reshape(len(self.keys), shape.pages, item))
+        # The same in words, which compare faster.
+        self.pages = np.frombuffer(self.memory, np.uint64).reshape(len(self.keys), shape.pages, item // 8)
         # As long as a page and some more, so that each page can begin at its own place of it.
-        self.noise = np.random.default_rng(5).integers(0, 256, item + (1 << 20), np.uint8)
+        self.noise = np.random.default_rng(5).integers(0, 2**64, item // 8 + STARTS, np.uint64)
 
     def page(self, buffer: int, page: int) -> np.ndarray:
         """What a page of the source holds."""
-        start = (buffer * 7919 + page * 104_729) % (1 << 20)
+        start = (buffer * 7919 + page * 104_729) % STARTS
         return self.noise[start : start + self.pages.shape[2]]
 
     def fill(self) -> None:
@@ -57,17 +60,18 @@ class SharedPool(Pool):
                 self.pages[buffer, page] = self.page(buffer, page)
 
     def poison(self) -> None:
-        self.pages[:] = UNTOUCHED
+        np.frombuffer(self.memory, np.uint8)[:] = UNTOUCHED
 
     def differing(self, source: list[int], target: list[int]) -> int:
         """How many pages of a request do not hold what their source holds, or were written without being asked for."""
         wrong = 0
+        untouched = np.full(self.pages.shape[2] * 8, UNTOUCHED, np.uint8).view(np.uint64)
+        others = np.setdiff1d(np.arange(self.shape.pages), target)
         for buffer in range(len(self.keys)):
             wrong += sum(
                 not np.array_equal(self.pages[buffer, to], self.page(buffer, number)) for number, to in zip(source, target)
             )
-            others = np.setdiff1d(np.arange(self.shape.pages), target)
-            wrong += int((self.pages[buffer, others] != UNTOUCHED).any(axis=1).sum())
+            wrong += sum(not np.array_equal(self.pages[buffer, other], untouched) for other in others)
         return wrong
 
 
@@ -149,7 +153,7 @@ class Plain(Asked):
 
     def prepare(self, source: list[int], target: list[int]) -> None:
         """Works out this side's ranges, those that touch on both sides merged, shared out over the connections."""
-        item = self.pool.pages.shape[2]
+        item = self.pool.kv[0].shape[1]
         runs: list[list[int]] = []
         for place, (here, there) in enumerate(zip(source, target)):
             if runs and source[place - 1] + 1 == here and target[place - 1] + 1 == there:

@@ -19,7 +19,7 @@ import os
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,10 +33,12 @@ from ranks import SUCCESS, WAITING, Rank, environment, free_port  # noqa: E402
 
 PAGE = 64
 LONGEST = 32_768
+# Pages at random need more room than the request has.
+LEAST = 16_384
 # DeepSeek-V3 and Llama 3.1 8B in bfloat16: 2.1 GiB and 4 GiB for 32K tokens.
 MODELS = {
-    "mla": Shape(layers=61, heads=0, latent_bytes=1152, page_size=PAGE, pages=LONGEST // PAGE),
-    "mha": Shape(layers=32, heads=8, head_bytes=256, page_size=PAGE, pages=LONGEST // PAGE),
+    "mla": Shape(layers=61, heads=0, latent_bytes=1152, page_size=PAGE),
+    "mha": Shape(layers=32, heads=8, head_bytes=256, page_size=PAGE),
 }
 MEANING = {"mla": "DeepSeek-V3: 61 layers of 1152 B per token", "mha": "Llama 3.1 8B: 32 layers, K and V of 8 heads of 256 B"}
 # What each engine needs so that it moves all of this over TCP. Mooncake's own limits refuse a batch of 31 232 blocks.
@@ -69,7 +71,7 @@ class Case:
         if not self.fragmented:
             return list(range(count)), list(range(count))
         random = np.random.default_rng(11)
-        pool = LONGEST // PAGE
+        pool = max(LEAST, self.tokens) // PAGE
         return random.permutation(pool)[:count].tolist(), random.permutation(pool)[:count].tolist()
 
 
@@ -179,10 +181,12 @@ def verify(engine: Any, case: Case) -> None:
         raise AssertionError(f"{engine.name}: {wrong} pages of {case.name} are wrong")
 
 
-def compare(model: str, names: list[str], cases: list[Case], rounds: int) -> list[dict[str, Any]]:
-    """All engines of one model in turns; the first of a round changes every time."""
-    shape = MODELS[model]
-    size = request_bytes(shape, LONGEST)
+def compare(model: str, names: list[str], cases: list[Case], rounds: int, seconds: float = 3600.0) -> list[dict[str, Any]]:
+    """All engines of one model in turns; the first of a round changes every time. No round begins after `seconds`."""
+    begun = time.monotonic()
+    tokens = max(LEAST, *(case.tokens for case in cases), 0)
+    shape = replace(MODELS[model], pages=tokens // PAGE)
+    size = request_bytes(shape, tokens)
     with ExitStack() as stack:
         pools = (shared_memory(size, stack), shared_memory(size, stack))
         made = [(Plain if name in PLAIN else Engine)(name, shape, pools, stack) for name in names]
@@ -195,6 +199,8 @@ def compare(model: str, names: list[str], cases: list[Case], rounds: int) -> lis
                 print(f"{model} {case.name} {engine.name}: every byte is right ({time.monotonic() - started:.1f} s)", file=sys.stderr)
         found: dict[tuple[str, str], list[dict[str, float]]] = {}
         for number in range(rounds):
+            if number and time.monotonic() - begun > seconds:
+                break
             for case in cases:
                 source, target = case.lists()
                 for place in range(len(made)):
@@ -236,12 +242,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3600.0, help="no round begins later than this")
     parser.add_argument("--engines", default="kvtransfer,mooncake,nixl,plain 1,plain 2")
     parser.add_argument("--cases", default=",".join(case.name for case in CASES))
     parser.add_argument("--json", type=Path, help="one object per line")
     chosen = parser.parse_args()
     cases = [case for case in CASES if case.name in chosen.cases.split(",")]
-    rows = compare(chosen.model, chosen.engines.split(","), cases, chosen.rounds)
+    rows = compare(chosen.model, chosen.engines.split(","), cases, chosen.rounds, chosen.seconds)
     table(rows)
     if chosen.json:
         chosen.json.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -144,6 +144,15 @@ impl Inbound {
         matches!(self.expect, Expect::Frame) && self.start == self.end
     }
 
+    /// Bytes that are sure to come before anybody waits for an answer of ours: the rest of a payload.
+    pub(super) fn payload_left(&self) -> u64 {
+        match &self.expect {
+            Expect::Payload(filling) => filling.left,
+            Expect::Skip(_, left) => *left,
+            _ => 0,
+        }
+    }
+
     /// Takes bytes that were read elsewhere.
     pub(super) fn append(&mut self, bytes: &[u8]) {
         self.compact();
