@@ -205,7 +205,9 @@ def compare(model: str, names: list[str], cases: list[Case], rounds: int, second
                 source, target = case.lists()
                 for place in range(len(made)):
                     engine = made[(place + number) % len(made)]
-                    found.setdefault((case.name, engine.name), []).append(engine.move(source, target))
+                    sample = engine.move(source, target)
+                    found.setdefault((case.name, engine.name), []).append(sample)
+                    print(f"{number} {case.name} {engine.name}: {sample['s'] * 1e3:.0f} ms, {sample['cpu_s']:.2f} CPU-s", file=sys.stderr)
     rows = []
     for case in cases:
         gib = request_bytes(shape, case.tokens) / 2**30
