@@ -83,6 +83,7 @@ pub(crate) unsafe fn receive(socket: BorrowedFd<'_>, ranges: &[IoRange]) -> io::
 
 /// Lets a socket count as readable only when it holds so many bytes, or has no space for more, or has ended.
 pub(crate) fn set_low_water(socket: BorrowedFd<'_>, bytes: i32) -> io::Result<()> {
+    const BYTES_OF_AN_INT: libc::socklen_t = 4;
     // SAFETY: the option's value is the `i32` that the pointer refers to, for as long as the call takes.
     let done = unsafe {
         libc::setsockopt(
@@ -90,7 +91,7 @@ pub(crate) fn set_low_water(socket: BorrowedFd<'_>, bytes: i32) -> io::Result<()
             libc::SOL_SOCKET,
             libc::SO_RCVLOWAT,
             (&raw const bytes).cast(),
-            size_of::<i32>() as libc::socklen_t,
+            BYTES_OF_AN_INT,
         )
     };
     if done == 0 {
