@@ -1,6 +1,7 @@
 //! The receiving half of a lane: headers in, payload straight into the pages, under the room's gate.
 #![expect(unsafe_code, reason = "hands raw region memory to recvmsg")]
 
+mod awaited;
 mod local;
 
 use std::{io, os::fd::BorrowedFd, sync::Arc};
@@ -136,20 +137,6 @@ impl Inbound {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error.into()),
             }
-        }
-    }
-
-    /// Whether the next bytes are a frame's first.
-    pub(super) fn is_between_frames(&self) -> bool {
-        matches!(self.expect, Expect::Frame) && self.start == self.end
-    }
-
-    /// Bytes that are sure to come before anybody waits for an answer of ours: the rest of a payload.
-    pub(super) fn payload_left(&self) -> u64 {
-        match &self.expect {
-            Expect::Payload(filling) => filling.left,
-            Expect::Skip(_, left) => *left,
-            _ => 0,
         }
     }
 
