@@ -12,6 +12,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
+use super::stuck;
 use crate::{
     clock::Stopwatch,
     order::Order,
@@ -165,14 +166,29 @@ fn follow(
                     "lab: still running after {} s; killed",
                     order.limit_s
                 ));
+                say_threads(group, &say);
                 kill(group);
                 ended = Some(Ended::TimedOut);
                 deadline = watch.elapsed() + AFTERMATH;
             }
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                if ended == Some(Ended::TimedOut) && !stuck::threads(group).is_empty() {
+                    say(
+                        "lab: the kill does not end it, so the kernel holds it; the end of the kernel's log, and its threads:",
+                    );
+                    stuck::kernel_log().iter().for_each(|line| say(line));
+                    say_threads(group, &say);
+                }
                 return ended.context("a job's output ended before the job");
             }
         }
+    }
+}
+
+/// Says what the threads of a job do: whether a program hangs or the kernel cannot be seen from outside.
+fn say_threads(group: u32, say: &dyn Fn(&str)) {
+    for thread in stuck::threads(group) {
+        thread.to_string().lines().for_each(say);
     }
 }
 
@@ -243,6 +259,9 @@ mod tests {
     fn a_job_at_its_limit_ends_with_all_it_started() {
         let (ended, lines) = run_here(&order(1, "sleep 600 & echo $!; sleep 600"));
         assert_eq!(ended, Ended::TimedOut);
+        let told = |word: &str| lines.iter().any(|line| line.contains(word));
+        assert!(told("(sleep): state "), "{lines:?}");
+        assert!(!told("the kill does not end it"), "{lines:?}");
         let child = Path::new("/proc").join(&lines[0]).join("cmdline");
         let left = std::fs::read_to_string(child).unwrap_or_default();
         assert!(!left.contains("sleep"), "{left}");
