@@ -166,18 +166,20 @@ fn follow(
                     "lab: still running after {} s; killed",
                     order.limit_s
                 ));
-                say_threads(group, &say);
+                say_threads(&stuck::threads(group), &say);
                 kill(group);
                 ended = Some(Ended::TimedOut);
                 deadline = watch.elapsed() + AFTERMATH;
             }
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                if ended == Some(Ended::TimedOut) && !stuck::threads(group).is_empty() {
-                    say(
-                        "lab: the kill does not end it, so the kernel holds it; the end of the kernel's log, and its threads:",
-                    );
+                let left = stuck::threads(group);
+                if ended == Some(Ended::TimedOut) && !left.is_empty() {
+                    say(&format!(
+                        "lab: {} s after the kill the kernel has not ended it; its threads, and the end of the kernel's log:",
+                        AFTERMATH.as_secs()
+                    ));
+                    say_threads(&left, &say);
                     stuck::kernel_log().iter().for_each(|line| say(line));
-                    say_threads(group, &say);
                 }
                 return ended.context("a job's output ended before the job");
             }
@@ -186,8 +188,8 @@ fn follow(
 }
 
 /// Says what the threads of a job do: whether a program hangs or the kernel cannot be seen from outside.
-fn say_threads(group: u32, say: &dyn Fn(&str)) {
-    for thread in stuck::threads(group) {
+fn say_threads(threads: &[stuck::Thread], say: &dyn Fn(&str)) {
+    for thread in threads {
         thread.to_string().lines().for_each(say);
     }
 }
@@ -261,7 +263,7 @@ mod tests {
         assert_eq!(ended, Ended::TimedOut);
         let told = |word: &str| lines.iter().any(|line| line.contains(word));
         assert!(told("(sleep): state "), "{lines:?}");
-        assert!(!told("the kill does not end it"), "{lines:?}");
+        assert!(!told("has not ended it"), "{lines:?}");
         let child = Path::new("/proc").join(&lines[0]).join("cmdline");
         let left = std::fs::read_to_string(child).unwrap_or_default();
         assert!(!left.contains("sleep"), "{left}");
