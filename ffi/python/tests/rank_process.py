@@ -34,6 +34,7 @@ def publish(setup: dict[str, Any], shape: Shape) -> Any:
         host=setup.get("host", "127.0.0.1"),
         port=30000,
         device="cpu",
+        pp_size=shape.pp_size,
         load_balance_method=setup.get("load_balance_method", "follow_bootstrap_room"),
     ).install()
     group = SimpleNamespace(rank_in_group=shape.pp_rank, world_size=shape.pp_size, is_last_rank=True, broadcast_object=shared)
@@ -216,9 +217,10 @@ class Rank:
         seen: list[int] = []
         deadline = time.monotonic() + timeout
         poller = self.requests[room]
+        # Older releases have no such store: their stages poll each for itself.
+        consensus = hasattr(self.manager, "check_status_pp_consensus") and self.shape.pp_size > 1 and self.shape.pp_rank == 0
         while True:
-            state = int(poller.poll_pp_consensus() if self.is_prefill and self.shape.pp_size > 1 and self.shape.pp_rank == 0
-                        else poller.poll())  # fmt: skip
+            state = int(poller.poll_pp_consensus() if self.is_prefill and consensus else poller.poll())
             if not seen or seen[-1] != state:
                 seen.append(state)
             if state in states or time.monotonic() > deadline:
