@@ -12,7 +12,7 @@ use kvtransfer::{
     config::{EngineConfig, SameHost},
     engine::{Engine, Memory, Transfer},
     ids::Room,
-    layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard},
+    layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard, StateShape},
     memory::Region,
     testing::{
         conformance::{FakeNetwork, SOON, wait_for},
@@ -43,6 +43,7 @@ fn layout() -> Layout {
                 layer_id: None,
             }],
             draft_entries: 0,
+            state: StateShape::default(),
         }],
     }
 }

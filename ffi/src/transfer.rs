@@ -1,10 +1,12 @@
 //! Transfers: one side's part in one room.
 #![expect(unsafe_code, reason = "exported functions take raw pointers")]
 
+mod moving;
+
 use std::{ffi::c_char, sync::Arc, time::Duration};
 
 use kvt::{
-    engine::{Poll, Transfer},
+    engine::Transfer,
     ids::{PeerId, Room},
     layout::dsa_tail_slots,
     transfer::{Chunk, ReceiveRequest, SendRequest, Source},
@@ -15,9 +17,11 @@ use crate::{
     engine::{Opened, kvt_engine_t},
     guard::enter,
     handle::{Handle, Opaque, borrow, free, give, on},
-    records::{Record, Records},
-    status::{Failure, KVT_BAD_ITEMS, KVT_OK, KVT_WOULD_WAIT, kvt_status_t},
+    records::Record,
+    status::{Failure, KVT_BAD_ITEMS, KVT_WOULD_WAIT, kvt_status_t},
 };
+
+use moving::{Moving, state};
 
 /// `kvt_transfer_poll_many`: it failed; `kvt_transfer_wait` says why. The numbers are SGLang's `KVPoll`.
 pub const KVT_STATE_FAILED: u8 = 0;
@@ -41,20 +45,6 @@ pub const KVT_UNTIL_ENDED: i32 = 2;
 /// One side's part in one room. Made by `kvt_send_open` or `kvt_receive_open`, given back by `kvt_transfer_free`. Any
 /// thread may use it, several at a time. It may outlive its engine, and then says `KVT_SHUTDOWN`.
 pub struct kvt_transfer_t(Handle<Moving>);
-
-/// What the handle holds.
-pub(crate) struct Moving {
-    transfer: Transfer,
-    records: Arc<Records>,
-    tails: Arc<[bool]>,
-}
-
-impl Drop for Moving {
-    fn drop(&mut self) {
-        // Nobody wants to hear of it any more. The transfer's own drop then cancels it, if it is still live.
-        self.records.take(self.transfer.id());
-    }
-}
 
 impl Opaque for kvt_transfer_t {
     type Value = Moving;
@@ -429,46 +419,6 @@ pub unsafe extern "C" fn kvt_transfer_free(transfer: *mut kvt_transfer_t) {
     unsafe { free(transfer) };
 }
 
-impl Moving {
-    /// How it stands, and why it failed.
-    fn outcome(&self) -> (kvt_outcome_t, Option<String>) {
-        let transfer = &self.transfer;
-        // The state first: it may go on meanwhile, and an end must not be shown beside an older state.
-        let ready = transfer.ready();
-        let mut outcome = kvt_outcome_t {
-            status: KVT_WOULD_WAIT,
-            state: state(transfer.poll()).into(),
-            prefix_tokens: ready.unwrap_or(0),
-            is_ready: ready.is_some().into(),
-            room: transfer.room().number(),
-            id: transfer.id().0,
-            bytes: 0,
-            batches: 0,
-            waited_ns: 0,
-            moving_ns: 0,
-        };
-        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        match transfer.result() {
-            None => (outcome, None),
-            Some(Ok(summary)) => {
-                outcome.status = KVT_OK;
-                outcome.state = KVT_STATE_SUCCESS.into();
-                outcome.bytes = summary.bytes;
-                outcome.batches = summary.batches;
-                outcome.waited_ns = nanos(summary.waited);
-                outcome.moving_ns = nanos(summary.moving);
-                (outcome, None)
-            }
-            Some(Err(error)) => {
-                let failure = Failure::from(error);
-                outcome.status = failure.status;
-                outcome.state = KVT_STATE_FAILED.into();
-                (outcome, Some(failure.text))
-            }
-        }
-    }
-}
-
 fn open(
     opened: &Opened,
     record: Record,
@@ -520,16 +470,6 @@ fn source(given: &kvt_source_t) -> Result<Source, Failure> {
     };
     let peer = PeerId(given.peer);
     Ok(Source { peer, dummy })
-}
-
-fn state(poll: Poll) -> u8 {
-    match poll {
-        Poll::Failed => KVT_STATE_FAILED,
-        Poll::Bootstrapping => KVT_STATE_BOOTSTRAPPING,
-        Poll::WaitingForInput => KVT_STATE_WAITING_FOR_INPUT,
-        Poll::Transferring => KVT_STATE_TRANSFERRING,
-        Poll::Success => KVT_STATE_SUCCESS,
-    }
 }
 
 fn record(room: Room, user_data: u64) -> Record {

@@ -18,5 +18,6 @@ pub use answer::{ContentType, Method, Reply, Request, answer};
 pub use generation::{Entry, Generation};
 pub use rooms::{Rooms, RoomsFull};
 pub use row::{
-    RANKS_MAX, RankKey, Row, RowError, SPEC_LAYOUT_BYTES_MAX, SpecLayout, TEXT_BYTES_MAX, Topology,
+    KnownKeys, RANKS_MAX, RankKey, Row, RowError, SPEC_LAYOUT_BYTES_MAX, SpecLayout,
+    TEXT_BYTES_MAX, Topology,
 };

@@ -110,7 +110,26 @@ fn once(addr: SocketAddr, method: &str, path: &str, body: Option<&str>) -> Respo
 }
 
 /// A row of a TP-`tp_size` instance, as `requests.put(json=…)` sends it.
+/// A row with the keys that a rank of 0.5.23 sends, `extra` among them.
 fn row(tp_size: u32, tp: u32, port: u16, extra: &str) -> String {
+    let mut body = old_row(tp_size, tp, port, extra);
+    body.pop();
+    for (key, value) in [
+        ("enable_dsa_cache_layer_split", "false"),
+        ("enable_kv_cache_sharding", "false"),
+        ("prefill_http_port", "null"),
+        ("decode_allocation_policy", "\"early\""),
+    ] {
+        let key = format!("\"{key}\": ");
+        if !extra.contains(&key) {
+            body = format!("{body}, {key}{value}");
+        }
+    }
+    body + "}"
+}
+
+/// A row with the keys that every release has, and `extra`.
+fn old_row(tp_size: u32, tp: u32, port: u16, extra: &str) -> String {
     format!(
         "{{\"attn_tp_size\": {tp_size}, \"attn_tp_rank\": {tp}, \"attn_cp_size\": 1, \"attn_cp_rank\": 0, \
          \"attn_dp_size\": 1, \"attn_dp_rank\": 0, \"pp_size\": 1, \"pp_rank\": 0, \"system_dp_size\": 1, \

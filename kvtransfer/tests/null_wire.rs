@@ -190,7 +190,6 @@ fn a_wire_of_rdma_is_one() {
 /// Prints what planning and handing over costs for the prompts of SGLang's own measurement. Run it built for speed.
 #[test]
 #[ignore = "a measurement"]
-#[expect(clippy::print_stdout, reason = "a measurement")]
 fn cost_of_the_plan() {
     let latent = |pages| (61, 64, pages, 1, 1, true);
     let heads = |page_size, pages, target_tp| (160, page_size, pages, 8, target_tp, false);

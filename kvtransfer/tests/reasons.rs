@@ -1,5 +1,4 @@
 //! P2: whoever gives up, in whichever order the two sides come, the other one learns of it at once and in the same words.
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::time::Duration;
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::python_text::dump_string;
 use super::registry::{DEATH_EVIDENCE_TTL, Lease, Refusal};
-use super::row::{RankKey, Row, SpecLayout, Topology};
+use super::row::{KnownKeys, RankKey, Row, SpecLayout, Topology};
 
 /// What the registry remembers of one rank.
 #[derive(Clone, Debug)]
@@ -50,6 +50,7 @@ pub struct Generation {
     prefill_http_port: Option<i64>,
     policy: Option<String>,
     spec_layout: Option<SpecLayout>,
+    knows: KnownKeys,
     pub(super) rows: BTreeMap<RankKey, Entry>,
     pub(super) last_write: Duration,
     pub(super) was_ready: bool,
@@ -67,6 +68,7 @@ impl Generation {
             prefill_http_port: row.prefill_http_port,
             policy: row.decode_allocation_policy.clone(),
             spec_layout: row.spec_layout.clone(),
+            knows: row.knows,
             rows: BTreeMap::new(),
             last_write: now,
             was_ready: false,
@@ -130,6 +132,7 @@ impl Generation {
             .or(row.topology.kv_cache_dtype);
         self.topology.kv_layout = self.topology.kv_layout.take().or(row.topology.kv_layout);
         self.prefill_http_port = self.prefill_http_port.or(row.prefill_http_port);
+        self.knows = self.knows.or(row.knows);
         let entry = Entry {
             rank_ip: row.rank_ip,
             rank_port: row.rank_port,
@@ -179,7 +182,8 @@ impl Generation {
         })
     }
 
-    /// The server-info reply, byte for byte as `json.dumps(PrefillServerInfo)` prints it.
+    /// The server-info reply, byte for byte as `json.dumps(PrefillServerInfo)` prints it in the release of the ranks: a key that
+    /// none of them used is left out.
     #[must_use]
     pub fn server_info(&self) -> String {
         let topology = &self.topology;
@@ -193,12 +197,15 @@ impl Generation {
             topology.page_size,
         );
         dump_optional(&mut out, topology.kv_cache_dtype.as_deref());
-        write!(
-            out,
-            ", \"follow_bootstrap_room\": {}, \"enable_dsa_cache_layer_split\": {}",
-            self.follow_bootstrap_room, self.enable_dsa_cache_layer_split,
-        )
-        .expect("invariant: writing to a String cannot fail");
+        dump_flag(
+            &mut out,
+            "follow_bootstrap_room",
+            self.follow_bootstrap_room,
+        );
+        if self.knows.enable_dsa_cache_layer_split {
+            let split = self.enable_dsa_cache_layer_split;
+            dump_flag(&mut out, "enable_dsa_cache_layer_split", split);
+        }
         if let Some(layout) = &self.spec_layout {
             out.push_str(", \"dsv41_spec_layout\": ");
             out.push_str(layout.as_text());
@@ -207,19 +214,25 @@ impl Generation {
             out.push_str(", \"kv_layout\": ");
             dump_string(&mut out, layout);
         }
-        out.push_str(", \"decode_allocation_policy\": ");
-        dump_optional(&mut out, self.policy.as_deref());
-        let port = self
-            .prefill_http_port
-            .map_or_else(|| "null".to_owned(), |port| port.to_string());
-        write!(
-            out,
-            ", \"enable_kv_cache_sharding\": {}, \"prefill_http_port\": {port}, \"target_tp_rank\": null, \
-             \"target_tp_ranks\": null, \"target_cp_ranks\": null, \"target_pp_ranks\": null, \
-             \"required_dst_info_num\": null, \"required_prefill_response_num\": null}}",
-            self.enable_kv_cache_sharding,
-        )
-        .expect("invariant: writing to a String cannot fail");
+        if self.knows.decode_allocation_policy {
+            out.push_str(", \"decode_allocation_policy\": ");
+            dump_optional(&mut out, self.policy.as_deref());
+        }
+        if self.knows.enable_kv_cache_sharding {
+            let sharding = self.enable_kv_cache_sharding;
+            dump_flag(&mut out, "enable_kv_cache_sharding", sharding);
+        }
+        if self.knows.prefill_http_port {
+            out.push_str(", \"prefill_http_port\": ");
+            match self.prefill_http_port {
+                Some(port) => out.push_str(&port.to_string()),
+                None => out.push_str("null"),
+            }
+        }
+        out.push_str(
+            ", \"target_tp_rank\": null, \"target_tp_ranks\": null, \"target_cp_ranks\": null, \
+             \"target_pp_ranks\": null, \"required_dst_info_num\": null, \"required_prefill_response_num\": null}",
+        );
         out
     }
 
@@ -269,4 +282,8 @@ fn dump_optional(out: &mut String, text: Option<&str>) {
         Some(text) => dump_string(out, text),
         None => out.push_str("null"),
     }
+}
+
+fn dump_flag(out: &mut String, key: &str, flag: bool) {
+    write!(out, ", \"{key}\": {flag}").expect("invariant: writing to a String cannot fail");
 }

@@ -125,6 +125,38 @@ pub struct Row {
     pub decode_allocation_policy: Option<String>,
     /// `dsv41_spec_layout`.
     pub spec_layout: Option<SpecLayout>,
+    /// Which of the keys that not every release has were there.
+    pub knows: KnownKeys,
+}
+
+/// Keys that SGLang's ranks learned release by release. A decode rank refuses a registry's answer with a key it does not
+/// know (`PrefillServerInfo(**json)`, `common/conn.py`), so an instance is described in the keys its own ranks used.
+#[expect(clippy::struct_excessive_bools, reason = "one per key")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KnownKeys {
+    /// `enable_dsa_cache_layer_split`.
+    pub enable_dsa_cache_layer_split: bool,
+    /// `decode_allocation_policy`.
+    pub decode_allocation_policy: bool,
+    /// `enable_kv_cache_sharding`, since 0.5.23.
+    pub enable_kv_cache_sharding: bool,
+    /// `prefill_http_port`.
+    pub prefill_http_port: bool,
+}
+
+impl KnownKeys {
+    /// What either knows.
+    pub(super) const fn or(self, other: Self) -> Self {
+        Self {
+            enable_dsa_cache_layer_split: self.enable_dsa_cache_layer_split
+                || other.enable_dsa_cache_layer_split,
+            decode_allocation_policy: self.decode_allocation_policy
+                || other.decode_allocation_policy,
+            enable_kv_cache_sharding: self.enable_kv_cache_sharding
+                || other.enable_kv_cache_sharding,
+            prefill_http_port: self.prefill_http_port || other.prefill_http_port,
+        }
+    }
 }
 
 /// Why a body is not a row.
@@ -227,12 +259,19 @@ impl Row {
             follow_bootstrap_room: wire
                 .load_balance_method
                 .is_none_or(|method| method == "follow_bootstrap_room"),
+            knows: KnownKeys {
+                enable_dsa_cache_layer_split: wire.enable_dsa_cache_layer_split.is_some(),
+                decode_allocation_policy: wire.decode_allocation_policy.is_some(),
+                enable_kv_cache_sharding: wire.enable_kv_cache_sharding.is_some(),
+                prefill_http_port: wire.prefill_http_port.is_some(),
+            },
             enable_dsa_cache_layer_split: truthy(wire.enable_dsa_cache_layer_split.as_ref()),
             enable_kv_cache_sharding: truthy(wire.enable_kv_cache_sharding.as_ref()),
-            prefill_http_port: wire.prefill_http_port,
+            prefill_http_port: wire.prefill_http_port.flatten(),
             decode_allocation_policy: bounded(
                 "decode_allocation_policy",
-                wire.decode_allocation_policy,
+                wire.decode_allocation_policy
+                    .unwrap_or_else(|| Some("early".to_owned())),
             )?,
             spec_layout: wire.dsv41_spec_layout.map(spec_layout).transpose()?,
             topology,
@@ -268,17 +307,20 @@ struct Wire<'a> {
     // Kept as a value: null is not the default, it is a method that does not follow the room.
     #[serde(default, deserialize_with = "some_value")]
     load_balance_method: Option<Value>,
+    #[serde(default, deserialize_with = "some_value")]
     enable_dsa_cache_layer_split: Option<Value>,
+    #[serde(default, deserialize_with = "some_value")]
     enable_kv_cache_sharding: Option<Value>,
+    // Null is not the same as absent: it says that the rank knows the key.
     #[serde(default, deserialize_with = "optional_int_like")]
-    prefill_http_port: Option<i64>,
-    #[serde(default = "early")]
-    decode_allocation_policy: Option<String>,
+    prefill_http_port: Option<Option<i64>>,
+    #[serde(default, deserialize_with = "some_text")]
+    decode_allocation_policy: Option<Option<String>>,
 }
 
-#[expect(clippy::unnecessary_wraps, reason = "serde wants the field's own type")]
-fn early() -> Option<String> {
-    Some("early".to_owned())
+#[expect(clippy::option_option, reason = "absent and null differ")]
+fn some_text<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Option<String>>, D::Error> {
+    Option::deserialize(from).map(Some)
 }
 
 /// A key that must be there but may be null.
@@ -295,13 +337,14 @@ fn int_like<'de, D: Deserializer<'de>>(from: D) -> Result<i64, D::Error> {
     narrow_int_of(&value).ok_or_else(|| D::Error::custom("not an integer"))
 }
 
-fn optional_int_like<'de, D: Deserializer<'de>>(from: D) -> Result<Option<i64>, D::Error> {
+#[expect(clippy::option_option, reason = "absent and null differ")]
+fn optional_int_like<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Option<i64>>, D::Error> {
     let value = Value::deserialize(from)?;
     if value.is_null() {
-        return Ok(None);
+        return Ok(Some(None));
     }
     narrow_int_of(&value)
-        .map(Some)
+        .map(|port| Some(Some(port)))
         .ok_or_else(|| D::Error::custom("not an integer"))
 }
 

@@ -1,5 +1,7 @@
 //! What the threads of an engine share: the node behind its lock, the memory, the links.
 
+mod links;
+
 use std::{
     collections::{BTreeSet, HashMap},
     io,
@@ -31,10 +33,12 @@ use crate::{
     memory::{Gate, Region},
     telemetry::snapshot::Snapshot,
     time::Time,
-    transfer::{Admission, BatchIn, BatchOut, Chunk, LaneSetup, Node, PeerSetup, Placement},
+    transfer::{Admission, BatchIn, BatchOut, Chunk, LaneSetup, Node, Placement},
     transport::{DataLane, null_wire::NullWire, rail::Rails},
     wire::lane::{Ack, AckStatus, BatchHeader},
 };
+
+pub(super) use links::peer_info;
 
 /// How long a shutdown waits for lane threads; they end at once unless the machine is overloaded.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(3);
@@ -349,78 +353,6 @@ impl Hub {
         self.with(|node, _| node.lane_up(peer, lane, setup, failures_told));
     }
 
-    /// Makes a link known. An older link of the same instance is dropped: it reconnected.
-    pub(super) fn add_link(&self, link: &Arc<Link>) {
-        let agreement = &link.agreement;
-        let setup = PeerSetup {
-            instance: agreement.instance,
-            address: agreement.address.clone(),
-            outgoing: agreement.outgoing.clone(),
-            incoming: agreement.incoming.clone(),
-        };
-        self.with_core(|core, now| {
-            core.links.insert(link.peer, Arc::clone(link));
-            core.node.peer_up(now, link.peer, setup);
-        });
-    }
-
-    /// The link that an incoming lane belongs to.
-    pub(super) fn find_link(&self, instance: InstanceId, link: u64) -> Option<Arc<Link>> {
-        let core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut links = core.links.values();
-        let same = |known: &&Arc<Link>| {
-            known.agreement.instance == instance && known.agreement.link == link
-        };
-        links.find(same).cloned()
-    }
-
-    /// Links of an instance, newest last.
-    pub(super) fn links_of(&self, instance: InstanceId) -> Vec<Arc<Link>> {
-        let core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = core
-            .links
-            .values()
-            .filter(|link| link.agreement.instance == instance);
-        let mut links: Vec<_> = known.cloned().collect();
-        links.sort_by_key(|link| link.peer);
-        links
-    }
-
-    pub(super) fn link(&self, peer: PeerId) -> Option<Arc<Link>> {
-        let core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
-        core.links.get(&peer).cloned()
-    }
-
-    pub(super) fn link_count(&self) -> usize {
-        self.core
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .links
-            .len()
-    }
-
-    pub(super) fn peers(&self) -> Vec<PeerInfo> {
-        let core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut peers: Vec<PeerInfo> = core.links.values().map(|link| peer_info(link)).collect();
-        peers.sort_by_key(|info| info.peer);
-        peers
-    }
-
-    /// Ends a peer: its transfers fail, its connections close.
-    pub(crate) fn drop_peer(&self, peer: PeerId, reason: &str) {
-        let link = self.with_core(|core, now| {
-            core.node.peer_down(now, peer, reason);
-            // Nobody will confirm anything any more.
-            core.closing.retain(|(of, _), _| *of != peer);
-            core.links.remove(&peer)
-        });
-        self.probes.forget(peer);
-        if let Some(link) = link {
-            tracing::info!(%peer, instance = %link.agreement.instance, reason, "peer dropped");
-            link.shut_down();
-        }
-    }
-
     pub(super) fn completions(&self) -> Arc<CompletionQueue> {
         let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
         let bound = self.config.node.transfers_max;
@@ -520,22 +452,6 @@ impl Hub {
         while Arc::strong_count(&self.lane_threads) > 1 && clock::now() < deadline {
             thread::sleep(Duration::from_millis(1));
         }
-    }
-}
-
-pub(super) fn peer_info(link: &Link) -> PeerInfo {
-    let (path, path_reason) = link
-        .path
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .clone();
-    PeerInfo {
-        peer: link.peer,
-        instance: link.agreement.instance,
-        address: link.agreement.address.clone(),
-        path,
-        path_reason,
-        handshake: link.handshake,
     }
 }
 

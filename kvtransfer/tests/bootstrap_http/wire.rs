@@ -272,6 +272,32 @@ fn optional_fields_appear_in_the_order_of_the_dataclass() {
     );
 }
 
+/// A decode rank of an older release refuses a key it does not know, so an instance is described in its own ranks' keys.
+#[test]
+fn an_older_release_is_answered_in_its_own_keys() {
+    let server = start(|_| {});
+    let mut wire = Wire::connect(server.local_addr());
+    let common = "{\"attn_tp_size\": 2, \"attn_cp_size\": 1, \"dp_size\": 1, \"pp_size\": 1, \"page_size\": 64, \
+        \"kv_cache_dtype\": \"torch.bfloat16\", \"follow_bootstrap_room\": true";
+    let ranks = "\"target_tp_rank\": null, \"target_tp_ranks\": null, \"target_cp_ranks\": null, \
+        \"target_pp_ranks\": null, \"required_dst_info_num\": null, \"required_prefill_response_num\": null}";
+    wire.send("PUT", "/route", "", Some(&old_row(2, 0, 4001, "")));
+    let second = old_row(2, 1, 4002, "");
+    wire.send("PUT", "/route", "", Some(&second));
+    assert_eq!(
+        wire.send("GET", INFO, "", None).body,
+        format!("{common}, {ranks}")
+    );
+
+    // One rank that knows a key is enough, and null is not absent.
+    let newer = old_row(2, 1, 4002, ", \"prefill_http_port\": null");
+    wire.send("PUT", "/route", "", Some(&newer));
+    assert_eq!(
+        wire.send("GET", INFO, "", None).body,
+        format!("{common}, \"prefill_http_port\": null, {ranks}")
+    );
+}
+
 #[test]
 #[expect(clippy::too_many_lines, reason = "one table, one request a row")]
 fn rooms_are_sglangs_byte_for_byte() {

@@ -3,7 +3,7 @@
 use kvtransfer::{
     config::EngineConfig,
     engine::{Engine, Memory},
-    layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard},
+    layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard, StateShape},
     memory::Region,
 };
 
@@ -31,6 +31,7 @@ pub(crate) fn engine(config: EngineConfig) -> Engine {
             kind: ComponentKind::Kv,
             entries: vec![entry],
             draft_entries: 0,
+            state: StateShape::default(),
         }],
     };
     let mut memory = Memory::new();
