@@ -12,6 +12,7 @@ import asyncio
 import importlib.util
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -62,7 +63,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--router", type=Path, required=True, help="the kvrouter binary")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and the logs")
-    parser.add_argument("--page-size", type=int, default=1)
     parser.add_argument("--no-overlap", action="store_true", help="SGLang without its overlapped schedule, and with early sends")
     parser.add_argument("--only", default="", help="scenarios, separated by commas")
     parser.add_argument("--table", type=Path, help="where the table is written, as Markdown")
@@ -71,8 +71,10 @@ def main() -> int:
     model = asked.out / "model"
     if not (model / "model.safetensors").exists():
         subprocess.run([sys.executable, str(HERE / "model.py"), str(model)], check=True)
-    pair = Pair(model, asked.out, asked.router.resolve(), asked.page_size, not asked.no_overlap)
+    pair = Pair(model, asked.out, asked.router.resolve(), not asked.no_overlap)
     begin = time.monotonic()
+    # The servers are in sessions of their own: whatever ends this process must go through `finally`.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         asyncio.run(pair.start())
         boot = time.monotonic() - begin
@@ -82,7 +84,7 @@ def main() -> int:
         pair.stop()
     facts = [
         f"SGLang {version('sglang')}, torch {version('torch')}, kvtransfer {version('kvtransfer')}, Python {platform.python_version()}",
-        f"{os.cpu_count()} CPU cores, no GPU, page size {asked.page_size}, {'no overlap, early sends' if asked.no_overlap else 'overlap'}; servers up after {boot:.0f} s; "
+        f"{os.cpu_count()} CPU cores, no GPU, page size 1, {'no overlap, early sends' if asked.no_overlap else 'overlap'}; servers up after {boot:.0f} s; "
         f"{time.monotonic() - begin:.0f} s in all",
         f"SGLang's KV checksum: {checksum_flag()}",
     ]

@@ -202,10 +202,12 @@ async def counted(pair: Pair) -> list[Row]:
         rows.append((f"{server.name}'s Prometheus series", f"transfers {by}, {moved / 2**20:.1f} MiB"))
     for name, port in zip(("prefill", "decode"), pair.telemetry):
         reader, writer = await asyncio.wait_for(asyncio.open_connection(HOST, port), 5)
+        # HTTP/2's preface and empty settings; a gRPC server answers with its own settings, a frame of type 4.
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
+        head = await asyncio.wait_for(reader.readexactly(9), 5)
         writer.close()
-        await writer.wait_closed()
-        del reader
-        rows.append((f"{name}'s telemetry port", "listens"))
+        holds(head[3] == 4, f"{name}'s telemetry port answered {head!r}")
+        rows.append((f"{name}'s telemetry port", "answers as a gRPC server does"))
     return rows
 
 

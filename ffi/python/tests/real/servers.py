@@ -163,7 +163,8 @@ def sglang(name: str, port: int, model: Path, logs: Path, flags: list[str], extr
     command = [
         sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--device", "cpu", "--host", HOST, "--port", str(port),
         "--skip-tokenizer-init", "--sampling-backend", "pytorch", "--grammar-backend", "none", "--attention-backend", "torch_native",
-        "--disable-cuda-graph", "--disable-radix-cache", "--max-total-tokens", "8192", "--mem-fraction-static", "0.85",
+        # Larger pages are handed out by a Triton kernel, which a CPU does not have.
+        "--page-size", "1", "--disable-cuda-graph", "--disable-radix-cache", "--max-total-tokens", "8192", "--mem-fraction-static", "0.85",
         "--max-running-requests", "32", "--chunked-prefill-size", str(CHUNK), "--enable-metrics", "--sleep-on-idle",
         # In bfloat16 the greedy token of a batch may be another than that of the request alone.
         "--dtype", "float32", *flags,
@@ -174,19 +175,19 @@ def sglang(name: str, port: int, model: Path, logs: Path, flags: list[str], extr
 class Pair:
     """One prefill and one decode server with our backend, kvrouter in front, and a plain server to compare with."""
 
-    def __init__(self, model: Path, logs: Path, router: Path, page: int, overlap: bool) -> None:
+    def __init__(self, model: Path, logs: Path, router: Path, overlap: bool) -> None:
         plain, prefill, decode, front, self.bootstrap_port = free_ports(5)
         self.telemetry = free_ports(2)
         bounds = {
-            "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": "30",
-            "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": "30",
+            "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": "60",
+            "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": "60",
             "KVTRANSFER_PEER_SILENCE": "3",
             # With both, SGLang makes a CUDA event for the early send of a chunk, and ends for want of a GPU.
             "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX": "0" if overlap else "1",
         }
-        backend = ["--disaggregation-transfer-backend", "kvtransfer", "--page-size", str(page)]
+        backend = ["--disaggregation-transfer-backend", "kvtransfer"]
         backend += [] if overlap else ["--disable-overlap-schedule"]
-        self.plain = sglang("plain", plain, model, logs, ["--page-size", str(page)], {})
+        self.plain = sglang("plain", plain, model, logs, [], {})
         self.prefill = sglang(
             "prefill", prefill, model, logs,
             ["--disaggregation-mode", "prefill", "--disaggregation-bootstrap-port", str(self.bootstrap_port), *backend],
