@@ -34,33 +34,38 @@ def publish(setup: dict[str, Any], shape: Shape) -> Any:
         host=setup.get("host", "127.0.0.1"),
         port=30000,
         device="cpu",
+        pp_size=shape.pp_size,
+        enable_metrics=setup.get("enable_metrics", False),
         load_balance_method=setup.get("load_balance_method", "follow_bootstrap_room"),
     ).install()
     group = SimpleNamespace(rank_in_group=shape.pp_rank, world_size=shape.pp_size, is_last_rank=True, broadcast_object=shared)
+    dp_size, dp_rank = setup.get("dp_size", 1), setup.get("dp_rank", 0)
     values = {
         "attn_tp_size": shape.tp_size, "attn_tp_rank": shape.tp_rank, "tp_size": shape.tp_size, "tp_rank": shape.tp_rank,
-        "attn_cp_size": setup.get("cp_size", 1), "attn_cp_rank": setup.get("cp_rank", 0), "attn_dp_size": 1,
-        "attn_dp_rank": setup.get("dp_rank", 0), "attn_dcp_size": 1, "attn_dcp_rank": 0, "pp_size": shape.pp_size,
-        "pp_rank": shape.pp_rank, "dp_size": 1, "dp_rank": 0, "num_dp_ranks": setup.get("num_dp_ranks", 1), "pp_group": group,
+        "attn_cp_size": setup.get("cp_size", 1), "attn_cp_rank": setup.get("cp_rank", 0), "attn_dp_size": dp_size,
+        "attn_dp_rank": dp_rank, "attn_dcp_size": 1, "attn_dcp_rank": 0, "pp_size": shape.pp_size,
+        "pp_rank": shape.pp_rank, "dp_size": dp_size if older_places(group, dp_size, dp_rank) else 1, "dp_rank": 0, "num_dp_ranks": dp_size, "pp_group": group,
+        "enable_dp_attention": dp_size > 1,
         "dist_init_addr": None, "nnodes": 1, "node_rank": 0, "enable_kv_cache_sharding": False, "world_group": group,
         "enable_cp_tp_group_sharing": False, "enable_dsa_cache_layer_split": False,
         "load_balance_method": setup.get("load_balance_method", "follow_bootstrap_room"),
     }  # fmt: skip
     parallel = get_parallel()
     (parallel._overrides if not hasattr(parallel, "_stamp") else parallel._stamp).update(values)
-    older_places(group)
     get_device()._set("gpu_id", 0)
     get_device()._set("device", "cpu")
     return args
 
 
-def older_places(group: Any) -> None:
-    """Releases before 0.5.20 ask functions for some of it."""
+def older_places(group: Any, dp_size: int, dp_rank: int) -> bool:
+    """Releases before 0.5.20 ask functions for some of it, and count attention's data-parallel ranks in `dp_size`; whether this is one."""
     from sglang.srt.disaggregation.common import conn
 
-    for name, value in (("get_attention_dp_size", 1), ("get_attention_dp_rank", 0), ("get_pp_group", group)):
+    is_older = hasattr(conn, "get_attention_dp_size")
+    for name, value in (("get_attention_dp_size", dp_size), ("get_attention_dp_rank", dp_rank), ("get_pp_group", group)):
         if hasattr(conn, name):
             setattr(conn, name, lambda value=value: value)
+    return is_older
 
 
 def shared(value: Any, src: int = 0) -> Any:
@@ -142,9 +147,12 @@ class Rank:
 
     # -- what the parent asks for --------------------------------------------------------------------------------------
 
-    def open(self, room: int, dp_rank: int = 0, key: int | None = None, wait: float = 10.0) -> dict[str, Any]:
-        """A sender, or a receiver with its handshake begun."""
+    def open(self, room: int, dp_rank: int = 0, key: int | None = None, wait: float = 10.0, fake: bool = False) -> dict[str, Any]:
+        """A sender, or a receiver with its handshake begun. `fake`: SGLang's own for warm-up requests, around our manager."""
         key = room if key is None else key
+        if fake:
+            self.requests[key] = self.open_fake(room)
+            return {}
         if self.is_prefill:
             kind = self.kind(self.kinds.SENDER)
             self.requests[key] = kind(mgr=self.manager, bootstrap_addr=self.bootstrap_addr, bootstrap_room=room, **self.older())
@@ -160,6 +168,20 @@ class Rank:
         started = time.perf_counter()
         receiver.init(dp_rank)
         return {"info": True, "init_s": time.perf_counter() - started}
+
+    def open_fake(self, room: int) -> Any:
+        """What the scheduler makes for a request whose bootstrap host is `FAKE_BOOTSTRAP_HOST`."""
+        from sglang.srt.disaggregation import utils
+
+        kind = self.kinds.SENDER if self.is_prefill else self.kinds.RECEIVER
+        made = utils.get_kv_class(utils.TransferBackend.FAKE, kind)
+        if self.is_prefill:
+            known = inspect.signature(made.__init__).parameters
+            told = {name: value for name, value in self.older().items() if name in known}
+            return made(mgr=self.manager, bootstrap_addr="2.2.2.2:1", bootstrap_room=room, **told)
+        receiver = made(self.manager, "2.2.2.2:1", room)
+        receiver.init(0)
+        return receiver
 
     def older(self) -> dict[str, Any]:
         """What releases before 0.5.20 tell a sender besides."""
@@ -220,9 +242,10 @@ class Rank:
         seen: list[int] = []
         deadline = time.monotonic() + timeout
         poller = self.requests[room]
+        # Older releases have no such store: their stages poll each for itself.
+        consensus = hasattr(self.manager, "check_status_pp_consensus") and self.shape.pp_size > 1 and self.shape.pp_rank == 0
         while True:
-            state = int(poller.poll_pp_consensus() if self.is_prefill and self.shape.pp_size > 1 and self.shape.pp_rank == 0
-                        else poller.poll())  # fmt: skip
+            state = int(poller.poll_pp_consensus() if self.is_prefill and consensus else poller.poll())
             if not seen or seen[-1] != state:
                 seen.append(state)
             if state in states or time.monotonic() > deadline:
@@ -270,6 +293,17 @@ class Rank:
     def metric(self, room: int) -> dict[str, Any]:
         metric = self.requests[room].get_transfer_metric()
         return {"bytes": metric.transfer_total_bytes, "latency": metric.transfer_latency_s}
+
+    def checksum(self) -> dict[str, Any]:
+        return {"verified": bool(self.manager.should_verify_kv_checksum(self.bootstrap_addr))}
+
+    def series(self) -> dict[str, Any]:
+        """Our Prometheus series, as /metrics shows them."""
+        from prometheus_client import generate_latest
+
+        lines = generate_latest().decode().splitlines()
+        found = (line.rpartition(" ") for line in lines if line.startswith("kvtransfer_"))
+        return {name: float(value) for name, _, value in found}
 
     def safe(self, room: int, acks: int = 1) -> dict[str, Any]:
         return {"safe": bool(self.manager.is_abort_release_safe(room, acks))}

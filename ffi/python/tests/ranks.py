@@ -138,11 +138,18 @@ class Pair:
         registry: str | None = None,
         environment: dict[str, str] | None = None,
         decode_model: dict[str, Any] | None = None,
+        prefill_places: Sequence[dict[str, Any]] = ({},),
+        setup: dict[str, Any] | None = None,
+        decode_environment: dict[str, str] | None = None,
         **model: Any,
     ) -> None:
+        # Data- or context-parallel ranks of the prefill server, each with the same shape; what all ranks are told besides.
+        self.prefill_places = prefill_places
+        self.setup = setup or {}
         self.backend = backend
         self.registry_backend = registry or backend
         self.environment = environment or {}
+        self.decode_environment = decode_environment or {}
         self.port = free_port()
         self._scratch = tempfile.mkdtemp(prefix="kvt-")
         self._stack = ExitStack()
@@ -155,7 +162,7 @@ class Pair:
         try:
             self.registry = self.begin("registry", None, self.registry_backend)
             self.registry.finish()
-            self.prefill = [self.begin("prefill", shape) for shape in self.prefill_shapes]
+            self.prefill = [self.begin("prefill", shape, **at) for at in self.prefill_places for shape in self.prefill_shapes]
             self.decode = [self.begin("decode", shape) for shape in self.decode_shapes]
             for rank in [*self.prefill, *self.decode]:
                 rank.finish()
@@ -167,16 +174,19 @@ class Pair:
     def __exit__(self, *_exc: object) -> None:
         self._stack.close()
 
-    def begin(self, role: str, shape: Shape | None, backend: str | None = None) -> Rank:
+    def begin(self, role: str, shape: Shape | None, backend: str | None = None, **setup: Any) -> Rank:
         """Starts a process of the pair; its construction is waited for with `finish`."""
         place = "" if shape is None else f"-tp{shape.tp_rank}-pp{shape.pp_rank}"
         broadcast = f"{self._scratch}/{role}"
-        rank = Rank(f"{role}{place}", {**self.environment, "TEST_BROADCAST": broadcast})
+        special = self.decode_environment if role == "decode" else {}
+        rank = Rank(f"{role}{place}", {**self.environment, **special, "TEST_BROADCAST": broadcast})
         self._stack.callback(rank.stop)
         rank.start(
             role=role,
             backend=backend or self.backend,
             bootstrap_port=self.port,
+            **self.setup,
+            **setup,
             **({} if shape is None else {"shape": asdict(shape)}),
         )
         return rank

@@ -142,15 +142,22 @@ class StandInModule(ModuleType):
 class StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds the absent modules; leaves every other name to Python."""
 
+    def __init__(self, absent: Sequence[str], refused: Sequence[str]) -> None:
+        super().__init__()
+        self._absent = absent
+        self._refused = refused
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if any(fullname == name or fullname.startswith(f"{name}.") for name in NOWHERE):
+        if any(fullname == name or fullname.startswith(f"{name}.") for name in self._refused):
+            if any(fullname.startswith(f"{name}.") for name in self._absent):
+                # Its parent is a stand-in, whose path leads nowhere.
+                raise ModuleNotFoundError(f"{fullname} is absent on purpose", name=fullname)
             return None
-        if not any(fullname == name or fullname.startswith(f"{name}.") for name in ABSENT):
+        if not any(fullname == name or fullname.startswith(f"{name}.") for name in self._absent):
             return None
-        spec = importlib.machinery.ModuleSpec(fullname, self, is_package=True)
-        return spec
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         return StandInModule(spec.name)
@@ -167,11 +174,11 @@ def _number_facts(_dtype: Any) -> Any:
     return SimpleNamespace(min=-1.0, max=1.0, eps=1e-6, bits=16)
 
 
-def install() -> None:
+def install(absent: Sequence[str] = ABSENT, refused: Sequence[str] = NOWHERE) -> None:
     """Puts the finder first. Call before the first import of SGLang; a second call does nothing."""
     if any(isinstance(finder, StandInFinder) for finder in sys.meta_path):
         return
-    sys.meta_path.insert(0, StandInFinder())
+    sys.meta_path.insert(0, StandInFinder(absent, refused))
     if not hasattr(logging.Logger, "warning_once"):
         # transformers adds this to every logger, and SGLang relies on it.
         logging.Logger.warning_once = logging.Logger.warning  # type: ignore[attr-defined]

@@ -47,7 +47,7 @@ class RankMetrics:
     @staticmethod
     def start(manager: Any) -> RankMetrics | NoMetrics:
         """The series, if this server publishes any."""
-        if not getattr(manager.server_args, "enable_metrics", False):
+        if not _is_wanted(manager):
             return NoMetrics()
         try:
             return RankMetrics(manager, manager.options["metrics_period"])
@@ -76,6 +76,15 @@ class RankMetrics:
                 return
             self._peers.labels(**self._labels).set(len(info.get("peers", [])))
             self._malformed.labels(**self._labels).set(info.get("counters", {}).get("malformed", 0))
+
+
+def _is_wanted(manager: Any) -> bool:
+    """Whether the server was started with `--enable-metrics`; newer releases answer from a place of their own."""
+    try:
+        from sglang.srt.runtime_context import get_observability
+    except ImportError:
+        return bool(getattr(manager.server_args, "enable_metrics", False))
+    return bool(get_observability().enable_metrics)
 
 
 class NoMetrics:

@@ -68,7 +68,8 @@ class KvtransferKVManager(CommonKVManager):
         self.chunks = ChunkQueue()
         self.peers = Peers(self.engine, self._fetch_row, self.options["connect_timeout"])
         self.metrics = RankMetrics.start(self)
-        if disaggregation_mode == DisaggregationMode.PREFILL and self.pp_size > 1:
+        if disaggregation_mode == DisaggregationMode.PREFILL and self.pp_size > 1 and hasattr(self, "check_status_pp_consensus"):
+            # Older releases let every stage poll for itself and agree over torch.distributed.
             self._stages = StageWatch(self.live_rooms)
 
     # -- starting and ending -----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 from ..engine import Engine
 from ..errors import KvtError, UnknownPeerError
@@ -18,6 +18,7 @@ from . import options
 logger = logging.getLogger("kvtransfer.sglang")
 
 TARGET = "sglang.srt.distributed.device_communicators.mooncake_transfer_engine.MooncakeTransferEngine"
+REGISTRATION = "sglang.srt.disaggregation.mooncake.conn.MooncakeKVManager.register_buffer_to_engine"
 # Bound of one batch of blocks. SGLang has no number of its own here; a batch is at most one chunk of a request.
 WRITE_TIMEOUT = 60.0
 PROBE_TIMEOUT = 3.0
@@ -32,14 +33,25 @@ def install() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(TARGET, BlockEngine, HookType.REPLACE)
+    HookRegistry.register(REGISTRATION, registered, HookType.AROUND)
     logger.warning(
         "KVTRANSFER_REPLACE_MOONCAKE=1: the transfer backend named mooncake is kvtransfer in this process; every prefill and "
         "decode server must be set so"
     )
 
 
+def registered(original: Callable[[Any], None], manager: Any) -> None:
+    """The manager's registration, and then our engine: what is wrong with memory or devices shows when the server starts."""
+    original(manager)
+    manager.engine.start()
+
+
 class BlockEngine:
-    """What SGLang's Mooncake manager asks of its engine. Its first registration starts ours."""
+    """What SGLang's Mooncake manager asks of its engine.
+
+    Ours must know all memory from its start, and releases differ in whether the manager registers everything at once. So
+    buffers are collected until `start`, or until something is asked that needs the engine.
+    """
 
     def __init__(self, hostname: str, gpu_id: int | None = None, ib_device: str | None = None) -> None:
         self.hostname = hostname
@@ -51,12 +63,13 @@ class BlockEngine:
         self._released: set[int] = set()
         self._peers: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._starting = threading.Lock()
 
     def batch_register(self, ptrs: Sequence[int], lengths: Sequence[int]) -> int:
-        """Registers buffers; those of the first call are all there ever are. Raises `KvtError` with device, size and fix."""
+        """Registers buffers. Those of before the start come back after a release; others are refused then."""
         given = {int(ptr): int(length) for ptr, length in zip(ptrs, lengths, strict=True) if length}
         if self._engine is None:
-            self._start(given)
+            self._known.update(given)
             return 0
         strange = [ptr for ptr, length in given.items() if self._known.get(ptr, 0) < length]
         if strange:
@@ -66,6 +79,10 @@ class BlockEngine:
             self._engine.restore_memory(back, [given[ptr] for ptr in back])
             self._released.difference_update(back)
         return 0
+
+    def start(self) -> None:
+        """Starts the engine with what was registered. Raises `KvtError` with device, size and fix."""
+        self._started()
 
     def batch_deregister(self, ptrs: Sequence[int]) -> int:
         """Lets go of buffers, for as long as SGLang has no memory behind them."""
@@ -119,7 +136,7 @@ class BlockEngine:
         """Raises: HiCache's Mooncake store and encoder disaggregation want Mooncake's own engine object."""
         raise NotSupportedError("KVTRANSFER_REPLACE_MOONCAKE=1 has no Mooncake engine object: run HiCache and encoders without it")
 
-    def _start(self, buffers: dict[int, int]) -> None:
+    def _start(self, buffers: dict[int, int]) -> Engine:
         entries = [Entry(ptr, length, 1) for ptr, length in buffers.items()]
         layout = Layout(page_size=1, kv_dtype="", components=[Component(Kind.MEMORY, entries)], kv_layout="")
         host = f"[{self.hostname}]" if ":" in self.hostname else self.hostname
@@ -136,13 +153,16 @@ class BlockEngine:
         }
         if self._options["token"]:
             config["token"] = self._options["token"]
-        self._engine = Engine(layout, {**config, **self._options["engine"]})
-        self._known = buffers
+        return Engine(layout, {**config, **self._options["engine"]})
 
     def _started(self) -> Engine:
-        if self._engine is None:
-            raise NotSupportedError("no buffer has been registered yet")
-        return self._engine
+        # Several of the manager's threads may be the first to ask.
+        with self._starting:
+            if self._engine is None:
+                if not self._known:
+                    raise NotSupportedError("no buffer has been registered yet")
+                self._engine = self._start(self._known)
+            return self._engine
 
     def _write(self, session: str, srcs: Sequence[int], dsts: Sequence[int], lengths: Sequence[int]) -> None:
         engine = self._started()
