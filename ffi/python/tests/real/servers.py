@@ -181,7 +181,7 @@ class Pair:
         bounds = {
             "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": "60",
             "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": "60",
-            "KVTRANSFER_PEER_SILENCE": "3",
+            "KVTRANSFER_PEER_SILENCE": "5",
             # With both, SGLang makes a CUDA event for the early send of a chunk, and ends for want of a GPU.
             "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX": "0" if overlap else "1",
         }
