@@ -54,7 +54,9 @@ pub enum BoardError {
         name: String,
     },
     /// A number is zero, negative or not a number.
-    #[error("the facts of {name} cannot be used: ranks, bandwidth and prefill speed must be positive")]
+    #[error(
+        "the facts of {name} cannot be used: ranks, bandwidth and prefill speed must be positive"
+    )]
     Facts {
         /// The worker's name.
         name: String,
@@ -290,7 +292,10 @@ impl Board {
     }
 
     fn place_prefill(&mut self, id: WorkerId, facts: Facts) -> Option<usize> {
-        let vacant = self.prefills.iter().position(|prefill| prefill.id.is_none());
+        let vacant = self
+            .prefills
+            .iter()
+            .position(|prefill| prefill.id.is_none());
         let slot = vacant.unwrap_or(self.prefills.len());
         if slot == WORKERS_MAX {
             return None;
@@ -335,7 +340,9 @@ impl Board {
         };
         put(&mut self.decodes, slot, decode);
         for prefill in &mut self.prefills {
-            prefill.links.resize(self.decodes.len(), LinkState::default());
+            prefill
+                .links
+                .resize(self.decodes.len(), LinkState::default());
         }
         Some(slot)
     }
@@ -429,7 +436,12 @@ impl Board {
     }
 
     /// What is known of a pair.
-    pub fn pair(&mut self, now: Duration, prefill: WorkerId, decode: WorkerId) -> Option<PairState> {
+    pub fn pair(
+        &mut self,
+        now: Duration,
+        prefill: WorkerId,
+        decode: WorkerId,
+    ) -> Option<PairState> {
         let now = now.as_secs_f64();
         let (&(Role::Prefill, p), &(Role::Decode, d)) =
             (self.ids.get(&prefill)?, self.ids.get(&decode)?)
@@ -493,7 +505,10 @@ impl Board {
     /// Works out a prefill's bandwidths: pair → prefill → fleet → nominal.
     fn refresh_row(&mut self, slot: usize, now: f64) {
         let prefill = &self.prefills[slot];
-        if prefill.row_at.is_some_and(|at| (now - at).abs() < ROW_AGE_MAX_S) {
+        if prefill
+            .row_at
+            .is_some_and(|at| (now - at).abs() < ROW_AGE_MAX_S)
+        {
             return;
         }
         let fleet = self.fleet.factor.value().unwrap_or(1.0);

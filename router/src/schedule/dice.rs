@@ -90,6 +90,9 @@ mod tests {
         for _ in 0..5000 {
             seen[dice.below(5)] += 1;
         }
-        assert!(seen.iter().all(|count| (900..1100).contains(count)), "{seen:?}");
+        assert!(
+            seen.iter().all(|count| (900..1100).contains(count)),
+            "{seen:?}"
+        );
     }
 }

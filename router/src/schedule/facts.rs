@@ -72,7 +72,11 @@ impl Facts {
 
     /// Tokens of the whole pages that hold `tokens`.
     pub const fn page_rounded(&self, tokens: u64) -> u64 {
-        let page = if self.page_tokens == 0 { 1 } else { self.page_tokens };
+        let page = if self.page_tokens == 0 {
+            1
+        } else {
+            self.page_tokens
+        };
         tokens.div_ceil(page).saturating_mul(page)
     }
 

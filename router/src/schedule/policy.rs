@@ -82,6 +82,9 @@ pub struct Settings {
     pub cross_zone_bytes_per_s: Option<f64>,
     /// λ: what a completely full decode costs, in seconds. Default 0.05.
     pub decode_load_weight: f64,
+    /// What a second of transfer costs on top of itself, in seconds: it keeps both ends from others meanwhile, so a slow
+    /// link is worse for the fleet than for the request. Default 1; it matters where links differ.
+    pub wire_weight: f64,
     /// μ: what one recent failure of a pair costs, in seconds. Default 2; it halves every 20 s.
     pub failure_weight: f64,
     /// ν: what a prefill without a fresh sample costs, in seconds. Default 0.02.
@@ -113,6 +116,7 @@ impl Default for Settings {
             decode_allocates_early: true,
             cross_zone_bytes_per_s: None,
             decode_load_weight: 0.05,
+            wire_weight: 1.0,
             failure_weight: 2.0,
             stale_weight: 0.02,
             tie: Duration::from_millis(2),

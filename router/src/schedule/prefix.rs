@@ -252,7 +252,11 @@ mod tests {
         }
         assert_eq!(matched(&trie, &system, 0), 8);
         let first = [system.as_slice(), &[mix(0), mix(1), mix(2)]].concat();
-        assert_eq!(matched(&trie, &first, 0), 8, "what was used once is forgotten");
+        assert_eq!(
+            matched(&trie, &first, 0),
+            8,
+            "what was used once is forgotten"
+        );
     }
 
     #[test]
@@ -262,7 +266,11 @@ mod tests {
         assert_eq!(chunks.len(), 10);
         text[5 * CHUNK_BYTES + 3] = b'b';
         let other = chunks_of_bytes(&text);
-        let same = chunks.iter().zip(&other).take_while(|(a, b)| a == b).count();
+        let same = chunks
+            .iter()
+            .zip(&other)
+            .take_while(|(a, b)| a == b)
+            .count();
         assert_eq!(same, 5);
         assert_eq!(chunks_of_bytes(&vec![0; 3 << 20]).len(), CHUNKS_MAX);
         assert_eq!(chunks_of_tokens(&[1, 2, 3, 4, 5], 2).len(), 2);
@@ -274,12 +282,35 @@ mod tests {
         let mut trie = PrefixTrie::default();
         let blocks = |hashes: &[u64]| hashes.iter().map(|hash| (*hash, hash * 10)).collect();
         assert!(!trie.reports(1));
-        trie.report(1, &KvEvent::Stored { parent: None, blocks: blocks(&[5, 6]) });
-        trie.report(1, &KvEvent::Stored { parent: Some(6), blocks: blocks(&[7]) });
-        trie.report(1, &KvEvent::Stored { parent: Some(999), blocks: blocks(&[8]) });
+        trie.report(
+            1,
+            &KvEvent::Stored {
+                parent: None,
+                blocks: blocks(&[5, 6]),
+            },
+        );
+        trie.report(
+            1,
+            &KvEvent::Stored {
+                parent: Some(6),
+                blocks: blocks(&[7]),
+            },
+        );
+        trie.report(
+            1,
+            &KvEvent::Stored {
+                parent: Some(999),
+                blocks: blocks(&[8]),
+            },
+        );
         assert!(trie.reports(1));
         assert_eq!(matched(&trie, &[50, 60, 70, 80], 1), 3);
-        trie.report(1, &KvEvent::Removed { hashes: vec![7, 1234] });
+        trie.report(
+            1,
+            &KvEvent::Removed {
+                hashes: vec![7, 1234],
+            },
+        );
         assert_eq!(matched(&trie, &[50, 60, 70], 1), 2);
         trie.report(1, &KvEvent::Cleared);
         assert_eq!(matched(&trie, &[50, 60, 70], 1), 0);

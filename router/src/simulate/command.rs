@@ -43,7 +43,12 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE")]
     scenario: PathBuf,
     /// Policies to compare, with commas between.
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "fused,least_tokens,topology,round_robin")]
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        default_value = "fused,least_tokens,topology,round_robin"
+    )]
     policy: Vec<Policy>,
     /// Print JSON instead of a table.
     #[arg(long)]
@@ -80,7 +85,11 @@ pub fn main_from_args(
     args: impl IntoIterator<Item = impl Into<OsString> + Clone>,
 ) -> anyhow::Result<()> {
     let arguments = Arguments::try_parse_from(args).unwrap_or_else(|error| error.exit());
-    run(&arguments, &mut io::stdout().lock(), &mut io::stderr().lock())
+    run(
+        &arguments,
+        &mut io::stdout().lock(),
+        &mut io::stderr().lock(),
+    )
 }
 
 /// Simulates, with results to `out` and progress to `progress`.
@@ -96,7 +105,8 @@ pub fn run(
         bail!("--speed must be above 0");
     }
     let path = &arguments.scenario;
-    let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let text =
+        fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let mut scenario =
         Scenario::from_toml(&text).with_context(|| format!("cannot use {}", path.display()))?;
     scenario.load *= arguments.speed;
@@ -116,7 +126,10 @@ pub fn run(
         });
         outcomes.push((name, outcome));
     }
-    let name = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or("scenario");
+    let name = path
+        .file_stem()
+        .and_then(|stem| stem.to_str())
+        .unwrap_or("scenario");
     let json = report(arguments, name, arrivals.len(), &outcomes)?;
     if arguments.json {
         writeln!(out, "{json}")?;
@@ -127,7 +140,10 @@ pub fn run(
     if let Some(dir) = &arguments.out {
         fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
         store(&dir.join(format!("{name}.json")), &json)?;
-        store(&dir.join(format!("{name}.svg")), &plot::svg(name, &outcomes))?;
+        store(
+            &dir.join(format!("{name}.svg")),
+            &plot::svg(name, &outcomes),
+        )?;
     }
     Ok(())
 }
@@ -163,7 +179,9 @@ fn arrivals(name: &str, seed: u64) -> anyhow::Result<Vec<Arrival>> {
     }
     let file = File::open(name).with_context(|| format!("cannot open {name}"))?;
     let mut text = String::new();
-    let packed = Path::new(name).extension().is_some_and(|ending| ending == "gz");
+    let packed = Path::new(name)
+        .extension()
+        .is_some_and(|ending| ending == "gz");
     let reader: Box<dyn Read> = if packed {
         Box::new(flate2::read::MultiGzDecoder::new(file))
     } else {

@@ -120,7 +120,10 @@ mod tests {
         };
         let outcome = tally.outcome();
         assert_eq!(outcome.mean_ttft_s, 50.5);
-        assert_eq!((outcome.p50_ttft_s, outcome.p90_ttft_s, outcome.p99_ttft_s), (50.0, 90.0, 99.0));
+        assert_eq!(
+            (outcome.p50_ttft_s, outcome.p90_ttft_s, outcome.p99_ttft_s),
+            (50.0, 90.0, 99.0)
+        );
         assert_eq!(outcome.share_under_3s, 0.02);
         assert_eq!(Outcome::default().quantile(0.5), 0.0);
         assert!(table(&[("fused", outcome)]).contains("50.500"));

@@ -23,8 +23,14 @@ const COLOURS: [&str; 7] = [
 /// Draws the cumulative distributions over a logarithmic axis of seconds.
 pub fn svg(title: &str, outcomes: &[(&str, Outcome)]) -> String {
     let times = || outcomes.iter().flat_map(|(_, outcome)| &outcome.ttft_s);
-    let least = times().copied().fold(f64::INFINITY, f64::min).clamp(1e-3, 1e5);
-    let most = times().copied().fold(0.0, f64::max).clamp(least * 10.0, 1e6);
+    let least = times()
+        .copied()
+        .fold(f64::INFINITY, f64::min)
+        .clamp(1e-3, 1e5);
+    let most = times()
+        .copied()
+        .fold(0.0, f64::max)
+        .clamp(least * 10.0, 1e6);
     let (low, high) = (least.log10().floor(), most.log10().ceil());
     let x = |seconds: f64| {
         let share = (seconds.max(least).log10() - low) / (high - low);
@@ -45,7 +51,8 @@ pub fn svg(title: &str, outcomes: &[(&str, Outcome)]) -> String {
             let share = point as f64 / POINTS as f64;
             let letter = if point == 0 { 'M' } else { 'L' };
             let seconds = outcome.quantile(share);
-            write!(path, "{letter}{:.1} {:.1}", x(seconds), y(share)).expect("invariant: strings grow");
+            write!(path, "{letter}{:.1} {:.1}", x(seconds), y(share))
+                .expect("invariant: strings grow");
         }
         let line = TOP + 20.0 * (index as f64 + 1.0);
         let edge = WIDTH - RIGHT + 12.0;
@@ -95,7 +102,9 @@ fn grid(svg: &mut String, low: f64, high: f64, x: &dyn Fn(f64) -> f64, y: &dyn F
 }
 
 fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
 }
 
 #[cfg(test)]
@@ -109,15 +118,27 @@ mod tests {
             mean_ttft_s: 10.88,
             ..Outcome::default()
         };
-        let picture = svg("a < b & c", &[("fused", outcome), ("none", Outcome::default())]);
+        let picture = svg(
+            "a < b & c",
+            &[("fused", outcome), ("none", Outcome::default())],
+        );
         assert!(picture.contains("a &lt; b &amp; c") && picture.contains("fused 10.88"));
         assert_eq!(picture.matches("stroke-width").count(), 4);
-        let curve = picture.lines().find(|line| line.contains("fill=\"none\"")).unwrap();
+        let curve = picture
+            .lines()
+            .find(|line| line.contains("fill=\"none\""))
+            .unwrap();
         let path = curve.split('"').nth(1).unwrap();
         for point in path.split(['M', 'L']).filter(|point| !point.is_empty()) {
             let (x, y) = point.split_once(' ').unwrap();
-            assert!((LEFT..=WIDTH - RIGHT).contains(&x.parse().unwrap()), "{point}");
-            assert!((TOP..=HEIGHT - BOTTOM).contains(&y.parse().unwrap()), "{point}");
+            assert!(
+                (LEFT..=WIDTH - RIGHT).contains(&x.parse().unwrap()),
+                "{point}"
+            );
+            assert!(
+                (TOP..=HEIGHT - BOTTOM).contains(&y.parse().unwrap()),
+                "{point}"
+            );
         }
         assert!(!picture.contains("NaN"));
     }

@@ -135,18 +135,46 @@ impl Scenario {
         let checks = [
             (workers.contains(&self.prefills), "prefills", "1 to 256"),
             (workers.contains(&self.decodes), "decodes", "1 to 256"),
-            ((1..=REPLICAS_MAX).contains(&self.replicas), "replicas", "1 to 64"),
+            (
+                (1..=REPLICAS_MAX).contains(&self.replicas),
+                "replicas",
+                "1 to 64",
+            ),
             (positive(self.load), "load", "above 0"),
             (time(self.gossip_delay_s), "gossip_delay_s", "0 to 3600"),
-            ((1e-3..=3600.0).contains(&self.sample_period_s), "sample_period_s", "0.001 to 3600"),
+            (
+                (1e-3..=3600.0).contains(&self.sample_period_s),
+                "sample_period_s",
+                "0.001 to 3600",
+            ),
             (time(self.sample_delay_s), "sample_delay_s", "0 to 3600"),
-            ((1..=1 << 40).contains(&self.kv_bytes_per_token), "kv_bytes_per_token", "1 to 2^40"),
-            (positive(self.prefill_tokens_per_s), "prefill_tokens_per_s", "above 0"),
-            ((0.0..=1.0).contains(&self.prefill_s_per_token2), "prefill_s_per_token2", "0 to 1"),
+            (
+                (1..=1 << 40).contains(&self.kv_bytes_per_token),
+                "kv_bytes_per_token",
+                "1 to 2^40",
+            ),
+            (
+                positive(self.prefill_tokens_per_s),
+                "prefill_tokens_per_s",
+                "above 0",
+            ),
+            (
+                (0.0..=1.0).contains(&self.prefill_s_per_token2),
+                "prefill_s_per_token2",
+                "0 to 1",
+            ),
             (self.decode_kv_tokens > 0, "decode_kv_tokens", "above 0"),
-            (positive(self.decode_step_s) && time(self.decode_step_s), "decode_step_s", "above 0, up to 3600"),
+            (
+                positive(self.decode_step_s) && time(self.decode_step_s),
+                "decode_step_s",
+                "above 0, up to 3600",
+            ),
             (positive(self.bytes_per_s), "bytes_per_s", "above 0"),
-            (self.told_bytes_per_s.is_none_or(positive), "told_bytes_per_s", "above 0"),
+            (
+                self.told_bytes_per_s.is_none_or(positive),
+                "told_bytes_per_s",
+                "above 0",
+            ),
             (workers.contains(&self.zones), "zones", "1 to 256"),
             (
                 self.cross_zone_bytes_per_s.is_none_or(positive),

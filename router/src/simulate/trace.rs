@@ -69,7 +69,8 @@ pub enum TraceError {
 }
 
 /// How a made-up trace is written.
-pub const EXAMPLE: &str = "synthetic:requests=2000,rate=3.4,input=12035,input_sigma=1.05,output=343";
+pub const EXAMPLE: &str =
+    "synthetic:requests=2000,rate=3.4,input=12035,input_sigma=1.05,output=343";
 
 /// Reads JSON lines with `timestamp` (ms), `input_length`, `output_length` and optionally `hash_ids`. If most timestamps
 /// are multiples of 3 s, as in Mooncake's traces, each is smeared evenly over the 3 s that follow it.
@@ -91,7 +92,7 @@ pub fn read(text: &str, seed: u64) -> Result<Vec<Arrival>, TraceError> {
         if arrivals.len() == REQUESTS_MAX {
             return Err(TraceError::TooLong);
         }
-        bursts += usize::from(line.timestamp % BURST_MS == 0);
+        bursts += usize::from(line.timestamp.is_multiple_of(BURST_MS));
         arrivals.push(Arrival {
             at: Duration::from_millis(line.timestamp),
             input: line.input_length.max(1),
@@ -158,9 +159,13 @@ impl Made {
         };
         let mut made = Self::default();
         for part in text.split(',').filter(|part| !part.is_empty()) {
-            let (name, number) = part.split_once('=').ok_or_else(|| bad("a `=` is missing"))?;
+            let (name, number) = part
+                .split_once('=')
+                .ok_or_else(|| bad("a `=` is missing"))?;
             if name == "requests" {
-                made.requests = number.parse().map_err(|_| bad("requests is a whole number"))?;
+                made.requests = number
+                    .parse()
+                    .map_err(|_| bad("requests is a whole number"))?;
                 continue;
             }
             let number: f64 = number.parse().map_err(|_| bad("numbers are needed"))?;
@@ -177,7 +182,9 @@ impl Made {
         }
         let numbers = [made.rate, made.input, made.output, made.input_max];
         let sigmas = [made.input_sigma, made.output_sigma];
-        if !numbers.iter().all(|number| number.is_finite() && *number > 0.0)
+        if !numbers
+            .iter()
+            .all(|number| number.is_finite() && *number > 0.0)
             || !sigmas.iter().all(|sigma| (0.0..=10.0).contains(sigma))
         {
             return Err(bad("numbers must be positive, sigmas 0 to 10"));
@@ -226,7 +233,9 @@ mod tests {
     #[test]
     fn bursts_are_smeared_and_others_are_not() {
         let line = |ms: u64| {
-            format!("{{\"timestamp\": {ms}, \"input_length\": 5, \"output_length\": 0, \"hash_ids\": [1]}}")
+            format!(
+                "{{\"timestamp\": {ms}, \"input_length\": 5, \"output_length\": 0, \"hash_ids\": [1]}}"
+            )
         };
         let burst: Vec<String> = (0..100).map(|n| line(n / 20 * 3000)).collect();
         let arrivals = read(&burst.join("\n"), 7).unwrap();
@@ -235,8 +244,13 @@ mod tests {
         let distinct: std::collections::HashSet<_> = arrivals.iter().map(|a| a.at).collect();
         assert!(distinct.len() > 95);
         assert!(arrivals.is_sorted_by_key(|a| a.at));
-        assert!(arrivals[19].at < Duration::from_secs(3) && arrivals[20].at >= Duration::from_secs(3));
-        assert_eq!((arrivals[0].output, arrivals[0].blocks.as_slice()), (1, &[1][..]));
+        assert!(
+            arrivals[19].at < Duration::from_secs(3) && arrivals[20].at >= Duration::from_secs(3)
+        );
+        assert_eq!(
+            (arrivals[0].output, arrivals[0].blocks.as_slice()),
+            (1, &[1][..])
+        );
         let fine = [line(1), line(17)].join("\n\n");
         assert_eq!(read(&fine, 7).unwrap()[1].at, Duration::from_millis(17));
     }
@@ -245,18 +259,37 @@ mod tests {
     fn mistakes_are_named() {
         assert!(matches!(read("\n", 0), Err(TraceError::Empty)));
         let error = read("{\"timestamp\": 1}", 0).unwrap_err().to_string();
-        assert!(error.starts_with("line 1") && error.contains("input_length"), "{error}");
+        assert!(
+            error.starts_with("line 1") && error.contains("input_length"),
+            "{error}"
+        );
         let long = "{\"timestamp\": 1, \"input_length\": 99999999, \"output_length\": 1}";
         assert!(read(long, 0).unwrap_err().to_string().contains("tokens"));
-        for text in ["rate", "rate=x", "speed=3", "rate=-1", "requests=0", "input_sigma=nan"] {
-            assert!(Made::parse(text).unwrap_err().to_string().contains("example"), "{text}");
+        for text in [
+            "rate",
+            "rate=x",
+            "speed=3",
+            "rate=-1",
+            "requests=0",
+            "input_sigma=nan",
+        ] {
+            assert!(
+                Made::parse(text)
+                    .unwrap_err()
+                    .to_string()
+                    .contains("example"),
+                "{text}"
+            );
         }
     }
 
     #[test]
     fn made_traces_have_their_means() {
         let spec = EXAMPLE.strip_prefix("synthetic:").unwrap();
-        let made = Made { requests: 20_000, ..Made::parse(spec).unwrap() };
+        let made = Made {
+            requests: 20_000,
+            ..Made::parse(spec).unwrap()
+        };
         let arrivals = made.arrivals(3);
         let mean = |of: fn(&Arrival) -> u64| {
             arrivals.iter().map(of).sum::<u64>() as f64 / arrivals.len() as f64

@@ -13,9 +13,9 @@ use std::time::Duration;
 use super::outcome::{Outcome, Tally};
 use super::scenario::Scenario;
 use super::trace::Arrival;
+use crate::schedule::Policy;
 use crate::schedule::board::Key;
 use crate::schedule::dice::Dice;
-use crate::schedule::Policy;
 
 use fleet::{Decode, Prefill};
 

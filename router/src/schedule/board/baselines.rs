@@ -51,8 +51,10 @@ impl Board {
     /// The pair with the shortest queue, computation and transfer at nominal bandwidth on an idle wire.
     fn nearest(&self, scratch: &Scratch, dice: &mut Dice) -> (usize, usize) {
         let mut best = (f64::INFINITY, 0, 0);
-        let (first_prefill, first_decode) =
-            (dice.below(scratch.prefills.len()), dice.below(scratch.decodes.len()));
+        let (first_prefill, first_decode) = (
+            dice.below(scratch.prefills.len()),
+            dice.below(scratch.decodes.len()),
+        );
         for p in turned(scratch.prefills.len(), first_prefill) {
             let prefill = &scratch.prefills[p];
             for d in turned(scratch.decodes.len(), first_decode) {
@@ -77,15 +79,21 @@ fn turned(count: usize, first: usize) -> impl Iterator<Item = usize> {
 /// The index with the least `key`; among equals chance decides.
 fn least<K: Ord>(count: usize, dice: &mut Dice, key: impl Fn(usize) -> K) -> usize {
     let first = dice.below(count);
-    turned(count, first).min_by_key(|index| key(*index)).unwrap_or(0)
+    turned(count, first)
+        .min_by_key(|index| key(*index))
+        .unwrap_or(0)
 }
 
 fn least_prefill(scratch: &Scratch, dice: &mut Dice) -> usize {
-    least(scratch.prefills.len(), dice, |p| scratch.prefills[p].queued.0)
+    least(scratch.prefills.len(), dice, |p| {
+        scratch.prefills[p].queued.0
+    })
 }
 
 fn least_decode(scratch: &Scratch, dice: &mut Dice) -> usize {
-    least(scratch.decodes.len(), dice, |d| scratch.decodes[d].kv_tokens)
+    least(scratch.decodes.len(), dice, |d| {
+        scratch.decodes[d].kv_tokens
+    })
 }
 
 fn power_of_two(scratch: &Scratch, dice: &mut Dice) -> (usize, usize) {
@@ -111,7 +119,10 @@ fn cached_prefill(scratch: &Scratch, request: &Request<'_>) -> Option<usize> {
     }
     let views = scratch.prefills.iter().enumerate();
     let (index, view) = views.max_by_key(|(index, view)| {
-        (view.cached_tokens, std::cmp::Reverse((view.queued.0, *index)))
+        (
+            view.cached_tokens,
+            std::cmp::Reverse((view.queued.0, *index)),
+        )
     })?;
     let share = view.cached_tokens as f64 / request.prompt_tokens.max(1) as f64;
     (share >= MATCH_SHARE_MIN).then_some(index)

@@ -67,7 +67,9 @@ impl Board {
             }
             Some((Role::Decode, slot)) => {
                 let slot = *slot;
-                self.decodes[slot].sources.retain(|known| known.number != source);
+                self.decodes[slot]
+                    .sources
+                    .retain(|known| known.number != source);
                 self.sum_pools(slot);
             }
             None => {}
@@ -97,18 +99,32 @@ impl Board {
         }
     }
 
-    fn take_links(&mut self, slot: usize, source: usize, links: &[Link], tells_rooms: bool, at: f64) {
-        let mut taken = self.prefills[slot].sources[source].links.take().unwrap_or_default();
+    fn take_links(
+        &mut self,
+        slot: usize,
+        source: usize,
+        links: &[Link],
+        tells_rooms: bool,
+        at: f64,
+    ) {
+        let mut taken = self.prefills[slot].sources[source]
+            .links
+            .take()
+            .unwrap_or_default();
         taken.clear();
-        taken.extend(links.iter().filter_map(|link| match self.ids.get(&link.peer) {
-            Some((Role::Decode, peer)) => Some((
-                *peer,
-                link.bytes_queued,
-                link.bytes_in_flight,
-                link.bytes_per_s,
-            )),
-            _ => None,
-        }));
+        taken.extend(
+            links
+                .iter()
+                .filter_map(|link| match self.ids.get(&link.peer) {
+                    Some((Role::Decode, peer)) => Some((
+                        *peer,
+                        link.bytes_queued,
+                        link.bytes_in_flight,
+                        link.bytes_per_s,
+                    )),
+                    _ => None,
+                }),
+        );
         let prefill = &mut self.prefills[slot];
         prefill.sources[source].links = Some(taken);
         prefill.sources[source].tells_rooms = tells_rooms;
@@ -159,7 +175,10 @@ impl Board {
         decode.pool = None;
         for source in &decode.sources {
             let Some(pool) = source.pool else { continue };
-            let used = pool.pages.saturating_sub(pool.free_pages).saturating_mul(page);
+            let used = pool
+                .pages
+                .saturating_sub(pool.free_pages)
+                .saturating_mul(page);
             let total = decode.pool.get_or_insert(Pool {
                 tokens_used: 0,
                 tokens: 0,
@@ -179,7 +198,9 @@ impl Board {
 
 /// The source's index, after its sample proved to be new.
 fn accept(sources: &mut Vec<Source>, sample: &Sample<'_>, at: f64) -> Result<usize, IngestError> {
-    let known = sources.iter().position(|source| source.number == sample.source);
+    let known = sources
+        .iter()
+        .position(|source| source.number == sample.source);
     let Some(index) = known else {
         if sources.len() >= SOURCES_MAX {
             return Err(IngestError::TooMany);

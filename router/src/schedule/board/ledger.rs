@@ -157,9 +157,10 @@ impl Board {
         request: &Request<'_>,
     ) -> Result<Key, BookError> {
         let now = now.as_secs_f64();
-        let (Some(&(Role::Prefill, prefill)), Some(&(Role::Decode, decode))) =
-            (self.ids.get(&decision.prefill), self.ids.get(&decision.decode))
-        else {
+        let (Some(&(Role::Prefill, prefill)), Some(&(Role::Decode, decode))) = (
+            self.ids.get(&decision.prefill),
+            self.ids.get(&decision.decode),
+        ) else {
             return Err(BookError::UnknownWorker);
         };
         if self.ledger.bookings.len() - self.ledger.siblings >= BOOKINGS_MAX {
@@ -240,7 +241,9 @@ impl Board {
         decode.booked_tokens = decode.booked_tokens.saturating_add(booking.kv_tokens);
         decode.booked_requests += 1;
         if decode.pool.is_none_or(|pool| takes_pages_at > pool.at) {
-            decode.unpictured.push((key, takes_pages_at, booking.kv_tokens));
+            decode
+                .unpictured
+                .push((key, takes_pages_at, booking.kv_tokens));
         }
         self.ledger.siblings += usize::from(key.replica != self.ledger.replica);
         self.ledger.bookings.insert(key, booking);
@@ -327,7 +330,9 @@ impl Board {
 
     fn clear_wire(&mut self, key: Key, prefill: usize, decode: usize) {
         self.prefills[prefill].jobs.retain(|job| job.key != key);
-        self.decodes[decode].inbound.retain(|entry| entry.key != key);
+        self.decodes[decode]
+            .inbound
+            .retain(|entry| entry.key != key);
     }
 
     fn first_token(&mut self, key: Key, at: f64) {

@@ -136,7 +136,11 @@ impl Board {
             let view = self.view_prefill(scratch, slot, request, now);
             let bytes = self.egress_bytes(prefill, now);
             if bytes > 0 && (bytes.saturating_add(view.kv_bytes)) as f64 > limit {
-                let first = prefill.jobs.iter().map(|job| job.ready).fold(f64::INFINITY, f64::min);
+                let first = prefill
+                    .jobs
+                    .iter()
+                    .map(|job| job.ready)
+                    .fold(f64::INFINITY, f64::min);
                 full_until = full_until.min(first.min(view.egress_free));
                 continue;
             }
@@ -176,7 +180,8 @@ impl Board {
             let (taken, _) = self.kv_tokens(decode, now);
             let needed = taken.saturating_add(self.kv_tokens_needed(slot, request));
             let most = Self::kv_tokens_max(decode);
-            let limit = most.map(|most| self.limit(request, most as f64 * self.settings.kv_share_max));
+            let limit =
+                most.map(|most| self.limit(request, most as f64 * self.settings.kv_share_max));
             if taken > 0 && limit.is_some_and(|limit| needed as f64 > limit) {
                 full = true;
                 continue;
@@ -236,6 +241,12 @@ impl Board {
         stale + weights.chance(self.prefills[prefill.slot].id)
     }
 
+    /// What the transfer itself costs at this speed.
+    fn wire_cost(&self, prefill: &PrefillView, seconds_per_byte: f64) -> f64 {
+        let transfer_s = prefill.latency_s + prefill.kv_bytes as f64 * seconds_per_byte;
+        transfer_s * (1.0 + self.settings.wire_weight)
+    }
+
     /// A pair's cost: its predicted time to the first token and its penalties.
     fn weigh(&self, scratch: &Scratch, weights: &Weights, p: usize, d: usize) -> Choice {
         let (prefill, decode) = (&scratch.prefills[p], &scratch.decodes[d]);
@@ -245,6 +256,7 @@ impl Board {
             prefill: p,
             decode: d,
             cost_s: prediction.ttft_s()
+                + self.settings.wire_weight * prediction.transfer_s
                 + self.prefill_penalty(weights, prefill)
                 + self.decode_penalty(weights, decode)
                 + self.settings.failure_weight * failures.score(weights.now),
@@ -270,9 +282,12 @@ impl Board {
         order.clear();
         order.extend(scratch.prefills.iter().enumerate().map(|(index, view)| {
             let state = &self.prefills[view.slot];
-            let wire = view.latency_s + view.kv_bytes as f64 * state.fastest;
+            let wire = self.wire_cost(view, state.fastest);
             let penalty = self.prefill_penalty(weights, view);
-            (view.sendable() - now + wire + penalty + cheapest_decode, index)
+            (
+                view.sendable() - now + wire + penalty + cheapest_decode,
+                index,
+            )
         }));
         order.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
         let mut best: Option<Choice> = None;
@@ -302,12 +317,9 @@ impl Board {
     ) {
         let view = &scratch.prefills[p];
         let row = &self.prefills[view.slot].seconds_per_byte;
-        let fixed = view.sendable() - weights.now
-            + view.latency_s
-            + self.prefill_penalty(weights, view);
-        let bytes = view.kv_bytes as f64;
+        let fixed = view.sendable() - weights.now + self.prefill_penalty(weights, view);
         for (d, decode) in scratch.decodes.iter().enumerate() {
-            let least = fixed + bytes * row[decode.slot] + decode.admission_s;
+            let least = fixed + self.wire_cost(view, row[decode.slot]) + decode.admission_s;
             if best.is_some_and(|best| least > best.cost_s) {
                 continue;
             }
@@ -365,7 +377,10 @@ impl Board {
         seen.sort_by(|a, b| a.cost_s.total_cmp(&b.cost_s));
         seen.retain(|other| (other.prefill, other.decode) != (choice.prefill, choice.decode));
         alternatives.extend(seen.iter().take(ALTERNATIVES_MAX).filter_map(|other| {
-            let (p, d) = (&scratch.prefills[other.prefill], &scratch.decodes[other.decode]);
+            let (p, d) = (
+                &scratch.prefills[other.prefill],
+                &scratch.decodes[other.decode],
+            );
             Some(Alternative {
                 prefill: self.prefills[p.slot].id?,
                 decode: self.decodes[d.slot].id?,
@@ -384,7 +399,10 @@ impl Board {
         sticky: bool,
         alternatives: Vec<Alternative>,
     ) -> Decision {
-        let (p, d) = (&scratch.prefills[choice.prefill], &scratch.decodes[choice.decode]);
+        let (p, d) = (
+            &scratch.prefills[choice.prefill],
+            &scratch.decodes[choice.decode],
+        );
         let id = |id: Option<WorkerId>| id.expect("invariant: a view's worker is on the board");
         Decision {
             prefill: id(self.prefills[p.slot].id),
@@ -396,7 +414,9 @@ impl Board {
             policy: self.settings.policy,
             sticky,
             cached_tokens: p.cached_tokens,
-            sample_age: p.age_s.and_then(|age| Duration::try_from_secs_f64(age).ok()),
+            sample_age: p
+                .age_s
+                .and_then(|age| Duration::try_from_secs_f64(age).ok()),
             candidates: scratch.prefills.len() * scratch.decodes.len(),
             alternatives,
             compute_tokens: p.compute_tokens,

@@ -103,7 +103,9 @@ impl Board {
 
     /// Predicted seconds of computing, and the learned factor in it.
     pub(super) fn compute_s(&self, prefill: usize, tokens: u64) -> (f64, f64) {
-        let factor = self.prefills[prefill].model.factor(tokens, &self.fleet.prefill);
+        let factor = self.prefills[prefill]
+            .model
+            .factor(tokens, &self.fleet.prefill);
         (self.nominal_compute_s(prefill, tokens) * factor, factor)
     }
 
@@ -117,7 +119,10 @@ impl Board {
             }
         }
         for job in prefill.jobs.iter().filter(|job| !job.known) {
-            if self.rank_pictured(prefill, job.rank, now).is_none_or(|at| job.booked_at > at) {
+            if self
+                .rank_pictured(prefill, job.rank, now)
+                .is_none_or(|at| job.booked_at > at)
+            {
                 sum.0 = sum.0.saturating_add(job.tokens);
                 sum.1 += 1;
             }
@@ -171,7 +176,10 @@ impl Board {
 
     /// Tokens that fit a decode's pool, if that is known.
     pub(super) fn kv_tokens_max(decode: &Decode) -> Option<u64> {
-        decode.pool.map(|pool| pool.tokens).or(decode.facts.kv_tokens_max)
+        decode
+            .pool
+            .map(|pool| pool.tokens)
+            .or(decode.facts.kv_tokens_max)
     }
 
     /// Prepares the look at decodes: backlog by ingress, and which prefills have fresh pictures.
@@ -225,7 +233,9 @@ impl Board {
             return 0;
         };
         if self.trie.reports(slot) && !request.blocks.is_empty() {
-            return matched.saturating_mul(request.block_tokens).min(request.prompt_tokens);
+            return matched
+                .saturating_mul(request.block_tokens)
+                .min(request.prompt_tokens);
         }
         match request.chunks.len() as u64 {
             0 => 0,
@@ -275,7 +285,9 @@ impl Board {
 
     /// When a job that only its booking knows of leaves the rank free.
     fn after(&self, free: f64, job: &Job, prefill: &Prefill, now: f64) -> f64 {
-        let told = self.links_pictured(prefill, now).is_some_and(|(_, rooms)| rooms);
+        let told = self
+            .links_pictured(prefill, now)
+            .is_some_and(|(_, rooms)| rooms);
         if job.ready <= now && !told {
             // It was predicted to be done, and nothing could have told otherwise.
             return free;
@@ -355,7 +367,11 @@ fn link_backlog_s(prefill: &Prefill, slot: usize) -> f64 {
 fn egress_free(prefill: &Prefill, pictured: Option<(f64, bool)>, now: f64) -> f64 {
     let mut free = now;
     if let Some((at, _)) = pictured {
-        let backlog: f64 = prefill.busy.iter().map(|slot| link_backlog_s(prefill, *slot)).sum();
+        let backlog: f64 = prefill
+            .busy
+            .iter()
+            .map(|slot| link_backlog_s(prefill, *slot))
+            .sum();
         free = free.max(at + backlog);
     }
     let ranks = f64::from(prefill.facts.dp_size);

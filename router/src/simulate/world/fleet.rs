@@ -168,9 +168,13 @@ impl World<'_> {
         self.tally.wire_wait_s += (now - computed).as_secs_f64();
         let bytes = flight.input * self.scenario.kv_bytes_per_token;
         self.prefills[prefill].sending = Some(request);
-        self.prefills[prefill].sendable.retain(|other| *other != request);
+        self.prefills[prefill]
+            .sendable
+            .retain(|other| *other != request);
         self.decodes[decode].receiving = true;
-        self.decodes[decode].sendable.retain(|other| *other != request);
+        self.decodes[decode]
+            .sendable
+            .retain(|other| *other != request);
         let seconds = bytes as f64 / self.scenario.rate(prefill, decode, now.as_secs_f64());
         self.tally.transfer_s += seconds;
         self.after(seconds, Happening::Arrived(request));

@@ -50,7 +50,9 @@ impl Router {
             replica: number as u64,
             sample_period: Duration::try_from_secs_f64(period).unwrap_or(defaults.sample_period),
             cross_zone_bytes_per_s: scenario.cross_zone_bytes_per_s,
-            egress_bytes_max: scenario.egress_bytes_max.unwrap_or(defaults.egress_bytes_max),
+            egress_bytes_max: scenario
+                .egress_bytes_max
+                .unwrap_or(defaults.egress_bytes_max),
             ..defaults
         });
         let mut places = HashMap::new();
@@ -70,8 +72,12 @@ impl Router {
             places.insert(id, index);
             id
         };
-        let prefills = (0..scenario.prefills).map(|index| join(Role::Prefill, index)).collect();
-        let decodes = (0..scenario.decodes).map(|index| join(Role::Decode, index)).collect();
+        let prefills = (0..scenario.prefills)
+            .map(|index| join(Role::Prefill, index))
+            .collect();
+        let decodes = (0..scenario.decodes)
+            .map(|index| join(Role::Decode, index))
+            .collect();
         Self {
             board,
             prefills,
@@ -180,7 +186,10 @@ impl World<'_> {
     fn picture_prefill(&mut self, index: usize) -> PrefillPicture {
         let computed = std::mem::take(&mut self.prefills[index].computed);
         let prefill = &self.prefills[index];
-        let waiting = prefill.queue.iter().map(|request| self.flights[*request].input);
+        let waiting = prefill
+            .queue
+            .iter()
+            .map(|request| self.flights[*request].input);
         let mut queue = RankQueue {
             rank: 0,
             tokens: waiting.sum(),
@@ -195,7 +204,17 @@ impl World<'_> {
         let seconds = self.now.as_secs_f64();
         let rate = |decode: usize| self.scenario.rate(index, decode, seconds);
         let mut links: Vec<(u64, u64, f64)> = (0..self.decodes.len())
-            .map(|decode| (0, 0, if prefill.measured[decode] { rate(decode) } else { 0.0 }))
+            .map(|decode| {
+                (
+                    0,
+                    0,
+                    if prefill.measured[decode] {
+                        rate(decode)
+                    } else {
+                        0.0
+                    },
+                )
+            })
             .collect();
         for request in &prefill.sendable {
             let flight = &self.flights[*request];
@@ -204,14 +223,22 @@ impl World<'_> {
         if let Some(request) = prefill.sending {
             links[self.flights[request].decode].1 += self.bytes_left(request);
         }
-        PrefillPicture { queue, links, computed }
+        PrefillPicture {
+            queue,
+            links,
+            computed,
+        }
     }
 
     pub(super) fn deliver(&mut self) {
         let Some(picture) = self.pictures.pop_front() else {
             return;
         };
-        for request in picture.prefills.iter().flat_map(|prefill| &prefill.computed) {
+        for request in picture
+            .prefills
+            .iter()
+            .flat_map(|prefill| &prefill.computed)
+        {
             let flight = &self.flights[*request];
             let (Some(key), Some(computed)) = (flight.key, flight.computed) else {
                 continue;
@@ -293,13 +320,18 @@ impl World<'_> {
     pub(super) fn tell(&mut self, request: usize, event: Event) {
         let flight = &self.flights[request];
         if let Some(key) = flight.key {
-            self.routers[flight.router].board.advance(key, event, self.now);
+            self.routers[flight.router]
+                .board
+                .advance(key, event, self.now);
         }
     }
 
     pub(super) fn gossip(&mut self, request: usize, news: News) {
         if self.scenario.gossip && self.routers.len() > 1 {
-            self.after(self.scenario.gossip_delay_s, Happening::Heard(request, news));
+            self.after(
+                self.scenario.gossip_delay_s,
+                Happening::Heard(request, news),
+            );
         }
     }
 
