@@ -6,6 +6,7 @@
 //!
 //! * `config`: the settings and their command line.
 //! * `schedule`: which pair serves a request, and under which rooms.
+//! * `simulate`: the same choice replayed against a fleet that exists only as arithmetic.
 //! * `pool`: the workers, the connections to them, and whether they are ready.
 //! * `proxy`: the HTTP front, the two legs, the stream back to the client.
 //! * `respond`: the only place that turns an error into a status code.
@@ -19,6 +20,7 @@ pub mod pool;
 pub mod proxy;
 pub mod respond;
 pub mod schedule;
+pub mod simulate;
 
 use std::ffi::OsString;
 use std::future::Future;
@@ -48,6 +50,11 @@ pub async fn run(
 pub fn main_from_args(
     args: impl IntoIterator<Item = impl Into<OsString> + Clone>,
 ) -> anyhow::Result<()> {
+    let mut args: Vec<OsString> = args.into_iter().map(Into::into).collect();
+    if args.get(1).is_some_and(|first| first == "simulate") {
+        args.remove(1);
+        return simulate::command::main_from_args(args);
+    }
     let command_line = config::CommandLine::from_args(args).unwrap_or_else(|error| error.exit());
     command_line.init_logs();
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -27,7 +27,9 @@ Example: two prefill workers (bootstrap servers on port 8998) and one decode wor
     -d '{\"model\": \"m\", \"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}], \"max_tokens\": 50}'
 
 The workers are SGLang servers started with --disaggregation-mode prefill or decode. The port after a
-prefill URL is that worker's --disaggregation-bootstrap-port. Times are seconds, or 500ms, 10m, 2h.";
+prefill URL is that worker's --disaggregation-bootstrap-port. Times are seconds, or 500ms, 10m, 2h.
+
+`kvrouter simulate --help`: replay a trace against a fleet described in a file.";
 
 /// Routes LLM requests to pairs of SGLang prefill and decode workers.
 #[derive(Debug, Parser)]

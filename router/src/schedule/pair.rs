@@ -57,7 +57,7 @@ impl PairScheduler {
     clippy::cast_possible_truncation,
     reason = "both results are below a usize argument"
 )]
-fn turn_pair(turn: u64, prefills: u64, decodes: u64) -> (usize, usize) {
+pub(super) fn turn_pair(turn: u64, prefills: u64, decodes: u64) -> (usize, usize) {
     let cycle = prefills / gcd(prefills, decodes) * decodes;
     let decode = (turn % decodes + turn / cycle % decodes) % decodes;
     ((turn % prefills) as usize, decode as usize)

@@ -1,0 +1,537 @@
+//! What is known of the fleet: workers, their samples, bookings, and what was learned; and the choice made from it.
+//!
+//! A board is a value without threads and clocks. Callers put it behind one lock and tell it what happens; every call
+//! takes the time as a duration since a zero of the caller's choice, the same for all calls.
+//!
+//! * `ledger`: bookings and the events that release them, also those of sibling replicas.
+//! * `intake`: samples.
+//! * `view`: what a request would meet at each worker (rules 1 to 5).
+//! * `pick`: gates (rules 5 and 7) and the choice.
+//! * `baselines`: the policies that `fused` is compared with.
+#![forbid(unsafe_code)]
+
+mod baselines;
+mod intake;
+mod ledger;
+mod pick;
+mod view;
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use super::facts::{Facts, Role, WORKERS_MAX, WorkerId};
+use super::model::{Failures, Mean, PAIR_HALF_LIFE_S, PREFILL_HALF_LIFE_S, PrefillModel};
+use super::policy::Settings;
+use super::prefix::PrefixTrie;
+use super::recent::Recent;
+use super::sample::{KvEvent, KvPool};
+
+pub use intake::IngestError;
+pub use ledger::{BOOKINGS_MAX, BookError, Event, Key, Leg, Record};
+
+/// Sticky keys that are remembered; about 2 MiB.
+pub const STICKY_MAX: usize = 1 << 15;
+
+/// How often a row of learned bandwidths is worked out again only because time passed.
+const ROW_AGE_MAX_S: f64 = 1.0;
+
+/// What decode takes from the last byte to the first token before that was measured.
+const ADMISSION_S: f64 = 0.02;
+
+/// Half of what was measured of a decode's admission is forgotten after this time.
+const ADMISSION_HALF_LIFE_S: f64 = 10.0;
+
+/// Why a worker was refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BoardError {
+    /// There are [`WORKERS_MAX`] of its role already.
+    #[error("a board holds at most {WORKERS_MAX} workers of one role")]
+    TooManyWorkers,
+    /// There is one of this name.
+    #[error("there is already a worker named {name}")]
+    NameTaken {
+        /// The name.
+        name: String,
+    },
+    /// A number is zero, negative or not a number.
+    #[error(
+        "the facts of {name} cannot be used: ranks, bandwidth and prefill speed must be positive"
+    )]
+    Facts {
+        /// The worker's name.
+        name: String,
+    },
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Board {
+    settings: Settings,
+    prefills: Vec<Prefill>,
+    decodes: Vec<Decode>,
+    ids: HashMap<WorkerId, (Role, usize)>,
+    names: HashMap<String, WorkerId>,
+    next_id: u32,
+    fleet: Fleet,
+    ledger: ledger::Ledger,
+    sticky: Recent<u64, StickyPair>,
+    trie: PrefixTrie,
+    turn: u64,
+    scratch: view::Scratch,
+}
+
+/// What was learned over all workers.
+#[derive(Debug, Default)]
+struct Fleet {
+    /// Bandwidth as a factor of nominal.
+    factor: Mean,
+    prefill: PrefillModel,
+    /// Seconds that even a small transfer takes.
+    latency: Mean,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct StickyPair {
+    prefill: WorkerId,
+    decode: WorkerId,
+    used_at: f64,
+}
+
+/// One stream of samples.
+#[derive(Debug)]
+struct Source {
+    number: u32,
+    epoch: u64,
+    sequence: u64,
+    at: f64,
+    /// By decode slot: bytes queued, in flight, per second.
+    links: Option<Vec<(usize, u64, u64, f64)>>,
+    tells_rooms: bool,
+    pool: Option<KvPool>,
+}
+
+#[derive(Debug)]
+struct Prefill {
+    id: Option<WorkerId>,
+    facts: Facts,
+    ready: bool,
+    /// Bookings whose transfer has not ended, in the order of their dispatch.
+    jobs: Vec<Job>,
+    /// By decode slot.
+    links: Vec<LinkState>,
+    /// Decode slots with bytes queued or in flight.
+    busy: Vec<usize>,
+    sources: Vec<Source>,
+    /// When all its links were last pictured, and whether rooms are told.
+    pictured: Option<(f64, bool)>,
+    /// By data-parallel rank.
+    queues: Vec<Queue>,
+    model: PrefillModel,
+    factor: Mean,
+    /// By decode slot, from the learned bandwidths.
+    seconds_per_byte: Vec<f64>,
+    fastest: f64,
+    row_at: Option<f64>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Queue {
+    tokens: u64,
+    requests: u64,
+    at: f64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct LinkState {
+    bytes_queued: u64,
+    bytes_in_flight: u64,
+    /// The mean of the sources' latest rates, times the senders of one request.
+    reported: f64,
+    rate: Mean,
+    failures: Failures,
+}
+
+/// A booking, as its prefill sees it until the transfer ends.
+#[derive(Clone, Copy, Debug)]
+struct Job {
+    key: Key,
+    rank: usize,
+    tokens: u64,
+    compute_s: f64,
+    bytes: u64,
+    decode: usize,
+    booked_at: f64,
+    ready: f64,
+    /// Whether `ready` was measured.
+    known: bool,
+}
+
+/// A booking, as its decode sees it until the transfer ends.
+#[derive(Clone, Copy, Debug)]
+struct Inbound {
+    key: Key,
+    prefill: usize,
+    bytes: u64,
+    ready: f64,
+    known: bool,
+}
+
+#[derive(Debug)]
+struct Decode {
+    id: Option<WorkerId>,
+    facts: Facts,
+    ready: bool,
+    /// In the order in which they become ready to send.
+    inbound: Vec<Inbound>,
+    /// KV tokens of all bookings.
+    booked_tokens: u64,
+    booked_requests: u64,
+    /// Bookings that the last picture of the pool cannot contain: key, when it takes its pages, tokens.
+    unpictured: Vec<(Key, f64, u64)>,
+    sources: Vec<Source>,
+    pool: Option<Pool>,
+    /// From the transfer's end to the first token.
+    admission: Mean,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Pool {
+    tokens_used: u64,
+    tokens: u64,
+    requests: u64,
+    at: f64,
+}
+
+/// What a worker has to do, for metrics and pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Bookings: of a prefill until the transfer's end, of a decode until the request's end.
+    pub bookings: u64,
+    /// Prompt tokens that wait or are computed at a prefill.
+    pub queued_tokens: u64,
+    /// Bytes dispatched to a prefill that did not yet reach their decode.
+    pub egress_bytes: u64,
+    /// KV tokens taken at a decode.
+    pub kv_tokens: u64,
+}
+
+/// What is known of a pair, for metrics and pages.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PairState {
+    /// Bytes that wait, by the last sample.
+    pub bytes_queued: u64,
+    /// Bytes on the wire, by the last sample.
+    pub bytes_in_flight: u64,
+    /// Bandwidth that the next decision counts with, in bytes per second.
+    pub bytes_per_s: f64,
+    /// Whether this pair itself was measured.
+    pub measured: bool,
+    /// What recent failures cost, in failures.
+    pub failures: f64,
+}
+
+impl Board {
+    /// An empty board.
+    pub fn new(settings: Settings) -> Self {
+        let replica = settings.replica;
+        Self {
+            settings,
+            prefills: Vec::new(),
+            decodes: Vec::new(),
+            ids: HashMap::new(),
+            names: HashMap::new(),
+            next_id: 0,
+            fleet: Fleet::default(),
+            ledger: ledger::Ledger::new(replica),
+            sticky: Recent::new(STICKY_MAX),
+            trie: PrefixTrie::default(),
+            turn: 0,
+            scratch: view::Scratch::default(),
+        }
+    }
+
+    /// The settings.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Other settings from now on, as after a reload; bookings and models stay. The replica's number cannot change.
+    pub fn reset(&mut self, settings: Settings) {
+        let replica = self.settings.replica;
+        self.settings = Settings {
+            replica,
+            ..settings
+        };
+        self.forget_rows();
+    }
+
+    /// Takes a worker in. It is not ready yet.
+    ///
+    /// # Errors
+    /// [`BoardError`]; the board is as before.
+    pub fn join(&mut self, facts: Facts) -> Result<WorkerId, BoardError> {
+        let name = facts.name.clone();
+        if self.names.contains_key(&name) {
+            return Err(BoardError::NameTaken { name });
+        }
+        if !facts.is_sane() {
+            return Err(BoardError::Facts { name });
+        }
+        let id = WorkerId(self.next_id);
+        let role = facts.role;
+        let slot = match role {
+            Role::Prefill => self.place_prefill(id, facts),
+            Role::Decode => self.place_decode(id, facts),
+        }
+        .ok_or(BoardError::TooManyWorkers)?;
+        self.next_id += 1;
+        self.ids.insert(id, (role, slot));
+        self.names.insert(name, id);
+        self.forget_rows();
+        Ok(id)
+    }
+
+    fn place_prefill(&mut self, id: WorkerId, facts: Facts) -> Option<usize> {
+        let vacant = self
+            .prefills
+            .iter()
+            .position(|prefill| prefill.id.is_none());
+        let slot = vacant.unwrap_or(self.prefills.len());
+        if slot == WORKERS_MAX {
+            return None;
+        }
+        let prefill = Prefill {
+            id: Some(id),
+            facts,
+            ready: false,
+            jobs: Vec::new(),
+            links: vec![LinkState::default(); self.decodes.len()],
+            busy: Vec::new(),
+            sources: Vec::new(),
+            pictured: None,
+            queues: Vec::new(),
+            model: PrefillModel::default(),
+            factor: Mean::default(),
+            seconds_per_byte: Vec::new(),
+            fastest: 0.0,
+            row_at: None,
+        };
+        put(&mut self.prefills, slot, prefill);
+        Some(slot)
+    }
+
+    fn place_decode(&mut self, id: WorkerId, facts: Facts) -> Option<usize> {
+        let vacant = self.decodes.iter().position(|decode| decode.id.is_none());
+        let slot = vacant.unwrap_or(self.decodes.len());
+        if slot == WORKERS_MAX {
+            return None;
+        }
+        let decode = Decode {
+            id: Some(id),
+            facts,
+            ready: false,
+            inbound: Vec::new(),
+            booked_tokens: 0,
+            booked_requests: 0,
+            unpictured: Vec::new(),
+            sources: Vec::new(),
+            pool: None,
+            admission: Mean::default(),
+        };
+        put(&mut self.decodes, slot, decode);
+        for prefill in &mut self.prefills {
+            prefill
+                .links
+                .resize(self.decodes.len(), LinkState::default());
+        }
+        Some(slot)
+    }
+
+    /// Forgets a worker with its bookings and everything learned of it.
+    pub fn leave(&mut self, id: WorkerId) {
+        let Some((role, slot)) = self.ids.remove(&id) else {
+            return;
+        };
+        self.release_worker(role, slot);
+        match role {
+            Role::Prefill => {
+                self.trie.forget(slot);
+                let prefill = &mut self.prefills[slot];
+                prefill.id = None;
+                prefill.ready = false;
+                prefill.busy.clear();
+                self.names.remove(&prefill.facts.name);
+            }
+            Role::Decode => {
+                let decode = &mut self.decodes[slot];
+                decode.id = None;
+                decode.ready = false;
+                self.names.remove(&decode.facts.name);
+                for prefill in &mut self.prefills {
+                    prefill.links[slot] = LinkState::default();
+                    prefill.busy.retain(|busy| *busy != slot);
+                    for source in &mut prefill.sources {
+                        if let Some(links) = &mut source.links {
+                            links.retain(|link| link.0 != slot);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Says whether a worker may get requests. Unknown ids are ignored.
+    pub fn set_ready(&mut self, id: WorkerId, ready: bool) {
+        match self.ids.get(&id) {
+            Some((Role::Prefill, slot)) => self.prefills[*slot].ready = ready,
+            Some((Role::Decode, slot)) => self.decodes[*slot].ready = ready,
+            None => {}
+        }
+    }
+
+    /// The worker of this name.
+    pub fn named(&self, name: &str) -> Option<WorkerId> {
+        self.names.get(name).copied()
+    }
+
+    /// The facts of a worker.
+    pub fn facts(&self, id: WorkerId) -> Option<&Facts> {
+        let (role, slot) = self.ids.get(&id)?;
+        Some(match role {
+            Role::Prefill => &self.prefills[*slot].facts,
+            Role::Decode => &self.decodes[*slot].facts,
+        })
+    }
+
+    /// Takes in news of a prefill's prefix cache.
+    pub fn cache_event(&mut self, id: WorkerId, event: &KvEvent) {
+        if let Some((Role::Prefill, slot)) = self.ids.get(&id) {
+            self.trie.report(*slot, event);
+        }
+    }
+
+    /// What a worker has to do, as the next decision would see it.
+    pub fn load(&self, now: Duration, id: WorkerId) -> Option<Load> {
+        let now = now.as_secs_f64();
+        let (role, slot) = self.ids.get(&id)?;
+        Some(match role {
+            Role::Prefill => {
+                let prefill = &self.prefills[*slot];
+                Load {
+                    bookings: prefill.jobs.len() as u64,
+                    queued_tokens: self.queued(prefill, now).0,
+                    egress_bytes: self.egress_bytes(prefill, now),
+                    kv_tokens: 0,
+                }
+            }
+            Role::Decode => {
+                let decode = &self.decodes[*slot];
+                Load {
+                    bookings: decode.booked_requests,
+                    kv_tokens: self.kv_tokens(decode, now).0,
+                    ..Load::default()
+                }
+            }
+        })
+    }
+
+    /// What is known of a pair.
+    pub fn pair(
+        &mut self,
+        now: Duration,
+        prefill: WorkerId,
+        decode: WorkerId,
+    ) -> Option<PairState> {
+        let now = now.as_secs_f64();
+        let (&(Role::Prefill, p), &(Role::Decode, d)) =
+            (self.ids.get(&prefill)?, self.ids.get(&decode)?)
+        else {
+            return None;
+        };
+        self.refresh_row(p, now);
+        let link = &self.prefills[p].links[d];
+        Some(PairState {
+            bytes_queued: link.bytes_queued,
+            bytes_in_flight: link.bytes_in_flight,
+            bytes_per_s: 1.0 / self.prefills[p].seconds_per_byte[d],
+            measured: link.rate.value().is_some(),
+            failures: link.failures.score(now),
+        })
+    }
+
+    /// Seconds after which a sample says nothing any more (rule 3).
+    fn stale_after(&self) -> f64 {
+        self.settings.sample_period.as_secs_f64() * self.settings.stale_periods
+    }
+
+    fn is_fresh(&self, at: f64, now: f64) -> bool {
+        now - at <= self.stale_after()
+    }
+
+    /// Nominal bandwidth between two slots, in bytes per second.
+    fn nominal(&self, prefill: usize, decode: usize) -> f64 {
+        let (p, d) = (&self.prefills[prefill].facts, &self.decodes[decode].facts);
+        let own = p.bytes_per_s.min(d.bytes_per_s);
+        match (&p.zone, &d.zone, self.settings.cross_zone_bytes_per_s) {
+            (Some(here), Some(there), Some(limit)) if here != there => own.min(limit),
+            _ => own,
+        }
+    }
+
+    /// Learns a pair's bandwidth: for itself, its prefill and the fleet.
+    fn learn_rate(&mut self, prefill: usize, decode: usize, bytes_per_s: f64, now: f64) {
+        let factor = bytes_per_s / self.nominal(prefill, decode);
+        let state = &mut self.prefills[prefill];
+        state.links[decode].rate.observe(bytes_per_s, now);
+        state.factor.observe(factor, now);
+        state.row_at = None;
+        let before = self.fleet.factor.value();
+        self.fleet.factor.observe(factor, now);
+        let moved = match (before, self.fleet.factor.value()) {
+            (Some(before), Some(after)) => (after / before - 1.0).abs() > 0.02,
+            _ => true,
+        };
+        if moved {
+            self.forget_rows();
+        }
+    }
+
+    fn forget_rows(&mut self) {
+        for prefill in &mut self.prefills {
+            prefill.row_at = None;
+        }
+    }
+
+    /// Works out a prefill's bandwidths: pair → prefill → fleet → nominal.
+    fn refresh_row(&mut self, slot: usize, now: f64) {
+        let prefill = &self.prefills[slot];
+        if prefill
+            .row_at
+            .is_some_and(|at| (now - at).abs() < ROW_AGE_MAX_S)
+        {
+            return;
+        }
+        let fleet = self.fleet.factor.value().unwrap_or(1.0);
+        let factor = prefill.factor.or(fleet, now, PREFILL_HALF_LIFE_S);
+        let mut row = std::mem::take(&mut self.prefills[slot].seconds_per_byte);
+        row.clear();
+        row.extend((0..self.decodes.len()).map(|decode| {
+            let inherited = self.nominal(slot, decode) * factor;
+            let rate = &self.prefills[slot].links[decode].rate;
+            1.0 / rate.or(inherited, now, PAIR_HALF_LIFE_S)
+        }));
+        let prefill = &mut self.prefills[slot];
+        prefill.fastest = row.iter().copied().fold(f64::INFINITY, f64::min);
+        prefill.seconds_per_byte = row;
+        prefill.row_at = Some(now);
+    }
+}
+
+/// Puts a worker into its slot, which is vacant or the next one.
+fn put<T>(slots: &mut Vec<T>, slot: usize, worker: T) {
+    if slot == slots.len() {
+        slots.push(worker);
+    } else {
+        slots[slot] = worker;
+    }
+}
