@@ -26,6 +26,9 @@ const OUTPUT_BYTES_MAX: usize = 1 << 20;
 /// How long output may still come once the job's processes are gone.
 const AFTERMATH: Duration = Duration::from_secs(2);
 
+/// Between two looks at whether what was killed is gone.
+const EXIT_LOOK: Duration = Duration::from_millis(10);
+
 /// What the threads around a process tell.
 enum Event {
     Line(String),
@@ -172,7 +175,12 @@ fn follow(
                 deadline = watch.elapsed() + AFTERMATH;
             }
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                let left = stuck::threads(group);
+                let mut left = stuck::threads(group);
+                // What was killed closes its output before it is gone.
+                while !left.is_empty() && watch.elapsed() < deadline {
+                    thread::sleep(EXIT_LOOK);
+                    left = stuck::threads(group);
+                }
                 if ended == Some(Ended::TimedOut) && !left.is_empty() {
                     say(&format!(
                         "lab: {} s after the kill the kernel has not ended it; its threads, and the end of the kernel's log:",
