@@ -108,6 +108,10 @@ class Rank:
             from sglang.srt.distributed.device_communicators.mooncake_transfer_engine import init_mooncake_transfer_engine
 
             init_mooncake_transfer_engine("127.0.0.1", 0, None)
+        if "look_up_patience" in setup:
+            from kvtransfer.sglang import rank
+
+            rank.LOOK_UP_PATIENCE = setup["look_up_patience"]
         mode = DisaggregationMode.PREFILL if self.is_prefill else DisaggregationMode.DECODE
         self.args = self._kv_args(setup)
         self.manager = self.kind(KVClassType.MANAGER)(self.args, mode, self.server_args, self.shape.latent_bytes > 0)

@@ -176,8 +176,10 @@ def sockets(rank: Rank) -> set[int]:
     return ports
 
 
-def test_a_killed_prefill_rank_and_its_successor() -> None:
-    with Pair(environment={"KVTRANSFER_PEER_SILENCE": "3"}) as pair:
+@pytest.mark.parametrize("patience", [0.03, 0.0], ids=["quick-registry", "slow-registry"])
+def test_a_killed_prefill_rank_and_its_successor(patience: float) -> None:
+    """Also if the registry answered the first request late: that answer is not one to the request after the kill."""
+    with Pair(environment={"KVTRANSFER_PEER_SILENCE": "3"}, setup={"look_up_patience": patience}) as pair:
         serves(pair, 1)
         granted(pair, 2)
         pair.prefill[0].signal(signal.SIGKILL)

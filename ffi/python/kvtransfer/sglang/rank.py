@@ -227,6 +227,8 @@ class KvtransferKVManager(CommonKVManager):
         """As the base class, but the question to the registry is asked on another thread: a prefill host that swallows
         packets does not hold the decode loop. False means: not yet, or not reachable."""
         if bootstrap_addr in self.prefill_info_table:
+            # What is kept of a question that is answered would answer the next one too, after the server has changed.
+            self._lookups.pop(bootstrap_addr, None)
             return True
         answer = self._lookups.get(bootstrap_addr)
         if answer is None:
@@ -236,8 +238,11 @@ class KvtransferKVManager(CommonKVManager):
             time.sleep(0.001)
         if not answer.done():
             return False
-        del self._lookups[bootstrap_addr]
-        return answer.result() is not None
+        self._lookups.pop(bootstrap_addr, None)
+        if answer.exception() is not None:
+            logger.error("the registry at %s was asked in vain: %s", bootstrap_addr, answer.exception())
+        # Not the answer itself: another thread may have found out since that it holds no more.
+        return bootstrap_addr in self.prefill_info_table
 
     def look_up(self, bootstrap_addr: str) -> Any:
         """Asks a prefill server's registry for its shape. Waits. `None` if it does not answer; an answer with `refusal` set if
@@ -258,6 +263,7 @@ class KvtransferKVManager(CommonKVManager):
     def forget(self, bootstrap_addr: str) -> None:
         """Drops what is known of a prefill server, so that the next request asks its registry again."""
         self.prefill_info_table.pop(bootstrap_addr, None)
+        self._lookups.pop(bootstrap_addr, None)
         self.peers.forget(bootstrap_addr)
 
     def note_failure(self, bootstrap_addr: str, outcome: Outcome) -> None:
