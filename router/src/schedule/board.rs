@@ -19,6 +19,7 @@ mod view;
 use std::collections::HashMap;
 use std::time::Duration;
 
+use super::dice::mix;
 use super::facts::{Facts, Role, WORKERS_MAX, WorkerId};
 use super::model::{Failures, Mean, PAIR_HALF_LIFE_S, PREFILL_HALF_LIFE_S, PrefillModel};
 use super::policy::Settings;
@@ -32,8 +33,10 @@ pub use ledger::{BOOKINGS_MAX, BookError, Event, Key, Leg, Record};
 /// Sticky keys that are remembered; about 2 MiB.
 pub const STICKY_MAX: usize = 1 << 15;
 
-/// How often a row of learned bandwidths is worked out again only because time passed.
+/// How often a row of learned bandwidths is worked out again only because time passed, and how many rows at one decision:
+/// what fades within a minute need not make one decision in a second slow.
 const ROW_AGE_MAX_S: f64 = 1.0;
+const AGED_ROWS_MAX: usize = 4;
 
 /// What decode takes from the last byte to the first token before that was measured.
 const ADMISSION_S: f64 = 0.02;
@@ -77,6 +80,8 @@ pub struct Board {
     sticky: Recent<u64, StickyPair>,
     trie: PrefixTrie,
     turn: u64,
+    /// Seconds after which a sample says nothing any more (rule 3).
+    stale_after: f64,
     scratch: view::Scratch,
 }
 
@@ -114,13 +119,14 @@ struct Source {
 struct Prefill {
     id: Option<WorkerId>,
     facts: Facts,
+    zone: u64,
     ready: bool,
     /// Bookings whose transfer has not ended, in the order of their dispatch.
     jobs: Vec<Job>,
     /// By decode slot.
     links: Vec<LinkState>,
-    /// Decode slots with bytes queued or in flight.
-    busy: Vec<usize>,
+    /// Decode slots with bytes queued or in flight, and the seconds that these need.
+    busy: Vec<(usize, f64)>,
     sources: Vec<Source>,
     /// When all its links were last pictured, and whether rooms are told.
     pictured: Option<(f64, bool)>,
@@ -180,6 +186,7 @@ struct Inbound {
 struct Decode {
     id: Option<WorkerId>,
     facts: Facts,
+    zone: u64,
     ready: bool,
     /// In the order in which they become ready to send.
     inbound: Vec<Inbound>,
@@ -234,8 +241,10 @@ impl Board {
     /// An empty board.
     pub fn new(settings: Settings) -> Self {
         let replica = settings.replica;
+        let stale_after = stale_after(&settings);
         Self {
             settings,
+            stale_after,
             prefills: Vec::new(),
             decodes: Vec::new(),
             ids: HashMap::new(),
@@ -262,6 +271,7 @@ impl Board {
             replica,
             ..settings
         };
+        self.stale_after = stale_after(&self.settings);
         self.forget_rows();
     }
 
@@ -302,6 +312,7 @@ impl Board {
         }
         let prefill = Prefill {
             id: Some(id),
+            zone: zone_number(&facts),
             facts,
             ready: false,
             jobs: Vec::new(),
@@ -328,6 +339,7 @@ impl Board {
         }
         let decode = Decode {
             id: Some(id),
+            zone: zone_number(&facts),
             facts,
             ready: false,
             inbound: Vec::new(),
@@ -369,7 +381,7 @@ impl Board {
                 self.names.remove(&decode.facts.name);
                 for prefill in &mut self.prefills {
                     prefill.links[slot] = LinkState::default();
-                    prefill.busy.retain(|busy| *busy != slot);
+                    prefill.busy.retain(|(busy, _)| *busy != slot);
                     for source in &mut prefill.sources {
                         if let Some(links) = &mut source.links {
                             links.retain(|link| link.0 != slot);
@@ -420,7 +432,9 @@ impl Board {
                 Load {
                     bookings: prefill.jobs.len() as u64,
                     queued_tokens: self.queued(prefill, now).0,
-                    egress_bytes: self.egress_bytes(prefill, now),
+                    egress_bytes: self
+                        .egress(prefill, self.links_pictured(prefill, now), now)
+                        .0,
                     kv_tokens: 0,
                 }
             }
@@ -448,7 +462,9 @@ impl Board {
         else {
             return None;
         };
-        self.refresh_row(p, now);
+        if self.prefills[p].row_at.is_none() {
+            self.refresh_row(p, now);
+        }
         let link = &self.prefills[p].links[d];
         Some(PairState {
             bytes_queued: link.bytes_queued,
@@ -459,21 +475,17 @@ impl Board {
         })
     }
 
-    /// Seconds after which a sample says nothing any more (rule 3).
-    fn stale_after(&self) -> f64 {
-        self.settings.sample_period.as_secs_f64() * self.settings.stale_periods
-    }
-
     fn is_fresh(&self, at: f64, now: f64) -> bool {
-        now - at <= self.stale_after()
+        now - at <= self.stale_after
     }
 
     /// Nominal bandwidth between two slots, in bytes per second.
     fn nominal(&self, prefill: usize, decode: usize) -> f64 {
-        let (p, d) = (&self.prefills[prefill].facts, &self.decodes[decode].facts);
-        let own = p.bytes_per_s.min(d.bytes_per_s);
-        match (&p.zone, &d.zone, self.settings.cross_zone_bytes_per_s) {
-            (Some(here), Some(there), Some(limit)) if here != there => own.min(limit),
+        let (p, d) = (&self.prefills[prefill], &self.decodes[decode]);
+        let own = p.facts.bytes_per_s.min(d.facts.bytes_per_s);
+        match self.settings.cross_zone_bytes_per_s {
+            // Zone 0 is no zone: nothing is known of where it stands.
+            Some(limit) if p.zone != d.zone && p.zone != 0 && d.zone != 0 => own.min(limit),
             _ => own,
         }
     }
@@ -502,17 +514,30 @@ impl Board {
         }
     }
 
+    /// Works out what a decision needs of the rows that are out of date.
+    fn refresh_rows(&mut self, now: f64) {
+        let mut aged = 0;
+        for slot in 0..self.prefills.len() {
+            let old = match self.prefills[slot].row_at {
+                None => true,
+                Some(at) => {
+                    let old = aged < AGED_ROWS_MAX && now - at > ROW_AGE_MAX_S;
+                    aged += usize::from(old);
+                    old
+                }
+            };
+            if old {
+                self.refresh_row(slot, now);
+            }
+        }
+    }
+
     /// Works out a prefill's bandwidths: pair → prefill → fleet → nominal.
     fn refresh_row(&mut self, slot: usize, now: f64) {
-        let prefill = &self.prefills[slot];
-        if prefill
-            .row_at
-            .is_some_and(|at| (now - at).abs() < ROW_AGE_MAX_S)
-        {
-            return;
-        }
         let fleet = self.fleet.factor.value().unwrap_or(1.0);
-        let factor = prefill.factor.or(fleet, now, PREFILL_HALF_LIFE_S);
+        let factor = self.prefills[slot]
+            .factor
+            .or(fleet, now, PREFILL_HALF_LIFE_S);
         let mut row = std::mem::take(&mut self.prefills[slot].seconds_per_byte);
         row.clear();
         row.extend((0..self.decodes.len()).map(|decode| {
@@ -524,7 +549,31 @@ impl Board {
         prefill.fastest = row.iter().copied().fold(f64::INFINITY, f64::min);
         prefill.seconds_per_byte = row;
         prefill.row_at = Some(now);
+        prefill.weigh_backlog();
     }
+}
+
+impl Prefill {
+    /// Turns the pictured bytes of its links into seconds.
+    fn weigh_backlog(&mut self) {
+        // The ranks of one worker send side by side.
+        let ranks = f64::from(self.facts.dp_size);
+        for (slot, seconds) in &mut self.busy {
+            let link = &self.links[*slot];
+            let bytes = link.bytes_queued.saturating_add(link.bytes_in_flight) as f64;
+            *seconds = bytes * self.seconds_per_byte[*slot] / ranks;
+        }
+    }
+}
+
+fn stale_after(settings: &Settings) -> f64 {
+    settings.sample_period.as_secs_f64() * settings.stale_periods
+}
+
+/// A number for a zone, 0 for none: pairs compare zones by the thousand.
+fn zone_number(facts: &Facts) -> u64 {
+    let bytes = facts.zone.iter().flat_map(|zone| zone.bytes());
+    bytes.fold(0, |number, byte| mix(number ^ u64::from(byte)))
 }
 
 /// Puts a worker into its slot, which is vacant or the next one.

@@ -243,8 +243,8 @@ fn rule_7_full_egresses_hold_requests_in_the_router() {
         hold.hold().is_some_and(|wait| wait <= seconds(1.0)),
         "{hold:?}"
     );
-    let small = fleet.pick(0.0, &tokens(300)).prefill;
-    assert_eq!(small, fleet.prefills[1], "1 has just room for this one");
+    let small = fleet.pick(0.0, &tokens(400)).prefill;
+    assert_eq!(small, fleet.prefills[0], "only 0 has room for this one");
     fleet
         .board
         .advance(first, Event::TransferDone { seconds: None }, seconds(2.0));
