@@ -3,17 +3,19 @@
 //! A board is a value without threads and clocks. Callers put it behind one lock and tell it what happens; every call
 //! takes the time as a duration since a zero of the caller's choice, the same for all calls.
 //!
-//! * `ledger`: bookings and the events that release them, also those of sibling replicas.
-//! * `intake`: samples.
+//! * `ledger`: bookings and the events that release them; `gossip`: those of sibling replicas.
+//! * `intake`: samples; `rates`: bandwidths learned from them.
 //! * `view`: what a request would meet at each worker (rules 1 to 5).
 //! * `pick`: gates (rules 5 and 7) and the choice.
 //! * `baselines`: the policies that `fused` is compared with.
 #![forbid(unsafe_code)]
 
 mod baselines;
+mod gossip;
 mod intake;
 mod ledger;
 mod pick;
+mod rates;
 mod view;
 
 use std::collections::HashMap;
@@ -21,22 +23,18 @@ use std::time::Duration;
 
 use super::dice::mix;
 use super::facts::{Facts, Role, WORKERS_MAX, WorkerId};
-use super::model::{Failures, Mean, PAIR_HALF_LIFE_S, PREFILL_HALF_LIFE_S, PrefillModel};
+use super::model::{Failures, Mean, PrefillModel};
 use super::policy::Settings;
 use super::prefix::PrefixTrie;
 use super::recent::Recent;
 use super::sample::{KvEvent, KvPool};
 
+pub use gossip::Record;
 pub use intake::IngestError;
-pub use ledger::{BOOKINGS_MAX, BookError, Event, Key, Leg, Record};
+pub use ledger::{BOOKINGS_MAX, BookError, Event, Key, Leg};
 
 /// Sticky keys that are remembered; about 2 MiB.
 pub const STICKY_MAX: usize = 1 << 15;
-
-/// How often a row of learned bandwidths is worked out again only because time passed, and how many rows at one decision:
-/// what fades within a minute need not make one decision in a second slow.
-const ROW_AGE_MAX_S: f64 = 1.0;
-const AGED_ROWS_MAX: usize = 4;
 
 /// What decode takes from the last byte to the first token before that was measured.
 const ADMISSION_S: f64 = 0.02;
@@ -477,92 +475,6 @@ impl Board {
 
     fn is_fresh(&self, at: f64, now: f64) -> bool {
         now - at <= self.stale_after
-    }
-
-    /// Nominal bandwidth between two slots, in bytes per second.
-    fn nominal(&self, prefill: usize, decode: usize) -> f64 {
-        let (p, d) = (&self.prefills[prefill], &self.decodes[decode]);
-        let own = p.facts.bytes_per_s.min(d.facts.bytes_per_s);
-        match self.settings.cross_zone_bytes_per_s {
-            // Zone 0 is no zone: nothing is known of where it stands.
-            Some(limit) if p.zone != d.zone && p.zone != 0 && d.zone != 0 => own.min(limit),
-            _ => own,
-        }
-    }
-
-    /// Learns a pair's bandwidth: for itself, its prefill and the fleet.
-    fn learn_rate(&mut self, prefill: usize, decode: usize, bytes_per_s: f64, now: f64) {
-        let factor = bytes_per_s / self.nominal(prefill, decode);
-        let state = &mut self.prefills[prefill];
-        state.links[decode].rate.observe(bytes_per_s, now);
-        state.factor.observe(factor, now);
-        state.row_at = None;
-        let before = self.fleet.factor.value();
-        self.fleet.factor.observe(factor, now);
-        let moved = match (before, self.fleet.factor.value()) {
-            (Some(before), Some(after)) => (after / before - 1.0).abs() > 0.02,
-            _ => true,
-        };
-        if moved {
-            self.forget_rows();
-        }
-    }
-
-    fn forget_rows(&mut self) {
-        for prefill in &mut self.prefills {
-            prefill.row_at = None;
-        }
-    }
-
-    /// Works out what a decision needs of the rows that are out of date.
-    fn refresh_rows(&mut self, now: f64) {
-        let mut aged = 0;
-        for slot in 0..self.prefills.len() {
-            let old = match self.prefills[slot].row_at {
-                None => true,
-                Some(at) => {
-                    let old = aged < AGED_ROWS_MAX && now - at > ROW_AGE_MAX_S;
-                    aged += usize::from(old);
-                    old
-                }
-            };
-            if old {
-                self.refresh_row(slot, now);
-            }
-        }
-    }
-
-    /// Works out a prefill's bandwidths: pair → prefill → fleet → nominal.
-    fn refresh_row(&mut self, slot: usize, now: f64) {
-        let fleet = self.fleet.factor.value().unwrap_or(1.0);
-        let factor = self.prefills[slot]
-            .factor
-            .or(fleet, now, PREFILL_HALF_LIFE_S);
-        let mut row = std::mem::take(&mut self.prefills[slot].seconds_per_byte);
-        row.clear();
-        row.extend((0..self.decodes.len()).map(|decode| {
-            let inherited = self.nominal(slot, decode) * factor;
-            let rate = &self.prefills[slot].links[decode].rate;
-            1.0 / rate.or(inherited, now, PAIR_HALF_LIFE_S)
-        }));
-        let prefill = &mut self.prefills[slot];
-        prefill.fastest = row.iter().copied().fold(f64::INFINITY, f64::min);
-        prefill.seconds_per_byte = row;
-        prefill.row_at = Some(now);
-        prefill.weigh_backlog();
-    }
-}
-
-impl Prefill {
-    /// Turns the pictured bytes of its links into seconds.
-    fn weigh_backlog(&mut self) {
-        // The ranks of one worker send side by side.
-        let ranks = f64::from(self.facts.dp_size);
-        for (slot, seconds) in &mut self.busy {
-            let link = &self.links[*slot];
-            let bytes = link.bytes_queued.saturating_add(link.bytes_in_flight) as f64;
-            *seconds = bytes * self.seconds_per_byte[*slot] / ranks;
-        }
     }
 }
 
