@@ -3,37 +3,38 @@
 //! A board is a value without threads and clocks. Callers put it behind one lock and tell it what happens; every call
 //! takes the time as a duration since a zero of the caller's choice, the same for all calls.
 //!
-//! * `ledger`: bookings and the events that release them, also those of sibling replicas.
-//! * `intake`: samples.
+//! * `ledger`: bookings and the events that release them; `gossip`: those of sibling replicas.
+//! * `intake`: samples; `rates`: bandwidths learned from them.
 //! * `view`: what a request would meet at each worker (rules 1 to 5).
 //! * `pick`: gates (rules 5 and 7) and the choice.
 //! * `baselines`: the policies that `fused` is compared with.
 #![forbid(unsafe_code)]
 
 mod baselines;
+mod gossip;
 mod intake;
 mod ledger;
 mod pick;
+mod rates;
 mod view;
 
 use std::collections::HashMap;
 use std::time::Duration;
 
+use super::dice::mix;
 use super::facts::{Facts, Role, WORKERS_MAX, WorkerId};
-use super::model::{Failures, Mean, PAIR_HALF_LIFE_S, PREFILL_HALF_LIFE_S, PrefillModel};
+use super::model::{Failures, Mean, PrefillModel};
 use super::policy::Settings;
 use super::prefix::PrefixTrie;
 use super::recent::Recent;
 use super::sample::{KvEvent, KvPool};
 
+pub use gossip::Record;
 pub use intake::IngestError;
-pub use ledger::{BOOKINGS_MAX, BookError, Event, Key, Leg, Record};
+pub use ledger::{BOOKINGS_MAX, BookError, Event, Key, Leg};
 
 /// Sticky keys that are remembered; about 2 MiB.
 pub const STICKY_MAX: usize = 1 << 15;
-
-/// How often a row of learned bandwidths is worked out again only because time passed.
-const ROW_AGE_MAX_S: f64 = 1.0;
 
 /// What decode takes from the last byte to the first token before that was measured.
 const ADMISSION_S: f64 = 0.02;
@@ -77,6 +78,8 @@ pub struct Board {
     sticky: Recent<u64, StickyPair>,
     trie: PrefixTrie,
     turn: u64,
+    /// Seconds after which a sample says nothing any more (rule 3).
+    stale_after: f64,
     scratch: view::Scratch,
 }
 
@@ -114,13 +117,14 @@ struct Source {
 struct Prefill {
     id: Option<WorkerId>,
     facts: Facts,
+    zone: u64,
     ready: bool,
     /// Bookings whose transfer has not ended, in the order of their dispatch.
     jobs: Vec<Job>,
     /// By decode slot.
     links: Vec<LinkState>,
-    /// Decode slots with bytes queued or in flight.
-    busy: Vec<usize>,
+    /// Decode slots with bytes queued or in flight, and the seconds that these need.
+    busy: Vec<(usize, f64)>,
     sources: Vec<Source>,
     /// When all its links were last pictured, and whether rooms are told.
     pictured: Option<(f64, bool)>,
@@ -180,6 +184,7 @@ struct Inbound {
 struct Decode {
     id: Option<WorkerId>,
     facts: Facts,
+    zone: u64,
     ready: bool,
     /// In the order in which they become ready to send.
     inbound: Vec<Inbound>,
@@ -234,8 +239,10 @@ impl Board {
     /// An empty board.
     pub fn new(settings: Settings) -> Self {
         let replica = settings.replica;
+        let stale_after = stale_after(&settings);
         Self {
             settings,
+            stale_after,
             prefills: Vec::new(),
             decodes: Vec::new(),
             ids: HashMap::new(),
@@ -262,6 +269,7 @@ impl Board {
             replica,
             ..settings
         };
+        self.stale_after = stale_after(&self.settings);
         self.forget_rows();
     }
 
@@ -302,6 +310,7 @@ impl Board {
         }
         let prefill = Prefill {
             id: Some(id),
+            zone: zone_number(&facts),
             facts,
             ready: false,
             jobs: Vec::new(),
@@ -328,6 +337,7 @@ impl Board {
         }
         let decode = Decode {
             id: Some(id),
+            zone: zone_number(&facts),
             facts,
             ready: false,
             inbound: Vec::new(),
@@ -369,7 +379,7 @@ impl Board {
                 self.names.remove(&decode.facts.name);
                 for prefill in &mut self.prefills {
                     prefill.links[slot] = LinkState::default();
-                    prefill.busy.retain(|busy| *busy != slot);
+                    prefill.busy.retain(|(busy, _)| *busy != slot);
                     for source in &mut prefill.sources {
                         if let Some(links) = &mut source.links {
                             links.retain(|link| link.0 != slot);
@@ -420,7 +430,9 @@ impl Board {
                 Load {
                     bookings: prefill.jobs.len() as u64,
                     queued_tokens: self.queued(prefill, now).0,
-                    egress_bytes: self.egress_bytes(prefill, now),
+                    egress_bytes: self
+                        .egress(prefill, self.links_pictured(prefill, now), now)
+                        .0,
                     kv_tokens: 0,
                 }
             }
@@ -448,7 +460,9 @@ impl Board {
         else {
             return None;
         };
-        self.refresh_row(p, now);
+        if self.prefills[p].row_at.is_none() {
+            self.refresh_row(p, now);
+        }
         let link = &self.prefills[p].links[d];
         Some(PairState {
             bytes_queued: link.bytes_queued,
@@ -459,72 +473,19 @@ impl Board {
         })
     }
 
-    /// Seconds after which a sample says nothing any more (rule 3).
-    fn stale_after(&self) -> f64 {
-        self.settings.sample_period.as_secs_f64() * self.settings.stale_periods
-    }
-
     fn is_fresh(&self, at: f64, now: f64) -> bool {
-        now - at <= self.stale_after()
+        now - at <= self.stale_after
     }
+}
 
-    /// Nominal bandwidth between two slots, in bytes per second.
-    fn nominal(&self, prefill: usize, decode: usize) -> f64 {
-        let (p, d) = (&self.prefills[prefill].facts, &self.decodes[decode].facts);
-        let own = p.bytes_per_s.min(d.bytes_per_s);
-        match (&p.zone, &d.zone, self.settings.cross_zone_bytes_per_s) {
-            (Some(here), Some(there), Some(limit)) if here != there => own.min(limit),
-            _ => own,
-        }
-    }
+fn stale_after(settings: &Settings) -> f64 {
+    settings.sample_period.as_secs_f64() * settings.stale_periods
+}
 
-    /// Learns a pair's bandwidth: for itself, its prefill and the fleet.
-    fn learn_rate(&mut self, prefill: usize, decode: usize, bytes_per_s: f64, now: f64) {
-        let factor = bytes_per_s / self.nominal(prefill, decode);
-        let state = &mut self.prefills[prefill];
-        state.links[decode].rate.observe(bytes_per_s, now);
-        state.factor.observe(factor, now);
-        state.row_at = None;
-        let before = self.fleet.factor.value();
-        self.fleet.factor.observe(factor, now);
-        let moved = match (before, self.fleet.factor.value()) {
-            (Some(before), Some(after)) => (after / before - 1.0).abs() > 0.02,
-            _ => true,
-        };
-        if moved {
-            self.forget_rows();
-        }
-    }
-
-    fn forget_rows(&mut self) {
-        for prefill in &mut self.prefills {
-            prefill.row_at = None;
-        }
-    }
-
-    /// Works out a prefill's bandwidths: pair → prefill → fleet → nominal.
-    fn refresh_row(&mut self, slot: usize, now: f64) {
-        let prefill = &self.prefills[slot];
-        if prefill
-            .row_at
-            .is_some_and(|at| (now - at).abs() < ROW_AGE_MAX_S)
-        {
-            return;
-        }
-        let fleet = self.fleet.factor.value().unwrap_or(1.0);
-        let factor = prefill.factor.or(fleet, now, PREFILL_HALF_LIFE_S);
-        let mut row = std::mem::take(&mut self.prefills[slot].seconds_per_byte);
-        row.clear();
-        row.extend((0..self.decodes.len()).map(|decode| {
-            let inherited = self.nominal(slot, decode) * factor;
-            let rate = &self.prefills[slot].links[decode].rate;
-            1.0 / rate.or(inherited, now, PAIR_HALF_LIFE_S)
-        }));
-        let prefill = &mut self.prefills[slot];
-        prefill.fastest = row.iter().copied().fold(f64::INFINITY, f64::min);
-        prefill.seconds_per_byte = row;
-        prefill.row_at = Some(now);
-    }
+/// A number for a zone, 0 for none: pairs compare zones by the thousand.
+fn zone_number(facts: &Facts) -> u64 {
+    let bytes = facts.zone.iter().flat_map(|zone| zone.bytes());
+    bytes.fold(0, |number, byte| mix(number ^ u64::from(byte)))
 }
 
 /// Puts a worker into its slot, which is vacant or the next one.

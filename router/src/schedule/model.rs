@@ -71,6 +71,9 @@ impl Mean {
         if self.seen == 0.0 {
             return 0.0;
         }
+        if now <= self.at {
+            return 1.0;
+        }
         (-(now - self.at).max(0.0) / half_life_s).exp2()
     }
 
@@ -112,12 +115,12 @@ impl PrefillModel {
             }
             fleet.lengths[index].value().or_else(|| own.value())
         };
-        let position = (tokens.max(1) as f64).log2() - 0.5;
         let index = bucket(tokens);
         let Some(here) = at(index) else {
             return self.all.value().or(fleet.all.value()).unwrap_or(1.0);
         };
-        let offset = position - index as f64;
+        // How far the length lies from the middle of its bucket, in buckets; straight between powers of two.
+        let offset = tokens as f64 / (1_u64 << index) as f64 - 1.5;
         let neighbour = if offset < 0.0 {
             index.checked_sub(1).and_then(at)
         } else {

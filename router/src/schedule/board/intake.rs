@@ -45,6 +45,8 @@ impl Board {
                 }
                 if let Some(links) = sample.links {
                     self.take_links(slot, source, links, sample.tells_rooms, at);
+                    // Here and not at the decision, which shall not wait for sums over samples.
+                    self.refresh_row(slot, at);
                 }
             }
             Role::Decode => {
@@ -64,6 +66,7 @@ impl Board {
                 let prefill = &mut self.prefills[*slot];
                 prefill.sources.retain(|known| known.number != source);
                 sum_links(prefill);
+                prefill.row_at = None;
             }
             Some((Role::Decode, slot)) => {
                 let slot = *slot;
@@ -234,7 +237,7 @@ fn accept(sources: &mut Vec<Source>, sample: &Sample<'_>, at: f64) -> Result<usi
 
 /// Adds a prefill's sources up.
 fn sum_links(prefill: &mut Prefill) {
-    for slot in prefill.busy.drain(..) {
+    for (slot, _) in prefill.busy.drain(..) {
         prefill.links[slot].bytes_queued = 0;
         prefill.links[slot].bytes_in_flight = 0;
     }
@@ -249,7 +252,7 @@ fn sum_links(prefill: &mut Prefill) {
             }
             let link = &mut prefill.links[*peer];
             if link.bytes_queued == 0 && link.bytes_in_flight == 0 {
-                prefill.busy.push(*peer);
+                prefill.busy.push((*peer, 0.0));
             }
             link.bytes_queued = link.bytes_queued.saturating_add(*queued);
             link.bytes_in_flight = link.bytes_in_flight.saturating_add(*in_flight);

@@ -17,9 +17,6 @@ pub const BOOKINGS_MAX: usize = 1 << 16;
 /// Ended bookings that are remembered, so that news of their beginning which arrives late does not revive them.
 const ENDED_MAX: usize = 1 << 14;
 
-/// A prediction of more than this is not believed from a sibling.
-const READY_IN_MAX_S: f64 = 3600.0;
-
 /// A measured time to ready teaches the prefill model only if at least this share of it should have been computing.
 const COMPUTE_SHARE_MIN: f64 = 0.4;
 
@@ -63,33 +60,6 @@ pub enum Event {
     Failed(Leg),
 }
 
-/// A booking as replicas tell it to each other. Times are relative, because their clocks have nothing in common.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Record {
-    /// Its name.
-    pub key: Key,
-    /// The prefill's name.
-    pub prefill: String,
-    /// The decode's name.
-    pub decode: String,
-    /// The prefill's data-parallel rank.
-    pub dp_rank: u32,
-    /// Tokens to compute.
-    pub compute_tokens: u64,
-    /// Bytes to move.
-    pub kv_bytes: u64,
-    /// KV tokens at the decode.
-    pub kv_tokens: u64,
-    /// How long ago it was dispatched.
-    pub age: Duration,
-    /// When its KV cache is expected to be computed, in seconds from now; negative: it was so long ago.
-    pub ready_in_s: f64,
-    /// Whether that was measured.
-    pub ready_known: bool,
-    /// Whether its bytes have arrived.
-    pub transferred: bool,
-}
-
 /// Why a booking was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BookError {
@@ -105,32 +75,32 @@ pub enum BookError {
 }
 
 #[derive(Clone, Debug)]
-struct Booking {
-    prefill: usize,
-    decode: usize,
-    rank: usize,
-    compute_tokens: u64,
-    kv_bytes: u64,
-    kv_tokens: u64,
-    booked_at: f64,
-    ready: f64,
-    known: bool,
-    transferred_at: Option<f64>,
-    first_token: bool,
+pub(super) struct Booking {
+    pub(super) prefill: usize,
+    pub(super) decode: usize,
+    pub(super) rank: usize,
+    pub(super) compute_tokens: u64,
+    pub(super) kv_bytes: u64,
+    pub(super) kv_tokens: u64,
+    pub(super) booked_at: f64,
+    pub(super) ready: f64,
+    pub(super) known: bool,
+    pub(super) transferred_at: Option<f64>,
+    pub(super) first_token: bool,
     /// What was predicted from the dispatch to ready: waiting and computing.
-    predicted_s: f64,
-    compute_s: f64,
-    factor: f64,
-    expires_at: f64,
+    pub(super) predicted_s: f64,
+    pub(super) compute_s: f64,
+    pub(super) factor: f64,
+    pub(super) expires_at: f64,
 }
 
 #[derive(Debug)]
 pub(super) struct Ledger {
-    replica: u64,
-    next: u64,
-    bookings: HashMap<Key, Booking>,
-    siblings: usize,
-    ended: Recent<Key, ()>,
+    pub(super) replica: u64,
+    pub(super) next: u64,
+    pub(super) bookings: HashMap<Key, Booking>,
+    pub(super) siblings: usize,
+    pub(super) ended: Recent<Key, ()>,
 }
 
 impl Ledger {
@@ -206,7 +176,7 @@ impl Board {
         Ok(key)
     }
 
-    fn insert(&mut self, key: Key, booking: Booking) {
+    pub(super) fn insert(&mut self, key: Key, booking: Booking) {
         if booking.transferred_at.is_none() {
             self.prefills[booking.prefill].jobs.push(Job {
                 key,
@@ -271,7 +241,7 @@ impl Board {
         true
     }
 
-    fn prefill_done(&mut self, key: Key, at: f64) {
+    pub(super) fn prefill_done(&mut self, key: Key, at: f64) {
         let Some(booking) = self.ledger.bookings.get_mut(&key) else {
             return;
         };
@@ -306,7 +276,7 @@ impl Board {
         }
     }
 
-    fn transfer_done(&mut self, key: Key, seconds: Option<f64>, at: f64) {
+    pub(super) fn transfer_done(&mut self, key: Key, seconds: Option<f64>, at: f64) {
         let Some(booking) = self.ledger.bookings.get_mut(&key) else {
             return;
         };
@@ -390,7 +360,7 @@ impl Board {
         });
     }
 
-    fn release_where(&mut self, ends: impl Fn(&Key, &Booking) -> bool) {
+    pub(super) fn release_where(&mut self, ends: impl Fn(&Key, &Booking) -> bool) {
         let mut keys: Vec<Key> = self
             .ledger
             .bookings
@@ -405,19 +375,6 @@ impl Board {
         }
     }
 
-    /// Ends all bookings of a sibling that is gone.
-    pub fn drop_replica(&mut self, replica: u64) {
-        if replica != self.ledger.replica {
-            self.release_where(|key, _| key.replica == replica);
-        }
-    }
-
-    /// Ends siblings' bookings of which nothing was heard for [`sibling_ttl`](super::Settings::sibling_ttl).
-    pub fn expire(&mut self, now: Duration) {
-        let now = now.as_secs_f64();
-        self.release_where(|_, booking| booking.expires_at <= now);
-    }
-
     /// How many bookings there are: of this router, of its siblings.
     pub fn bookings(&self) -> (usize, usize) {
         let siblings = self.ledger.siblings;
@@ -429,86 +386,5 @@ impl Board {
         let booking = self.ledger.bookings.get(&key)?;
         let prefill = self.prefills[booking.prefill].id?;
         Some((prefill, self.decodes[booking.decode].id?))
-    }
-
-    /// A booking as siblings should hear of it.
-    pub fn record(&self, now: Duration, key: Key) -> Option<Record> {
-        let now_s = now.as_secs_f64();
-        let booking = self.ledger.bookings.get(&key)?;
-        let age = (now_s - booking.booked_at).max(0.0);
-        Some(Record {
-            key,
-            prefill: self.prefills[booking.prefill].facts.name.clone(),
-            decode: self.decodes[booking.decode].facts.name.clone(),
-            dp_rank: u32::try_from(booking.rank).unwrap_or(0),
-            compute_tokens: booking.compute_tokens,
-            kv_bytes: booking.kv_bytes,
-            kv_tokens: booking.kv_tokens,
-            age: Duration::try_from_secs_f64(age).unwrap_or_default(),
-            ready_in_s: booking.ready - now_s,
-            ready_known: booking.known,
-            transferred: booking.transferred_at.is_some(),
-        })
-    }
-
-    /// Takes in a sibling's booking. One that is known already is refreshed and, if the record says more, advanced.
-    ///
-    /// # Errors
-    /// [`BookError`]; nothing is booked. A record of this router's own is refused as unknown.
-    pub fn adopt(&mut self, now: Duration, record: &Record) -> Result<(), BookError> {
-        let now_s = now.as_secs_f64();
-        let key = record.key;
-        if self.ledger.ended.peek(&key).is_some() {
-            return Err(BookError::Ended);
-        }
-        let expires_at = now_s + self.settings.sibling_ttl.as_secs_f64();
-        let ready_in_s = if record.ready_in_s.is_finite() {
-            record.ready_in_s.clamp(-READY_IN_MAX_S, READY_IN_MAX_S)
-        } else {
-            0.0
-        };
-        if key.replica == self.ledger.replica {
-            return Err(BookError::UnknownWorker);
-        }
-        if let Some(booking) = self.ledger.bookings.get_mut(&key) {
-            booking.expires_at = expires_at;
-            if record.transferred {
-                self.transfer_done(key, None, now_s);
-            } else if record.ready_known {
-                self.prefill_done(key, now_s + ready_in_s.min(0.0));
-            }
-            return Ok(());
-        }
-        let place = |name: &str| self.names.get(name).and_then(|id| self.ids.get(id));
-        let (Some(&(Role::Prefill, prefill)), Some(&(Role::Decode, decode))) =
-            (place(&record.prefill), place(&record.decode))
-        else {
-            return Err(BookError::UnknownWorker);
-        };
-        if self.ledger.siblings >= BOOKINGS_MAX {
-            return Err(BookError::Full);
-        }
-        let ranks = self.prefills[prefill].facts.dp_size;
-        let compute_s = self.compute_s(prefill, record.compute_tokens).0;
-        let booking = Booking {
-            prefill,
-            decode,
-            rank: record.dp_rank.min(ranks - 1) as usize,
-            compute_tokens: record.compute_tokens,
-            kv_bytes: record.kv_bytes,
-            kv_tokens: record.kv_tokens,
-            booked_at: now_s - record.age.as_secs_f64(),
-            ready: now_s + ready_in_s,
-            known: record.ready_known,
-            transferred_at: record.transferred.then_some(now_s),
-            first_token: false,
-            // Its dispatcher learns from it; hearing the same measurement from every sibling would count it twice.
-            predicted_s: f64::INFINITY,
-            compute_s,
-            factor: 1.0,
-            expires_at,
-        };
-        self.insert(key, booking);
-        Ok(())
     }
 }

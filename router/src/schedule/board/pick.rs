@@ -48,9 +48,7 @@ impl Board {
     /// [`NoPair`], which says whether and for what the request should be held.
     pub fn pick(&mut self, now: Duration, request: &Request<'_>) -> Result<Decision, NoPair> {
         let now = now.as_secs_f64();
-        for slot in 0..self.prefills.len() {
-            self.refresh_row(slot, now);
-        }
+        self.refresh_rows(now);
         let mut scratch = std::mem::take(&mut self.scratch);
         let decision = self.pick_with(&mut scratch, now, request);
         self.scratch = scratch;
@@ -65,13 +63,13 @@ impl Board {
     ) -> Result<Decision, NoPair> {
         self.match_prefix(scratch, request);
         self.look_at_wire(scratch, now);
-        self.admit_prefills(scratch, now, request)?;
-        self.admit_decodes(scratch, now, request)?;
         let weights = Weights {
             now,
             seed: mix(self.settings.seed) ^ mix(!request.stream),
             tie: self.settings.tie.as_secs_f64(),
         };
+        self.admit_prefills(scratch, &weights, request)?;
+        self.admit_decodes(scratch, &weights, request)?;
         let mut alternatives = Vec::new();
         let (choice, sticky) = match self.settings.policy {
             Policy::Fused => self.fused(scratch, &weights, request, &mut alternatives),
@@ -117,9 +115,10 @@ impl Board {
     fn admit_prefills(
         &self,
         scratch: &mut Scratch,
-        now: f64,
+        weights: &Weights,
         request: &Request<'_>,
     ) -> Result<(), NoPair> {
+        let now = weights.now;
         let allowed = self.allowed(Role::Prefill, request.prefill_subset, request.exclude);
         let mut ready = 0;
         let mut full_until = f64::INFINITY;
@@ -133,8 +132,9 @@ impl Board {
             if !allowed[slot] {
                 continue;
             }
-            let view = self.view_prefill(scratch, slot, request, now);
-            let bytes = self.egress_bytes(prefill, now);
+            let mut view = self.view_prefill(scratch, slot, request, now);
+            view.penalty_s = self.prefill_penalty(weights, &view);
+            let bytes = view.egress_bytes;
             if bytes > 0 && (bytes.saturating_add(view.kv_bytes)) as f64 > limit {
                 let first = prefill
                     .jobs
@@ -162,9 +162,10 @@ impl Board {
     fn admit_decodes(
         &self,
         scratch: &mut Scratch,
-        now: f64,
+        weights: &Weights,
         request: &Request<'_>,
     ) -> Result<(), NoPair> {
+        let now = weights.now;
         let allowed = self.allowed(Role::Decode, request.decode_subset, request.exclude);
         let mut ready = 0;
         let mut full = false;
@@ -186,7 +187,8 @@ impl Board {
                 full = true;
                 continue;
             }
-            let view = self.view_decode(scratch, slot, now);
+            let mut view = self.view_decode(scratch, slot, now);
+            view.penalty_s = self.decode_penalty(weights, &view);
             scratch.decodes.push(view);
         }
         if !scratch.decodes.is_empty() {
@@ -257,8 +259,8 @@ impl Board {
             decode: d,
             cost_s: prediction.ttft_s()
                 + self.settings.wire_weight * prediction.transfer_s
-                + self.prefill_penalty(weights, prefill)
-                + self.decode_penalty(weights, decode)
+                + prefill.penalty_s
+                + decode.penalty_s
                 + self.settings.failure_weight * failures.score(weights.now),
         }
     }
@@ -276,16 +278,15 @@ impl Board {
         let cheapest_decode = scratch
             .decodes
             .iter()
-            .map(|decode| decode.admission_s + self.decode_penalty(weights, decode))
+            .map(|decode| decode.admission_s + decode.penalty_s)
             .fold(f64::INFINITY, f64::min);
         let mut order = std::mem::take(&mut scratch.order);
         order.clear();
         order.extend(scratch.prefills.iter().enumerate().map(|(index, view)| {
             let state = &self.prefills[view.slot];
             let wire = self.wire_cost(view, state.fastest);
-            let penalty = self.prefill_penalty(weights, view);
             (
-                view.sendable() - now + wire + penalty + cheapest_decode,
+                view.sendable() - now + wire + view.penalty_s + cheapest_decode,
                 index,
             )
         }));
@@ -317,9 +318,12 @@ impl Board {
     ) {
         let view = &scratch.prefills[p];
         let row = &self.prefills[view.slot].seconds_per_byte;
-        let fixed = view.sendable() - weights.now + self.prefill_penalty(weights, view);
+        let fixed = view.sendable() - weights.now + view.penalty_s;
         for (d, decode) in scratch.decodes.iter().enumerate() {
-            let least = fixed + self.wire_cost(view, row[decode.slot]) + decode.admission_s;
+            let least = fixed
+                + self.wire_cost(view, row[decode.slot])
+                + decode.admission_s
+                + decode.penalty_s;
             if best.is_some_and(|best| least > best.cost_s) {
                 continue;
             }

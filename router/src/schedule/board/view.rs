@@ -22,11 +22,14 @@ pub(super) struct PrefillView {
     pub(super) compute_s: f64,
     pub(super) compute_tokens: u64,
     pub(super) cached_tokens: u64,
+    pub(super) egress_bytes: u64,
     /// When its egress has sent everything that is ready before.
     pub(super) egress_free: f64,
     pub(super) kv_bytes: u64,
     pub(super) latency_s: f64,
     pub(super) age_s: Option<f64>,
+    /// What it costs besides its prediction.
+    pub(super) penalty_s: f64,
 }
 
 impl PrefillView {
@@ -53,6 +56,8 @@ pub(super) struct DecodeView {
     pub(super) requests: u64,
     /// Share of its KV pool that is taken.
     pub(super) fullness: f64,
+    /// What it costs besides its prediction.
+    pub(super) penalty_s: f64,
 }
 
 /// Memory that decisions use again.
@@ -111,23 +116,32 @@ impl Board {
 
     /// Tokens and requests that a prefill has in its queues: its picture and what was booked since.
     pub(super) fn queued(&self, prefill: &Prefill, now: f64) -> (u64, u64) {
-        let mut sum = (0_u64, 0_u64);
-        for queue in &prefill.queues {
-            if self.is_fresh(queue.at, now) {
-                sum.0 = sum.0.saturating_add(queue.tokens);
-                sum.1 = sum.1.saturating_add(queue.requests);
-            }
-        }
+        let mut sum = self.pictured_queue(prefill, now);
         for job in prefill.jobs.iter().filter(|job| !job.known) {
-            if self
-                .rank_pictured(prefill, job.rank, now)
-                .is_none_or(|at| job.booked_at > at)
-            {
-                sum.0 = sum.0.saturating_add(job.tokens);
-                sum.1 += 1;
+            if self.is_newer(prefill, job, now) {
+                sum = (sum.0.saturating_add(job.tokens), sum.1 + 1);
             }
         }
         sum
+    }
+
+    fn pictured_queue(&self, prefill: &Prefill, now: f64) -> (u64, u64) {
+        let fresh = prefill
+            .queues
+            .iter()
+            .filter(|queue| self.is_fresh(queue.at, now));
+        fresh.fold((0, 0), |sum, queue| {
+            (
+                sum.0.saturating_add(queue.tokens),
+                sum.1.saturating_add(queue.requests),
+            )
+        })
+    }
+
+    /// Whether the picture of its rank's queue cannot contain a job.
+    fn is_newer(&self, prefill: &Prefill, job: &Job, now: f64) -> bool {
+        self.rank_pictured(prefill, job.rank, now)
+            .is_none_or(|at| job.booked_at > at)
     }
 
     /// When a rank's queue was pictured, if that is fresh.
@@ -136,28 +150,43 @@ impl Board {
         self.is_fresh(queue.at, now).then_some(queue.at)
     }
 
-    fn links_pictured(&self, prefill: &Prefill, now: f64) -> Option<(f64, bool)> {
+    pub(super) fn links_pictured(&self, prefill: &Prefill, now: f64) -> Option<(f64, bool)> {
         prefill.pictured.filter(|(at, _)| self.is_fresh(*at, now))
     }
 
-    /// Bytes that were dispatched to a prefill and have not reached their decode.
-    pub(super) fn egress_bytes(&self, prefill: &Prefill, now: f64) -> u64 {
-        let pictured = self.links_pictured(prefill, now);
-        let mut bytes = 0_u64;
-        if pictured.is_some() {
-            for slot in &prefill.busy {
+    /// Bytes that were dispatched to a prefill and have not reached their decode, and when its egress has sent them.
+    pub(super) fn egress(
+        &self,
+        prefill: &Prefill,
+        pictured: Option<(f64, bool)>,
+        now: f64,
+    ) -> (u64, f64) {
+        let (mut bytes, mut free) = (0_u64, now);
+        if let Some((at, _)) = pictured {
+            let mut backlog_s = 0.0;
+            for (slot, seconds) in &prefill.busy {
                 let link = &prefill.links[*slot];
-                bytes = bytes
-                    .saturating_add(link.bytes_queued)
-                    .saturating_add(link.bytes_in_flight);
+                let link_bytes = link.bytes_queued.saturating_add(link.bytes_in_flight);
+                bytes = bytes.saturating_add(link_bytes);
+                backlog_s += seconds;
             }
+            free = free.max(at + backlog_s);
         }
+        let ranks = f64::from(prefill.facts.dp_size);
         for job in &prefill.jobs {
-            if kept_ready(job.ready, job.known, pictured, now).is_some() {
+            if let Some(ready) = kept_ready(job.ready, job.known, pictured, now) {
                 bytes = bytes.saturating_add(job.bytes);
+                // Before the first decision no row is worked out yet.
+                let spb = prefill
+                    .seconds_per_byte
+                    .get(job.decode)
+                    .copied()
+                    .unwrap_or(0.0);
+                // It has not arrived, so it cannot end before now.
+                free = (free.max(ready) + job.bytes as f64 * spb / ranks).max(now);
             }
         }
-        bytes
+        (bytes, free)
     }
 
     /// KV tokens and requests of a decode: its picture and what was booked since.
@@ -192,8 +221,7 @@ impl Board {
             let pictured = prefill.id.and_then(|_| self.links_pictured(prefill, now));
             scratch.pictured.push(pictured);
             let Some((at, _)) = pictured else { continue };
-            for slot in &prefill.busy {
-                let seconds = link_backlog_s(prefill, *slot);
+            for (slot, seconds) in &prefill.busy {
                 scratch.backlog[*slot].0 += seconds;
                 scratch.backlog[*slot].1 += seconds * at;
             }
@@ -211,20 +239,24 @@ impl Board {
         let prefill = &self.prefills[slot];
         let cached_tokens = self.cached_tokens(scratch, slot, request);
         let compute_tokens = request.prompt_tokens.saturating_sub(cached_tokens).max(1);
-        let (rank, begin) = self.shortest_rank(&mut scratch.rank_free, prefill, slot, request, now);
+        let (rank, begin, queued) = self.shortest_rank(&mut scratch.rank_free, slot, request, now);
+        let pictured = scratch.pictured[slot];
+        let (egress_bytes, egress_free) = self.egress(prefill, pictured, now);
         let tokens = prefill.facts.page_rounded(request.prompt_tokens);
         PrefillView {
             slot,
             rank,
-            queued: self.queued(prefill, now),
+            queued,
             begin,
             compute_s: self.compute_s(slot, compute_tokens).0,
             compute_tokens,
             cached_tokens,
-            egress_free: egress_free(prefill, scratch.pictured[slot], now),
+            egress_bytes,
+            egress_free,
             kv_bytes: tokens.saturating_mul(prefill.facts.kv_bytes_per_token),
             latency_s: self.fleet.latency.value().unwrap_or(0.0),
-            age_s: scratch.pictured[slot].map(|(at, _)| (now - at).max(0.0)),
+            penalty_s: 0.0,
+            age_s: pictured.map(|(at, _)| (now - at).max(0.0)),
         }
     }
 
@@ -243,15 +275,15 @@ impl Board {
         }
     }
 
-    /// The data-parallel rank that can begin first, and when.
+    /// The data-parallel rank that can begin first, when, and what all ranks have queued.
     fn shortest_rank(
         &self,
         free: &mut Vec<f64>,
-        prefill: &Prefill,
         slot: usize,
         request: &Request<'_>,
         now: f64,
-    ) -> (usize, f64) {
+    ) -> (usize, f64, (u64, u64)) {
+        let prefill = &self.prefills[slot];
         let ranks = prefill.facts.dp_size as usize;
         free.clear();
         free.extend((0..ranks).map(|rank| match prefill.queues.get(rank) {
@@ -261,14 +293,14 @@ impl Board {
             }
             _ => now,
         }));
+        let mut queued = self.pictured_queue(prefill, now);
         for job in &prefill.jobs {
-            let rank = job.rank.min(ranks - 1);
-            let pictured = self.rank_pictured(prefill, rank, now);
-            if job.known || pictured.is_some_and(|at| job.booked_at <= at) {
+            if job.known || !self.is_newer(prefill, job, now) {
                 continue;
             }
-            // Without a picture, all that is not known to be computed is in the queue; it cannot have ended.
-            free[rank] = match pictured {
+            queued = (queued.0.saturating_add(job.tokens), queued.1 + 1);
+            let rank = job.rank.min(ranks - 1);
+            free[rank] = match self.rank_pictured(prefill, rank, now) {
                 Some(_) => free[rank].max(job.booked_at) + job.compute_s,
                 None => self.after(free[rank], job, prefill, now),
             };
@@ -280,7 +312,7 @@ impl Board {
                 best = rank;
             }
         }
-        (best, free[best].max(now))
+        (best, free[best].max(now), queued)
     }
 
     /// When a job that only its booking knows of leaves the rank free.
@@ -326,6 +358,7 @@ impl Board {
             kv_tokens,
             requests,
             fullness: kv_tokens as f64 / pool as f64,
+            penalty_s: 0.0,
         }
     }
 
@@ -353,33 +386,4 @@ impl Board {
             admission_s: decode.admission_s,
         }
     }
-}
-
-/// Seconds that the pictured bytes of a link need.
-fn link_backlog_s(prefill: &Prefill, slot: usize) -> f64 {
-    let link = &prefill.links[slot];
-    let bytes = link.bytes_queued.saturating_add(link.bytes_in_flight) as f64;
-    // The ranks of one worker send side by side.
-    bytes * prefill.seconds_per_byte[slot] / f64::from(prefill.facts.dp_size)
-}
-
-/// When a prefill's egress has sent everything dispatched to it so far.
-fn egress_free(prefill: &Prefill, pictured: Option<(f64, bool)>, now: f64) -> f64 {
-    let mut free = now;
-    if let Some((at, _)) = pictured {
-        let backlog: f64 = prefill
-            .busy
-            .iter()
-            .map(|slot| link_backlog_s(prefill, *slot))
-            .sum();
-        free = free.max(at + backlog);
-    }
-    let ranks = f64::from(prefill.facts.dp_size);
-    for job in &prefill.jobs {
-        if let Some(ready) = kept_ready(job.ready, job.known, pictured, now) {
-            let seconds = job.bytes as f64 * prefill.seconds_per_byte[job.decode] / ranks;
-            free = (free.max(ready) + seconds).max(now);
-        }
-    }
-    free
 }
