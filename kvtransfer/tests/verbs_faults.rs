@@ -15,3 +15,5 @@ mod rig;
 mod standard;
 #[path = "verbs_faults/traffic.rs"]
 mod traffic;
+#[path = "verbs_faults/wakes.rs"]
+mod wakes;

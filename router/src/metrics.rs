@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use hyper::StatusCode;
 
-use crate::pool::{Blame, Pool};
+use crate::pool::{Blame, Pool, Worker};
 
 /// What a request asked for, as a metric label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,19 +18,25 @@ pub enum Route {
     Chat,
     /// `/v1/completions`
     Completions,
-    /// `/v1/models`, `/model_info`, `/server_info`
-    Information,
+    /// `/v1/responses`
+    Responses,
+    /// `/v1/messages`
+    Messages,
+    /// What one worker answers by itself.
+    Pass,
     /// `/health`, `/ready`, `/metrics`
     Own,
     /// Anything else.
     Other,
 }
 
-const ROUTES: [(Route, &str); 6] = [
+const ROUTES: [(Route, &str); 8] = [
     (Route::Generate, "/generate"),
     (Route::Chat, "/v1/chat/completions"),
     (Route::Completions, "/v1/completions"),
-    (Route::Information, "information"),
+    (Route::Responses, "/v1/responses"),
+    (Route::Messages, "/v1/messages"),
+    (Route::Pass, "passthrough"),
     (Route::Own, "own"),
     (Route::Other, "other"),
 ];
@@ -53,8 +59,14 @@ pub struct Metrics {
     pub client_disconnects: AtomicU64,
     /// Abort calls that did not fit into their queue.
     pub aborts_dropped: AtomicU64,
-    /// Requests sent to a second pair because a worker refused the connection.
+    /// Second and later pairs that requests were given.
     pub retries: AtomicU64,
+    /// Requests not tried again because too many others were.
+    pub retries_refused: AtomicU64,
+    /// Generations that a worker ended with an error inside its answer.
+    pub inband_aborts: AtomicU64,
+    /// Answers that should hold the prompt's log-probabilities and do not.
+    pub logprobs_unmerged: AtomicU64,
 }
 
 impl Default for Metrics {
@@ -70,6 +82,9 @@ impl Default for Metrics {
             client_disconnects: AtomicU64::new(0),
             aborts_dropped: AtomicU64::new(0),
             retries: AtomicU64::new(0),
+            retries_refused: AtomicU64::new(0),
+            inband_aborts: AtomicU64::new(0),
+            logprobs_unmerged: AtomicU64::new(0),
         }
     }
 }
@@ -101,8 +116,8 @@ impl Metrics {
         self.added_nanos.fetch_add(nanos, Ordering::Relaxed);
     }
 
-    /// The Prometheus text format, version 0.0.4. `live` counts requests in flight, `rooms` their rooms.
-    pub fn render(&self, pool: &Pool, live: usize, rooms: usize) -> String {
+    /// The Prometheus text format, version 0.0.4.
+    pub fn render(&self, pool: &Pool, gauges: &Gauges) -> String {
         let mut text = Text {
             out: String::with_capacity(4096),
             family: "",
@@ -120,33 +135,27 @@ impl Metrics {
                 }
             }
         }
-        text.family(
-            "kvrouter_leg_failures_total",
-            "counter",
-            "Failures by the leg and worker to blame.",
-        );
-        for worker in pool.workers() {
-            let (leg, url) = (worker.role(), worker.url());
-            for (blame, reason) in Blame::ALL {
-                let labels = format!("{{leg=\"{leg}\",worker=\"{url}\",reason=\"{reason}\"}}");
-                text.sample(&labels, worker.failures(blame));
-            }
+        render_workers(&mut text, pool);
+        for (name, help, value) in [
+            (
+                "kvrouter_live_requests",
+                "Choices of generation requests in flight.",
+                gauges.live,
+            ),
+            (
+                "kvrouter_queued_requests",
+                "Requests that wait for a place.",
+                gauges.queued,
+            ),
+            (
+                "kvrouter_requests_without_worker",
+                "Requests that wait for a worker with room.",
+                gauges.waiting_for_room,
+            ),
+            ("kvrouter_live_rooms", "Rooms in use.", gauges.rooms),
+        ] {
+            text.gauge(name, help, value as u64);
         }
-        text.family(
-            "kvrouter_worker_ready",
-            "gauge",
-            "1 when the worker answered its last probes.",
-        );
-        for worker in pool.workers() {
-            let labels = format!("{{leg=\"{}\",worker=\"{}\"}}", worker.role(), worker.url());
-            text.sample(&labels, u64::from(worker.is_ready()));
-        }
-        text.gauge(
-            "kvrouter_live_requests",
-            "Generation requests in flight.",
-            live as u64,
-        );
-        text.gauge("kvrouter_live_rooms", "Rooms in use.", rooms as u64);
         self.render_plain(&mut text);
         self.render_added(&mut text);
         text.out
@@ -171,8 +180,23 @@ impl Metrics {
             ),
             (
                 "kvrouter_retries_total",
-                "Requests given a second pair.",
+                "Second and later pairs given.",
                 &self.retries,
+            ),
+            (
+                "kvrouter_retries_refused_total",
+                "Retries not made because too many were.",
+                &self.retries_refused,
+            ),
+            (
+                "kvrouter_inband_aborts_total",
+                "Generations ended by an error event.",
+                &self.inband_aborts,
+            ),
+            (
+                "kvrouter_logprobs_unmerged_total",
+                "Answers without the prompt's logprobs.",
+                &self.logprobs_unmerged,
             ),
         ] {
             text.family(name, "counter", help);
@@ -206,6 +230,68 @@ impl Metrics {
             read(&self.added_nanos) as f64 / 1e9
         ));
         text.line(format_args!("{name}_count {total}"));
+    }
+}
+
+/// What is counted elsewhere, at the time of a scrape.
+#[derive(Clone, Copy, Debug)]
+pub struct Gauges {
+    /// Choices of generation requests in flight.
+    pub live: usize,
+    /// Requests that wait for a place.
+    pub queued: usize,
+    /// Requests that wait for a worker with room.
+    pub waiting_for_room: usize,
+    /// Rooms in use.
+    pub rooms: usize,
+}
+
+fn render_workers(text: &mut Text, pool: &Pool) {
+    text.family(
+        "kvrouter_leg_failures_total",
+        "counter",
+        "Failures by the leg and worker to blame.",
+    );
+    for worker in pool.workers() {
+        let (leg, url) = (worker.role(), worker.url());
+        for (blame, reason) in Blame::ALL {
+            let labels = format!("{{leg=\"{leg}\",worker=\"{url}\",reason=\"{reason}\"}}");
+            text.sample(&labels, worker.failures(blame));
+        }
+    }
+    type Series = (&'static str, &'static str, &'static str, fn(&Worker) -> u64);
+    let series: [Series; 4] = [
+        (
+            "kvrouter_leg_successes_total",
+            "counter",
+            "Complete answers.",
+            Worker::served,
+        ),
+        (
+            "kvrouter_worker_ready",
+            "gauge",
+            "1 when the worker answered its last probes.",
+            |worker| u64::from(worker.is_ready()),
+        ),
+        (
+            "kvrouter_breaker_state",
+            "gauge",
+            "0 closed, 1 open, 2 waiting for a trial.",
+            |worker| worker.breaker_state() as u64,
+        ),
+        (
+            "kvrouter_worker_requests",
+            "gauge",
+            "Requests that the worker holds.",
+            |worker| worker.live() as u64,
+        ),
+    ];
+    for (name, kind, help, value) in series {
+        text.family(name, kind, help);
+        for worker in pool.workers() {
+            let labels = format!("{{leg=\"{}\",worker=\"{}\"}}", worker.role(), worker.url());
+            text.sample(&labels, value(worker));
+        }
     }
 }
 

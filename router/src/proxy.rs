@@ -1,28 +1,39 @@
 //! The HTTP front: requests in, two legs out, decode's bytes back.
 pub mod abort;
+pub mod admission;
 pub mod deadline;
+pub mod dispatch;
+pub mod fanout;
 pub mod headers;
-pub mod information;
 pub mod json_edit;
 pub mod leg;
+pub mod live;
+pub mod logprobs;
+pub mod messages;
 pub mod pair;
+pub mod passthrough;
+pub mod placement;
 pub mod request;
 pub mod server;
 pub mod shape;
+pub mod sse;
 pub mod stream;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 
 use crate::config::Config;
 use crate::drain::DrainSwitch;
 use crate::metrics::Metrics;
 use crate::pool::Pool;
 use crate::pool::client::WorkerClient;
+use crate::pool::tls::TlsError;
 use crate::schedule::pair::PairScheduler;
 use crate::schedule::rooms::Rooms;
-use abort::Aborts;
+use abort::{AbortRunner, Aborts};
+use admission::Admission;
 
 /// What all requests share.
 #[derive(Debug)]
@@ -31,7 +42,7 @@ pub struct Front {
     pub config: Config,
     /// The workers.
     pub pool: Pool,
-    /// Chooses pairs.
+    /// Chooses pairs; only [`placement`] asks it.
     pub scheduler: PairScheduler,
     /// The rooms in use.
     pub rooms: Arc<Rooms>,
@@ -41,8 +52,14 @@ pub struct Front {
     pub aborts: Aborts,
     /// Counters.
     pub metrics: Arc<Metrics>,
-    /// One permit per generation request.
-    pub admission: Arc<Semaphore>,
+    /// One place per choice of a generation request.
+    pub admission: Arc<Admission>,
+    /// Rings when a worker has room again.
+    pub room: Arc<Notify>,
+    /// Requests that wait for a worker with room.
+    pub waiting_for_room: AtomicUsize,
+    /// Requests on their second or later pair.
+    pub retrying: AtomicUsize,
     /// One permit per KiB of request bodies in memory.
     pub body_memory: Arc<Semaphore>,
     /// Thrown when the router stops.
@@ -50,8 +67,31 @@ pub struct Front {
 }
 
 impl Front {
-    /// Generation requests in flight.
-    pub fn live_requests(&self) -> usize {
-        self.config.requests_max - self.admission.available_permits()
+    /// The state of a router that has served nothing yet, and the runner of its aborts.
+    ///
+    /// # Errors
+    /// [`TlsError`] when workers are reached over TLS and nobody is trusted to sign their certificates.
+    pub fn new(config: Config) -> Result<(Arc<Self>, AbortRunner), TlsError> {
+        let metrics = Arc::new(Metrics::default());
+        let client = WorkerClient::new(&config)?;
+        let (aborts, abort_runner) = Aborts::new(client.clone(), Arc::clone(&metrics));
+        let front = Self {
+            pool: Pool::new(&config),
+            scheduler: PairScheduler::new(config.policy),
+            rooms: Arc::new(Rooms::default()),
+            client,
+            aborts,
+            metrics,
+            admission: Arc::new(Admission::new(config.requests_max, config.queue_max)),
+            room: Arc::new(Notify::new()),
+            waiting_for_room: AtomicUsize::new(0),
+            retrying: AtomicUsize::new(0),
+            body_memory: Arc::new(Semaphore::new(
+                config.buffered_bytes_max.div_ceil(request::KIB),
+            )),
+            drain: DrainSwitch::default(),
+            config,
+        };
+        Ok((Arc::new(front), abort_runner))
     }
 }

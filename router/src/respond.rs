@@ -1,26 +1,17 @@
 //! Turns outcomes into HTTP answers. No other module picks a status code.
 #![forbid(unsafe_code)]
 
-use std::time::Duration;
-
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Incoming;
+use http_body_util::Full;
 use hyper::header::{ALLOW, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::{Response, StatusCode};
 use serde_json::json;
 
 use crate::proxy::deadline::Stage;
 use crate::proxy::headers::strip_connection_headers;
-use crate::proxy::leg::{LegCause, LegFailure};
+use crate::proxy::leg::{LegCause, LegFailure, WorkerError};
 use crate::proxy::shape::ShapeError;
 use crate::proxy::stream::ReplyBody;
-
-/// Most of a failing worker's explanation that is passed on.
-pub const WORKER_ERROR_BYTES_MAX: usize = 1 << 20;
-
-/// How long a failing worker may take to explain itself once its status is known.
-pub const WORKER_ERROR_TIME_MAX: Duration = Duration::from_secs(2);
 
 /// What a client turned away at the request bound is told to wait, in seconds: live requests end all the time.
 const RETRY_AFTER_SECONDS: &str = "1";
@@ -47,12 +38,12 @@ pub enum RouteError {
     /// The body is compressed.
     #[error("the request body must be plain JSON, without a Content-Encoding")]
     Encoding,
-    /// Too many requests are live.
-    #[error("the router is serving its limit of {limit} requests; try again")]
-    Busy {
-        /// The limit.
-        limit: usize,
-    },
+    /// As many requests wait as may, and none of them is less important.
+    #[error("the router is full, and so is its queue; try again")]
+    QueueFull,
+    /// A request waited as long as it may.
+    #[error("no worker became free in time; try again")]
+    QueueTimeout,
     /// Too many bytes of request bodies are waiting.
     #[error("the router holds its limit of {limit} bytes of waiting request bodies; try again")]
     BuffersFull {
@@ -62,6 +53,9 @@ pub enum RouteError {
     /// A leg failed.
     #[error("{0}")]
     Leg(LegFailure),
+    /// An answer could not be put together.
+    #[error("the answer broke off: {0}")]
+    Broken(String),
     /// A time limit was exceeded.
     #[error(transparent)]
     Timeout(Stage),
@@ -96,11 +90,17 @@ impl RouteError {
             Self::BodyTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error"),
             Self::BodySilent => (StatusCode::REQUEST_TIMEOUT, "invalid_request_error"),
             Self::Encoding => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error"),
-            Self::Busy { .. } | Self::BuffersFull { .. } => {
+            Self::QueueFull => (StatusCode::TOO_MANY_REQUESTS, "overloaded_error"),
+            Self::QueueTimeout | Self::BuffersFull { .. } => {
                 (StatusCode::SERVICE_UNAVAILABLE, "overloaded_error")
             }
+            Self::Broken(_) => (StatusCode::BAD_GATEWAY, "worker_error"),
             Self::Leg(failure) => match &failure.cause {
-                LegCause::Status(response) => (worker_status(response.status()), "worker_error"),
+                LegCause::Status(error) => (worker_status(error.status), "worker_error"),
+                LegCause::Aborted(abort) => (
+                    StatusCode::from_u16(abort.status).unwrap_or(StatusCode::BAD_GATEWAY),
+                    "worker_error",
+                ),
                 LegCause::Connect(_) | LegCause::Reset(_) => {
                     (StatusCode::BAD_GATEWAY, "worker_error")
                 }
@@ -131,45 +131,81 @@ fn worker_status(status: StatusCode) -> StatusCode {
 }
 
 /// The answer to a request that failed before anything was sent.
-pub async fn respond(error: RouteError) -> Response<ReplyBody> {
+pub fn respond(error: RouteError) -> Response<ReplyBody> {
     let (status, _) = error.status();
     let json = error.json();
-    let extra = match error {
+    let mut response = match error {
         RouteError::Leg(LegFailure {
-            cause: LegCause::Status(response),
+            cause: LegCause::Status(error),
             ..
-        }) => {
-            return pass_on(*response, status, json).await;
+        }) => pass_on(*error, status, json),
+        RouteError::Method { allowed } => {
+            let mut response = whole(status, "application/json", json);
+            let allowed = HeaderValue::from_static(allowed);
+            response.headers_mut().insert(ALLOW, allowed);
+            response
         }
-        RouteError::Busy { .. } | RouteError::BuffersFull { .. } => {
-            Some((RETRY_AFTER, RETRY_AFTER_SECONDS))
-        }
-        RouteError::Method { allowed } => Some((ALLOW, allowed)),
-        _ => None,
+        _ => whole(status, "application/json", json),
     };
-    let mut response = whole(status, "application/json", json);
-    if let Some((name, value)) = extra {
-        response
-            .headers_mut()
-            .insert(name, HeaderValue::from_static(value));
+    let is_full = matches!(
+        status,
+        StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE
+    );
+    if is_full && !response.headers().contains_key(RETRY_AFTER) {
+        let seconds = HeaderValue::from_static(RETRY_AFTER_SECONDS);
+        response.headers_mut().insert(RETRY_AFTER, seconds);
     }
     response
 }
 
-/// The worker's own words, or `otherwise` if they do not arrive.
-async fn pass_on(
-    response: Response<Incoming>,
-    status: StatusCode,
-    otherwise: String,
-) -> Response<ReplyBody> {
-    let (parts, body) = response.into_parts();
-    let body = Limited::new(body, WORKER_ERROR_BYTES_MAX).collect();
-    match tokio::time::timeout(WORKER_ERROR_TIME_MAX, body).await {
-        Ok(Ok(body)) if status == parts.status => {
-            let mut headers = parts.headers;
+/// The same for Anthropic's clients, in their form.
+pub fn respond_anthropic(error: RouteError) -> Response<ReplyBody> {
+    let (status, _) = error.status();
+    let kind = match status.as_u16() {
+        400 | 405 | 415 | 422 => "invalid_request_error",
+        401 => "authentication_error",
+        403 => "permission_error",
+        404 => "not_found_error",
+        408 | 504 => "timeout_error",
+        413 => "request_too_large",
+        429 => "rate_limit_error",
+        503 => "overloaded_error",
+        _ => "api_error",
+    };
+    let message = match &error {
+        RouteError::Leg(LegFailure {
+            cause: LegCause::Status(error),
+            ..
+        }) => words_of(error),
+        _ => None,
+    };
+    let message = message.unwrap_or_else(|| error.to_string());
+    let json = json!({"type": "error", "error": {"type": kind, "message": message}});
+    let mut response = respond(error);
+    let headers = response.headers_mut();
+    headers.remove(CONTENT_LENGTH);
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response.map(|_| ReplyBody::Whole(Full::new(json.to_string().into())))
+}
+
+/// The message in a worker's error, in any of the forms SGLang uses.
+fn words_of(error: &WorkerError) -> Option<String> {
+    let json: serde_json::Value = serde_json::from_slice(error.body.as_ref()?).ok()?;
+    let places = ["/error/message", "/message", "/detail", "/error"];
+    let mut found = places
+        .iter()
+        .filter_map(|place| json.pointer(place)?.as_str());
+    found.next().map(str::to_owned)
+}
+
+/// The worker's own words, or `otherwise` if they did not arrive.
+fn pass_on(error: WorkerError, status: StatusCode, otherwise: String) -> Response<ReplyBody> {
+    match error.body {
+        Some(body) if status == error.status => {
+            let mut headers = error.headers;
             strip_connection_headers(&mut headers);
             headers.remove(CONTENT_LENGTH);
-            let mut response = Response::new(ReplyBody::Whole(Full::new(body.to_bytes())));
+            let mut response = Response::new(ReplyBody::Whole(Full::new(body)));
             *response.status_mut() = status;
             *response.headers_mut() = headers;
             response

@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Callable
 
 import stand_ins
 
@@ -101,7 +101,7 @@ class Rank:
         self.is_prefill = setup["role"] == "prefill"
         self.server_args = publish(setup, self.shape)
         load_plugins()
-        self.pool = Pool(self.shape, self.is_prefill)
+        self.pool = self.make_pool(setup)
         backend = TransferBackend(setup.get("backend", "kvtransfer"))
         self.kind = lambda kind: utils.get_kv_class(backend, kind)
         self.kinds = KVClassType
@@ -119,6 +119,10 @@ class Rank:
         self.manager = self.kind(KVClassType.MANAGER)(self.args, mode, self.server_args, self.shape.latent_bytes > 0)
         self.requests: dict[int, Any] = {}
         self.bootstrap_addr = f"127.0.0.1:{setup['bootstrap_port']}"
+
+    def make_pool(self, setup: dict[str, Any]) -> Pool:
+        """The memory; the benchmarks have another."""
+        return Pool(self.shape, self.is_prefill)
 
     def _kv_args(self, setup: dict[str, Any]) -> Any:
         from sglang.srt.disaggregation.base.conn import StateType
@@ -362,7 +366,8 @@ class Registry:
         return {}
 
 
-def main() -> None:
+def serve(make: Callable[[dict[str, Any]], Any]) -> None:
+    """Answers until standard input ends. `make` turns what "start" came with into the object that is asked from then on."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     actor: Any = None
@@ -370,7 +375,7 @@ def main() -> None:
         asked = json.loads(line)
         try:
             if asked["do"] == "start":
-                actor = Registry(asked["with"]) if asked["with"]["role"] == "registry" else Rank(asked["with"])
+                actor = make(asked["with"])
                 answer: dict[str, Any] = {}
             else:
                 answer = getattr(actor, asked["do"])(**asked["with"]) or {}
@@ -380,4 +385,5 @@ def main() -> None:
         answers.write(json.dumps(answer) + "\n")
 
 
-main()
+if __name__ == "__main__":
+    serve(lambda setup: Registry(setup) if setup["role"] == "registry" else Rank(setup))

@@ -31,11 +31,11 @@ class RankError(AssertionError):
 class Rank:
     """One process."""
 
-    def __init__(self, name: str, extra: dict[str, str] | None = None) -> None:
+    def __init__(self, name: str, extra: dict[str, str] | None = None, program: Path = HERE / "rank_process.py") -> None:
         self.name = name
         self.log = tempfile.NamedTemporaryFile("w+", prefix=f"{name}-", suffix=".log", delete=False)
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "rank_process.py")],
+            [sys.executable, str(program)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,

@@ -3,6 +3,7 @@
 mod devices;
 mod pair;
 mod process;
+mod stuck;
 
 use std::{
     fs::{self, File},

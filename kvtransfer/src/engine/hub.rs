@@ -280,7 +280,9 @@ impl Hub {
 
     /// A batch lies in our pages, or was withdrawn by its sender: what shall its lane answer?
     ///
-    /// The room cannot end between being looked up and being told, so its gate need not be asked.
+    /// Both happen under the lock under which rooms end, so what is admitted is still the room's when it is counted. The gate
+    /// is not asked: it holds an end up while we ourselves move bytes, and here the card has moved them before. What it may
+    /// still write is fenced by destroying its queue pair (promise P1).
     pub(crate) fn arrived(
         &self,
         now: Time,

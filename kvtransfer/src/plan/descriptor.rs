@@ -192,9 +192,21 @@ impl PairCursor {
         } = self.shape;
         let (mut run, mut left) = (self.run, self.left);
         let (mut row, mut byte) = (self.row, self.byte);
+        let cut = self.shape.cut();
         let pairs = source_items.iter().zip(target_items).enumerate();
         for (place, (from, to)) in pairs.skip(self.item) {
             let (source_item, target_item) = (source.item(*from), target.item(*to));
+            if let Some(cut) = &cut
+                && byte == 0
+                && (source.rows - row) * source.row_len < left
+                && let Some(slots) = out.get_mut(*filled..)
+            {
+                let first = (source_item, target_item, row);
+                let (taken, used) = self.splitter.rows(cut, first, &mut run, slots);
+                left -= taken * source.row_len;
+                row += taken;
+                *filled += used;
+            }
             while row < source.rows {
                 let source_at = source_item + row * source.row_stride + byte;
                 let target_at = target_item + row * target.row_stride + byte;
@@ -250,7 +262,30 @@ impl PairCursor {
     }
 }
 
+/// Items of which no two rows touch on both sides: every row is a descriptor, which need not be found out for each.
+#[derive(Clone, Copy, Debug)]
+struct Cut {
+    shape: Shape,
+    /// From the first byte of an item's first row to the last one of its last row.
+    source_extent: u64,
+    target_extent: u64,
+}
+
 impl Shape {
+    fn cut(&self) -> Option<Cut> {
+        let (source, target) = (&self.source, &self.target);
+        let touches = |rows: &Rows| rows.row_stride == rows.row_len;
+        if source.rows < 2 || (touches(source) && touches(target)) {
+            return None;
+        }
+        let extent = |rows: &Rows| (rows.rows - 1) * rows.row_stride + rows.row_len;
+        Some(Cut {
+            shape: *self,
+            source_extent: extent(source),
+            target_extent: extent(target),
+        })
+    }
+
     /// Stands in while no piece is loaded.
     const NONE: Self = Self {
         source: Rows::NONE,
@@ -281,6 +316,61 @@ impl Splitter {
             source,
             target,
         }
+    }
+
+    /// Yields the run, then rows of a cut item from `row` on except for the last one that is taken, which becomes the run.
+    /// How many rows were taken and slots used: none where it must go row by row, because a limit falls into the item, or
+    /// the row goes on from the run.
+    #[inline]
+    fn rows(
+        &mut self,
+        cut: &Cut,
+        (source_item, target_item, row): (u64, u64, u64),
+        run: &mut Descriptor,
+        out: &mut [Descriptor],
+    ) -> (u64, usize) {
+        let Shape { source, target, .. } = &cut.shape;
+        let next = Descriptor {
+            source: Place {
+                region: cut.shape.source_region,
+                offset: source_item + row * source.row_stride,
+            },
+            target: Place {
+                region: cut.shape.target_region,
+                offset: target_item + row * target.row_stride,
+            },
+            len: source.row_len,
+        };
+        let joins = run
+            .source
+            .meets(run.len, next.source.region, next.source.offset)
+            && run
+                .target
+                .meets(run.len, next.target.region, next.target.offset);
+        let whole = source.row_len <= self.len_max
+            && self.source.fits(source_item) >= cut.source_extent
+            && self.target.fits(target_item) >= cut.target_extent;
+        if joins || !whole {
+            return (0, 0);
+        }
+        let mut used = 0;
+        if run.len > 0 && !self.flush(run, out, &mut used) {
+            return (0, used);
+        }
+        let slots = &mut out[used..];
+        let taken = (source.rows - row).min(slots.len() as u64 + 1);
+        let mut next = next;
+        for slot in slots
+            .iter_mut()
+            .take(usize::try_from(taken - 1).unwrap_or(0))
+        {
+            *slot = next;
+            next.source.offset += source.row_stride;
+            next.target.offset += target.row_stride;
+            used += 1;
+        }
+        *run = next;
+        (taken, used)
     }
 
     /// Moves the run into `out`, split. False if `out` is full first; the run then is what is left of it.

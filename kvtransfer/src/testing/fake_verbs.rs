@@ -44,7 +44,7 @@ use std::{io, net::Ipv4Addr, path::Path, sync::Arc};
 
 pub use self::{
     behaviour::{Behaviour, CmRules, DmaBuf, EmptyReceive, OutOfBand, RefusedWrite, SendQueueRule},
-    counters::{Counters, QueueCounters, Violation},
+    counters::{Counters, QueueCounters, Violation, WatchCounters},
     fabric::{Fabric, WatchId},
     queue::QueuePairId,
     state::Mode,

@@ -1,6 +1,7 @@
 //! The receiving half of a lane: headers in, payload straight into the pages, under the room's gate.
 #![expect(unsafe_code, reason = "hands raw region memory to recvmsg")]
 
+mod awaited;
 mod local;
 
 use std::{io, os::fd::BorrowedFd, sync::Arc};
@@ -137,11 +138,6 @@ impl Inbound {
                 Err(error) => return Err(error.into()),
             }
         }
-    }
-
-    /// Whether the next bytes are a frame's first.
-    pub(super) fn is_between_frames(&self) -> bool {
-        matches!(self.expect, Expect::Frame) && self.start == self.end
     }
 
     /// Takes bytes that were read elsewhere.

@@ -88,8 +88,8 @@ struct LaneIo {
 enum Want {
     /// The next frame.
     Frame,
-    /// More of a payload or list.
-    Payload,
+    /// More of a payload or list: so many bytes of payload are still to come.
+    Payload(u64),
     /// That the peer takes our answers.
     Answered,
     /// Nothing: the lane has ended.
@@ -256,7 +256,7 @@ impl Lane {
             None => Want::Nothing,
             Some(open) if open.outbound.is_clogged() => Want::Answered,
             Some(open) if open.inbound.is_between_frames() => Want::Frame,
-            Some(_) => Want::Payload,
+            Some(open) => Want::Payload(open.inbound.payload_left()),
         }
     }
 

@@ -81,6 +81,26 @@ pub(crate) unsafe fn receive(socket: BorrowedFd<'_>, ranges: &[IoRange]) -> io::
     result(done)
 }
 
+/// Lets a socket count as readable only when it holds so many bytes, or has no space for more, or has ended.
+pub(crate) fn set_low_water(socket: BorrowedFd<'_>, bytes: i32) -> io::Result<()> {
+    const BYTES_OF_AN_INT: libc::socklen_t = 4;
+    // SAFETY: the option's value is the `i32` that the pointer refers to, for as long as the call takes.
+    let done = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            (&raw const bytes).cast(),
+            BYTES_OF_AN_INT,
+        )
+    };
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 /// Copies ranges of another process into ranges of this one; how many bytes were copied before the first fault.
 ///
 /// # Safety

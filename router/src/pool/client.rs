@@ -14,6 +14,8 @@ use hyper_util::client::legacy::{Client, ResponseFuture};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 
 use super::Worker;
+use super::tls::{TlsError, WorkerConnector, connector};
+use crate::config::Config;
 
 /// A worker that does not accept within this time is down. Workers are neighbours: a healthy one takes milliseconds.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -31,32 +33,42 @@ const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
 /// Sends requests to workers.
 #[derive(Clone, Debug)]
 pub struct WorkerClient {
-    http: Client<HttpConnector, Full<Bytes>>,
+    http: Client<WorkerConnector, Full<Bytes>>,
     authorization: Option<HeaderValue>,
 }
 
 impl WorkerClient {
-    /// A client that authorises itself with `api_key`, which must be visible ASCII, where a request does not.
-    pub fn new(api_key: Option<&str>) -> Self {
-        let mut connector = HttpConnector::new();
-        connector.set_nodelay(true);
-        connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
-        connector.set_keepalive(Some(TCP_KEEPALIVE));
+    /// A client for the workers of a checked configuration.
+    ///
+    /// # Errors
+    /// [`TlsError`] when a worker is reached over TLS and no authority can be read.
+    pub fn new(config: &Config) -> Result<Self, TlsError> {
+        let urls = config.prefills.iter().map(|target| &target.url);
+        let mut urls = urls.chain(&config.decodes).chain(&config.others);
+        let tls = if urls.any(|url| url.is_tls()) || config.worker_authorities.is_some() {
+            Some(connector(config.worker_authorities.as_deref())?)
+        } else {
+            None
+        };
+        let mut tcp = HttpConnector::new();
+        tcp.set_nodelay(true);
+        tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
+        tcp.set_keepalive(Some(TCP_KEEPALIVE));
         let http = Client::builder(TokioExecutor::new())
             .pool_idle_timeout(IDLE_TIMEOUT)
             .pool_max_idle_per_host(IDLE_PER_WORKER_MAX)
             .pool_timer(TokioTimer::new())
-            .build(connector);
-        let authorization = api_key.map(|key| {
+            .build(WorkerConnector::new(tcp, tls));
+        let authorization = config.api_key.as_ref().map(|key| {
             let mut value = HeaderValue::try_from(format!("Bearer {key}"))
                 .expect("invariant: the configuration checked the key");
             value.set_sensitive(true);
             value
         });
-        Self {
+        Ok(Self {
             http,
             authorization,
-        }
+        })
     }
 
     /// Sends a request. Dropping the future, or later the body of its response, closes the connection unless the answer

@@ -1,7 +1,8 @@
 //! Asks every worker again and again whether it is ready.
 //!
 //! `/ready` is preferred: SGLang's `/health` runs a token through the model, so a busy prefill worker fails it while it
-//! is perfectly well. Servers without `/ready` (404) are asked for `/health`.
+//! is perfectly well. Servers without `/ready` (404) are asked for `/health`. A worker that has become ready is asked once
+//! what it is (`/server_info`).
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
@@ -25,6 +26,9 @@ const UNREADY_INTERVAL_MAX: Duration = Duration::from_secs(1);
 /// A probe's answer is a few bytes; more of it is not read.
 const PROBE_BODY_BYTES_MAX: usize = 64 << 10;
 
+/// Longest `/server_info` that is read: it lists every argument of the server, some tens of KiB.
+const INFO_BYTES_MAX: usize = 1 << 20;
+
 /// Probes one worker until the task is dropped.
 pub async fn watch(worker: Arc<Worker>, client: WorkerClient, interval: Duration) {
     let mut failures = 0;
@@ -36,6 +40,10 @@ pub async fn watch(worker: Arc<Worker>, client: WorkerClient, interval: Duration
             failures + 1
         };
         let ready = failures == 0 || (worker.is_ready() && failures < FAILURES_TO_UNREADY);
+        // Asked before anybody else learns that the worker is ready, so that no request misses the answer.
+        if ready && !worker.is_ready() {
+            let _ = tokio::time::timeout(PROBE_TIMEOUT, describe(&worker, &client)).await;
+        }
         if worker.mark_ready(ready) {
             let (role, url) = (worker.role(), worker.url());
             if ready {
@@ -70,4 +78,15 @@ async fn status(worker: &Worker, client: &WorkerClient, path: &'static str) -> O
         .collect()
         .await;
     Some(status)
+}
+
+/// Takes from `/server_info` what the configuration may have left open. Workers that do not tell keep the defaults.
+async fn describe(worker: &Worker, client: &WorkerClient) -> Option<()> {
+    let response = client.get(worker, "/server_info").await.ok()?;
+    let body = Limited::new(response.into_body(), INFO_BYTES_MAX);
+    let body = body.collect().await.ok()?.to_bytes();
+    let info: serde_json::Value = serde_json::from_slice(&body).ok()?;
+    let number = |name: &str| info.get(name)?.as_u64();
+    worker.describe(number("dp_size"), number("disaggregation_bootstrap_port"));
+    Some(())
 }

@@ -1,13 +1,19 @@
-//! One worker: where it is, whether it is ready, what it is to blame for.
+//! One worker: where it is, whether it is ready, what it holds, what it is to blame for.
 #![forbid(unsafe_code)]
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use hyper::Uri;
-use hyper::http::uri::{Authority, PathAndQuery, Scheme};
+use hyper::http::uri::{Authority, PathAndQuery};
+use tokio::time::Instant;
 
+use super::breaker::{Breaker, BreakerLimits, BreakerState};
 use crate::config::{PrefillTarget, WorkerUrl};
+
+/// More data-parallel ranks than this are no statement about a real worker.
+pub const DP_SIZE_MAX: u32 = 4096;
 
 /// What a worker does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +22,8 @@ pub enum Role {
     Prefill,
     /// Generates from it.
     Decode,
+    /// Serves by itself what pairs cannot.
+    Other,
 }
 
 impl Role {
@@ -24,6 +32,7 @@ impl Role {
         match self {
             Self::Prefill => "prefill",
             Self::Decode => "decode",
+            Self::Other => "other",
         }
     }
 }
@@ -43,21 +52,48 @@ pub enum Blame {
     ClientError,
     /// It answered with another status that is not a success.
     ServerError,
+    /// It answered 429 or 503: it is full, or says so.
+    Overload,
     /// It closed the connection before its answer was complete.
     Reset,
     /// It was silent for longer than a timeout allows.
     Timeout,
+    /// It ended a generation in-band, with an abort event.
+    Aborted,
+    /// It reported that the KV cache did not get across. Whose fault that is, the pair's two workers cannot know.
+    Transfer,
 }
 
 impl Blame {
     /// Every kind of blame with its metric label.
-    pub const ALL: [(Self, &'static str); 5] = [
+    pub const ALL: [(Self, &'static str); 8] = [
         (Self::Connect, "connect"),
         (Self::ClientError, "client_error"),
         (Self::ServerError, "server_error"),
+        (Self::Overload, "overload"),
         (Self::Reset, "reset"),
         (Self::Timeout, "timeout"),
+        (Self::Aborted, "aborted"),
+        (Self::Transfer, "transfer"),
     ];
+
+    /// Whether the failure tells something about the worker's health. A client's mistake, a full worker and a transfer that
+    /// either side may have broken do not: breakers that open on them turn a busy hour into an outage.
+    pub const fn is_guilt(self) -> bool {
+        matches!(
+            self,
+            Self::Connect | Self::ServerError | Self::Reset | Self::Timeout | Self::Aborted
+        )
+    }
+}
+
+/// What a worker may hold at a time.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct WorkerLimits {
+    /// Requests; `None` is no limit.
+    pub requests: Option<usize>,
+    /// Bytes of request bodies; `None` is no limit. One request may exceed it alone.
+    pub bytes: Option<usize>,
 }
 
 /// A worker of the pool.
@@ -66,29 +102,53 @@ pub struct Worker {
     role: Role,
     url: WorkerUrl,
     bootstrap_port: Option<u16>,
+    dp_size: Option<u32>,
+    found_bootstrap_port: AtomicU32,
+    found_dp_size: AtomicU32,
+    rank_turn: AtomicU32,
     ready: AtomicBool,
+    breaker: Breaker,
+    limits: WorkerLimits,
+    live: AtomicUsize,
+    live_bytes: AtomicUsize,
+    born: Instant,
+    served: AtomicU64,
     failures: [AtomicU64; Blame::ALL.len()],
 }
 
 impl Worker {
-    /// A prefill worker.
-    pub fn prefill(target: &PrefillTarget) -> Self {
-        Self::new(Role::Prefill, target.url.clone(), target.bootstrap_port)
+    /// A prefill worker of `dp_size` data-parallel ranks, if that is known.
+    pub fn prefill(
+        target: &PrefillTarget,
+        dp_size: Option<u32>,
+        breaker: BreakerLimits,
+        limits: WorkerLimits,
+    ) -> Self {
+        Self {
+            bootstrap_port: target.bootstrap_port,
+            dp_size,
+            ..Self::new(Role::Prefill, &target.url, breaker, limits)
+        }
     }
 
-    /// A decode worker.
-    pub fn decode(url: &WorkerUrl) -> Self {
-        Self::new(Role::Decode, url.clone(), None)
-    }
-
-    fn new(role: Role, url: WorkerUrl, bootstrap_port: Option<u16>) -> Self {
-        let failures = [const { AtomicU64::new(0) }; Blame::ALL.len()];
+    /// A worker of another role.
+    pub fn new(role: Role, url: &WorkerUrl, breaker: BreakerLimits, limits: WorkerLimits) -> Self {
         Self {
             role,
-            url,
-            bootstrap_port,
+            url: url.clone(),
+            bootstrap_port: None,
+            dp_size: None,
+            found_bootstrap_port: AtomicU32::new(0),
+            found_dp_size: AtomicU32::new(0),
+            rank_turn: AtomicU32::new(0),
             ready: AtomicBool::new(false),
-            failures,
+            breaker: Breaker::new(breaker),
+            limits,
+            live: AtomicUsize::new(0),
+            live_bytes: AtomicUsize::new(0),
+            born: Instant::now(),
+            served: AtomicU64::new(0),
+            failures: [const { AtomicU64::new(0) }; Blame::ALL.len()],
         }
     }
 
@@ -102,9 +162,38 @@ impl Worker {
         &self.url
     }
 
-    /// The port of a prefill worker's bootstrap server, if it was given.
+    /// The port of a prefill worker's bootstrap server, if it was configured or found.
     pub fn bootstrap_port(&self) -> Option<u16> {
-        self.bootstrap_port
+        self.bootstrap_port.or_else(|| {
+            u16::try_from(self.found_bootstrap_port.load(Ordering::Relaxed))
+                .ok()
+                .filter(|port| *port != 0)
+        })
+    }
+
+    /// How many data-parallel ranks it has, as far as was configured or found; at least 1.
+    pub fn dp_size(&self) -> u32 {
+        self.dp_size
+            .unwrap_or_else(|| self.found_dp_size.load(Ordering::Relaxed))
+            .max(1)
+    }
+
+    /// Takes note of what the worker says of itself; numbers out of range are not believed.
+    pub fn describe(&self, dp_size: Option<u64>, bootstrap_port: Option<u64>) {
+        if let Some(size) = dp_size.and_then(|size| u32::try_from(size).ok())
+            && size <= DP_SIZE_MAX
+        {
+            self.found_dp_size.store(size, Ordering::Relaxed);
+        }
+        if let Some(port) = bootstrap_port.and_then(|port| u16::try_from(port).ok()) {
+            self.found_bootstrap_port
+                .store(u32::from(port), Ordering::Relaxed);
+        }
+    }
+
+    /// The rank whose turn it is.
+    pub fn next_rank(&self) -> u32 {
+        self.rank_turn.fetch_add(1, Ordering::Relaxed) % self.dp_size()
     }
 
     /// Whether the worker answered its last probes. False until the first one.
@@ -117,9 +206,64 @@ impl Worker {
         self.ready.swap(ready, Ordering::Relaxed) != ready
     }
 
+    fn age(&self) -> Duration {
+        self.born.elapsed()
+    }
+
+    /// What its breaker lets through now.
+    pub fn breaker_state(&self) -> BreakerState {
+        self.breaker.state(self.age())
+    }
+
+    /// Whether a request of `bytes` fits under its limits.
+    pub fn has_room(&self, bytes: usize) -> bool {
+        let live = self.live.load(Ordering::Relaxed);
+        let live_bytes = self.live_bytes.load(Ordering::Relaxed);
+        live == 0
+            || (self.limits.requests.is_none_or(|most| live < most)
+                && self
+                    .limits
+                    .bytes
+                    .is_none_or(|most| live_bytes.saturating_add(bytes) <= most))
+    }
+
+    /// Requests it holds.
+    pub fn live(&self) -> usize {
+        self.live.load(Ordering::Relaxed)
+    }
+
+    /// Notes that a request of `bytes` is on its way.
+    pub fn sent(&self, bytes: usize) {
+        self.live.fetch_add(1, Ordering::Relaxed);
+        self.live_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.breaker.sent(self.age());
+    }
+
+    /// Notes that this request no longer occupies it.
+    pub fn left(&self, bytes: usize) {
+        self.live.fetch_sub(1, Ordering::Relaxed);
+        self.live_bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// Counts a complete answer.
+    pub fn succeeded(&self) {
+        crate::metrics::bump(&self.served);
+        if self.breaker.succeeded() {
+            tracing::info!(leg = %self.role, url = %self.url, "worker serves again");
+        }
+    }
+
+    /// Complete answers so far.
+    pub fn served(&self) -> u64 {
+        self.served.load(Ordering::Relaxed)
+    }
+
     /// Counts a failure this worker is to blame for.
     pub fn blame(&self, blame: Blame) {
         crate::metrics::bump(&self.failures[blame as usize]);
+        if blame.is_guilt() && self.breaker.failed(self.age()) {
+            tracing::warn!(leg = %self.role, url = %self.url, "worker failed too often, leaving it out for a while");
+        }
     }
 
     /// How often it failed that way.
@@ -130,7 +274,9 @@ impl Worker {
     /// The address of `path` on this worker.
     pub fn uri(&self, path: PathAndQuery) -> Uri {
         let authority: Authority = self.url.authority().clone();
-        let builder = Uri::builder().scheme(Scheme::HTTP).authority(authority);
+        let builder = Uri::builder()
+            .scheme(self.url.scheme().clone())
+            .authority(authority);
         builder
             .path_and_query(path)
             .build()

@@ -25,8 +25,11 @@ const CONNECTION_HEADERS: [HeaderName; 9] = [
 /// SGLang can be told to let these headers (`x-override-rid`, `x-override-bootstrap-room`, …) win over the body.
 const OVERRIDE_PREFIX: &str = "x-override-";
 
+/// Requests with the same value prefer the same workers.
+pub const STICKY_HEADER: HeaderName = HeaderName::from_static("x-smg-routing-key");
+
 /// Picks the data-parallel rank of the worker that reads it, which on the prefill side must be `room % dp`.
-const RANK_HEADER: HeaderName = HeaderName::from_static("x-data-parallel-rank");
+pub const RANK_HEADER: HeaderName = HeaderName::from_static("x-data-parallel-rank");
 
 /// Removes what describes the connection it came over.
 pub fn strip_connection_headers(headers: &mut HeaderMap) {
@@ -42,11 +45,14 @@ pub fn strip_connection_headers(headers: &mut HeaderMap) {
     }
 }
 
-/// Leaves what a worker may see of a client's headers.
-pub fn strip_for_worker(headers: &mut HeaderMap) {
+/// Leaves what a worker may see of a client's headers. The rank header stays only if `trusts_rank`.
+pub fn strip_for_worker(headers: &mut HeaderMap, trusts_rank: bool) {
     strip_connection_headers(headers);
-    for name in [HOST, CONTENT_LENGTH, EXPECT, RANK_HEADER] {
+    for name in [HOST, CONTENT_LENGTH, EXPECT] {
         headers.remove(name);
+    }
+    if !trusts_rank {
+        headers.remove(RANK_HEADER);
     }
     let overrides: Vec<HeaderName> = headers
         .keys()
@@ -84,7 +90,11 @@ mod tests {
         ] {
             headers.append(name.parse::<HeaderName>().unwrap(), value.parse().unwrap());
         }
-        strip_for_worker(&mut headers);
+        let mut trusted = headers.clone();
+        strip_for_worker(&mut trusted, true);
+        assert_eq!(trusted.remove(RANK_HEADER).unwrap(), "3");
+        strip_for_worker(&mut headers, false);
+        assert_eq!(headers, trusted);
         let mut left: Vec<_> = headers
             .iter()
             .map(|(name, value)| (name.as_str(), value.to_str().unwrap()))

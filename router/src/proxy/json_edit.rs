@@ -19,7 +19,7 @@ pub const DEPTH_MAX: usize = 256;
 pub const DROPPED_MAX: usize = 64;
 
 /// How many slots [`scan`] can note.
-pub const SLOTS: usize = 8;
+pub const SLOTS: usize = 16;
 
 /// Keys longer than this (in raw bytes) that contain escapes are not decoded: no name we look for is that long even
 /// when each of its letters is written as `\u0000`.
@@ -103,6 +103,8 @@ pub enum Disposition {
     /// Keep its bytes and remember the value in this slot (`< SLOTS`); of duplicates the last one counts, as in
     /// Python's and serde's readers.
     Note(usize),
+    /// Leave it out of the new body, but remember the value in this slot.
+    Take(usize),
     /// Leave it out of the new body.
     Drop,
 }
@@ -122,6 +124,16 @@ impl Scan {
         self.noted[slot]
             .as_ref()
             .filter(|value| value.kind != Kind::Null)
+    }
+
+    /// Where the first member begins, behind the opening brace: the place for members that are missing.
+    pub fn open(&self) -> usize {
+        self.open
+    }
+
+    /// Whether the object has no member that is kept.
+    pub fn is_empty(&self) -> bool {
+        self.kept.is_empty()
     }
 
     /// The scanned body with `members` (for example `"a":1,"b":2`) put in front and the dropped members left out.
@@ -173,8 +185,9 @@ pub fn scan(
             let value = cursor.value()?;
             let decoded = decode_key(&body[key]);
             let disposition = judge(&decoded, &value);
-            members.add(start..cursor.at, disposition == Disposition::Drop)?;
-            if let Disposition::Note(slot) = disposition {
+            let leaves = matches!(disposition, Disposition::Drop | Disposition::Take(_));
+            members.add(start..cursor.at, leaves)?;
+            if let Disposition::Note(slot) | Disposition::Take(slot) = disposition {
                 noted[slot] = Some(value);
             }
             cursor.skip_space();
@@ -240,6 +253,24 @@ pub fn elements(array: &[u8], items_max: usize) -> Result<Vec<Range<usize>>, Jso
         }
     }
     Ok(found)
+}
+
+/// A new text for some bytes of a body.
+pub type Edit<'a> = (Range<usize>, std::borrow::Cow<'a, [u8]>);
+
+/// `body` with `edits` made, which must not overlap. Everything between them stays as it is.
+pub fn splice(body: &[u8], mut edits: Vec<Edit<'_>>) -> Vec<u8> {
+    edits.sort_by_key(|(range, _)| range.start);
+    let added: usize = edits.iter().map(|(_, text)| text.len()).sum();
+    let mut out = Vec::with_capacity(body.len() + added);
+    let mut at = 0;
+    for (range, text) in &edits {
+        out.extend_from_slice(&body[at..range.start]);
+        out.extend_from_slice(text);
+        at = range.end;
+    }
+    out.extend_from_slice(&body[at..]);
+    out
 }
 
 /// The members to keep, as runs of neighbours: nearly always one run, so nearly always one copy.

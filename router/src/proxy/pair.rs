@@ -1,38 +1,37 @@
-//! Serves one generation request with a pair of workers.
+//! Serves one generation request with a pair of workers, or with another one if that fails before the first byte.
 #![forbid(unsafe_code)]
 
-use std::fmt::Write;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
-use http_body_util::BodyExt;
-use hyper::body::{Frame, Incoming};
+use hyper::http::response::Parts;
 use hyper::http::uri::PathAndQuery;
-use hyper::{HeaderMap, Method, Response};
-use hyper_util::client::legacy::ResponseFuture;
+use hyper::{HeaderMap, Response};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
 use super::Front;
+use super::admission::Permit;
 use super::deadline::Deadline;
 use super::headers::strip_connection_headers;
-use super::leg::{LegCause, LegFailure, Partner, PrefillLeg, PrefillNews};
+use super::leg::LegFailure;
+use super::live::{FirstBytes, LivePair};
+use super::placement::{self, Placement, Wish};
 use super::shape::Shape;
 use super::stream::{PairBody, ReplyBody};
 use crate::metrics::bump;
-use crate::pool::{Pool, Role, Worker};
+use crate::pool::{Blame, Role, Worker};
 use crate::respond::RouteError;
-use crate::schedule::rooms::RoomLease;
 
-/// How many pairs a request may meet: a second one only when a worker refused the connection, so that nothing can have
-/// been computed or sent twice.
-pub const ATTEMPTS_MAX: usize = 2;
+/// Second tries under way at a time, as a share of the requests at work: more would feed an outage.
+const RETRIES_SHARE: usize = 5;
 
-/// SGLang's workers have one data-parallel rank as far as this version knows.
-const DP_SIZE: u64 = 1;
+/// Second tries that are always allowed, so that an idle router can try again too.
+const RETRIES_FREE: usize = 10;
 
-/// A request that has been read and understood.
-#[derive(Debug)]
+/// A request that has been read and understood. Clones share its bytes.
+#[derive(Clone, Debug)]
 pub struct PairRequest {
     /// Path and query on the worker.
     pub path: PathAndQuery,
@@ -41,7 +40,7 @@ pub struct PairRequest {
     /// The client's bytes.
     pub body: Bytes,
     /// The room they take in [`Front::body_memory`].
-    pub memory: OwnedSemaphorePermit,
+    pub memory: Arc<OwnedSemaphorePermit>,
     /// What is known of them.
     pub shape: Shape,
     /// When the request was complete.
@@ -55,307 +54,183 @@ pub struct PairRequest {
 pub async fn serve(
     front: &Arc<Front>,
     request: PairRequest,
-    permit: OwnedSemaphorePermit,
+    permit: Permit,
 ) -> Result<Response<ReplyBody>, RouteError> {
+    let opened = open(front, &request).await?;
+    drop(request);
+    let (parts, body) = opened.into_body(Some(permit));
+    Ok(Response::from_parts(parts, ReplyBody::Pair(Box::new(body))))
+}
+
+/// An answer that has begun.
+#[derive(Debug)]
+pub struct Opened {
+    live: LivePair,
+    parts: Parts,
+    first: FirstBytes,
+    deadline: Deadline,
+}
+
+impl Opened {
+    /// The head for the client, and the body, which holds `permit` until it ends.
+    pub fn into_body(self, permit: Option<Permit>) -> (Parts, PairBody) {
+        let Self {
+            live,
+            mut parts,
+            first,
+            deadline,
+        } = self;
+        strip_connection_headers(&mut parts.headers);
+        let body = PairBody::new(live, first, deadline, permit, &mut parts.headers);
+        (parts, body)
+    }
+}
+
+/// Tries pairs until an answer begins.
+///
+/// # Errors
+/// See [`serve`].
+pub async fn open(front: &Arc<Front>, request: &PairRequest) -> Result<Opened, RouteError> {
     let mut deadline = Deadline::new(&front.config, request.read_at);
-    let mut avoid: Option<Arc<Worker>> = None;
+    let mut plan = Plan::default();
+    let mut retrying = None;
     for attempt in 1.. {
-        let mut live = LivePair::start(front, &request, avoid.as_ref());
-        match live.first_bytes(&mut deadline).await {
-            Ok((response, first)) => {
-                return Ok(reply(live, response, first, deadline, permit));
+        let placement = tokio::select! {
+            placement = find_pair(front, request, &plan) => placement?,
+            stage = deadline.expired() => return Err(RouteError::Timeout(stage)),
+        };
+        let mut live = LivePair::start(front, request, placement);
+        let failure = match live.first_bytes(&mut deadline).await {
+            Ok((parts, first)) => {
+                return Ok(Opened {
+                    live,
+                    parts,
+                    first,
+                    deadline,
+                });
             }
-            Err(RouteError::Leg(LegFailure {
-                worker,
-                cause: LegCause::Connect(_),
-            })) if attempt < ATTEMPTS_MAX
-                && request.shape.client_rids.is_empty()
-                && front.pool.of_role(worker.role()).len() > 1 =>
-            {
-                // A request with an id of the client's is not tried again: the abort of its first try could hit the second.
-                bump(&front.metrics.retries);
-                avoid = Some(worker);
-            }
+            Err(RouteError::Leg(failure)) => failure,
             Err(error) => return Err(error),
+        };
+        // A request with an id of the client's is not tried again: the abort of its first try could hit the second.
+        let may = attempt < front.config.attempts_max
+            && failure.cause.is_worth_another_try()
+            && request.shape.client_rids.is_empty()
+            && plan.go_on(front, &failure, &live);
+        if retrying.is_none() && may {
+            retrying = begin_retrying(front);
         }
+        if !may || retrying.is_none() {
+            return Err(failure.into());
+        }
+        bump(&front.metrics.retries);
     }
     unreachable!("invariant: the loop above returns by its last attempt")
 }
 
-fn reply(
-    live: LivePair,
-    response: Response<()>,
-    first: FirstBytes,
-    deadline: Deadline,
-    permit: OwnedSemaphorePermit,
-) -> Response<ReplyBody> {
-    let mut response = response;
-    strip_connection_headers(response.headers_mut());
-    let body = PairBody::new(live, first, deadline, permit, response.headers());
-    response.map(|()| ReplyBody::Pair(Box::new(body)))
+/// Which workers the next try should meet.
+#[derive(Debug, Default)]
+struct Plan {
+    excluded: Vec<Arc<Worker>>,
+    kept: Option<Arc<Worker>>,
 }
 
-/// Decode's body, and the frame that was read to know that it flows.
+impl Plan {
+    /// Learns from a failure; false if no other worker is left to try.
+    fn go_on(&mut self, front: &Front, failure: &LegFailure, live: &LivePair) -> bool {
+        let mut exclude = |worker: &Arc<Worker>| {
+            let is_last = front.pool.of_role(worker.role()).iter().all(|other| {
+                Arc::ptr_eq(other, worker)
+                    || self.excluded.iter().any(|gone| Arc::ptr_eq(gone, other))
+            });
+            if !is_last {
+                self.excluded.push(Arc::clone(worker));
+            }
+            !is_last
+        };
+        if failure.cause.blame() == Blame::Transfer {
+            // The transfer broke between the two, and neither knows at which end.
+            self.kept = None;
+            let found = [exclude(live.prefill()), exclude(live.decode())];
+            return found.contains(&true);
+        }
+        let found = exclude(&failure.worker);
+        self.kept = Some(Arc::clone(match failure.worker.role() {
+            Role::Prefill => live.decode(),
+            Role::Decode | Role::Other => live.prefill(),
+        }));
+        found
+    }
+}
+
+/// Asks for a pair, and again whenever a worker has room.
+async fn find_pair(
+    front: &Front,
+    request: &PairRequest,
+    plan: &Plan,
+) -> Result<Placement, RouteError> {
+    let shape = &request.shape;
+    let wish = Wish {
+        prompt_bytes: request.body.len(),
+        items: shape.batch.unwrap_or(1),
+        model: shape.model.as_deref(),
+        priority: shape.priority,
+        sticky: shape.sticky.as_deref(),
+        rank: shape.rank,
+        excluded: &plan.excluded,
+        kept: plan.kept.as_ref(),
+    };
+    if let Ok(placement) = placement::place(front, &wish) {
+        return Ok(placement);
+    }
+    let waiting = Counted::begin(&front.waiting_for_room);
+    if waiting.before >= front.config.queue_max {
+        return Err(RouteError::QueueFull);
+    }
+    let room = async {
+        loop {
+            let rings = front.room.notified();
+            tokio::pin!(rings);
+            // Listening begins before the question, so that no ring is missed in between.
+            rings.as_mut().enable();
+            if let Ok(placement) = placement::place(front, &wish) {
+                return placement;
+            }
+            rings.await;
+        }
+    };
+    tokio::time::timeout(front.config.queue_timeout, room)
+        .await
+        .map_err(|_| RouteError::QueueTimeout)
+}
+
+/// Counts something up for as long as it lives.
 #[derive(Debug)]
-pub struct FirstBytes {
-    /// The first frame; `None` if the head went out before it.
-    pub frame: Option<Frame<Bytes>>,
-    /// The body ended without one.
-    pub empty: bool,
-    /// What follows.
-    pub rest: Incoming,
+struct Counted<'a> {
+    counter: &'a AtomicUsize,
+    before: usize,
 }
 
-/// A pair at work. Dropping it cancels each leg that is still open: its connection is closed and its worker told.
-#[derive(Debug)]
-pub struct LivePair {
-    front: Arc<Front>,
-    prefill: Arc<Worker>,
-    decode: Arc<Worker>,
-    rids: Arc<[String]>,
-    leg: PrefillLeg,
-    exchange: Option<ResponseFuture>,
-    sent_at: Instant,
-    read_at: Instant,
-    prefill_accepted: bool,
-    prefill_open: bool,
-    decode_open: bool,
-    failed: bool,
-    /// The rooms are free again when the pair is dropped.
-    _rooms: RoomLease,
-}
-
-impl LivePair {
-    /// Picks a pair and sends both requests.
-    fn start(front: &Arc<Front>, request: &PairRequest, avoid: Option<&Arc<Worker>>) -> Self {
-        let (prefill, decode) = choose(front, avoid);
-        let count = request.shape.batch.unwrap_or(1);
-        let rooms = front.rooms.reserve(count, 0, DP_SIZE);
-        let rids: Arc<[String]> = if request.shape.client_rids.is_empty() {
-            (0..count)
-                .map(|_| format!("\"{:032x}\"", rand::random::<u128>()))
-                .collect()
-        } else {
-            request.shape.client_rids.as_slice().into()
-        };
-        let members = bootstrap_members(&prefill, rooms.rooms(), &request.shape, &rids);
-        let body = Bytes::from(request.shape.scan.inject(&request.body, members.as_bytes()));
-        let post = |worker: &Worker, body| {
-            let (path, headers) = (request.path.clone(), request.headers.clone());
-            front.client.send(worker, Method::POST, path, headers, body)
-        };
-        let exchange = post(&decode, body.clone());
-        let partner = Partner {
-            worker: Arc::clone(&decode),
-            rids: Arc::clone(&rids),
-            aborts: front.aborts.clone(),
-        };
-        let leg = PrefillLeg::start(Arc::clone(&prefill), post(&prefill, body), partner);
-        Self {
-            front: Arc::clone(front),
-            prefill,
-            decode,
-            rids,
-            leg,
-            exchange: Some(exchange),
-            sent_at: Instant::now(),
-            read_at: request.read_at,
-            prefill_accepted: false,
-            prefill_open: true,
-            decode_open: true,
-            failed: false,
-            _rooms: rooms,
-        }
-    }
-
-    /// Waits until the answer may begin: decode has answered with a success, and either its first byte is here or prefill
-    /// has accepted the request too. So a request that prefill refuses gets prefill's status instead of a broken stream,
-    /// and an accepted one is never held back by prefill's answer.
-    async fn first_bytes(
-        &mut self,
-        deadline: &mut Deadline,
-    ) -> Result<(Response<()>, FirstBytes), RouteError> {
-        let mut exchange = self.exchange.take().expect("invariant: called once");
-        let response = loop {
-            tokio::select! {
-                biased;
-                news = self.leg.next_news(), if self.prefill_open => self.learn(news)?,
-                response = &mut exchange => {
-                    break response.map_err(|error| {
-                        self.decode_failed(LegFailure::unanswered(&self.decode, &error))
-                    })?;
-                }
-                stage = deadline.expired() => return Err(self.timed_out(stage)),
-            }
-        };
-        let head_at = Instant::now();
-        if !response.status().is_success() {
-            let cause = LegCause::Status(Box::new(response));
-            return Err(self
-                .decode_failed(LegFailure::new(&self.decode, cause))
-                .into());
-        }
-        let (parts, rest) = response.into_parts();
-        let mut first = FirstBytes {
-            frame: None,
-            empty: false,
-            rest,
-        };
-        while !self.prefill_accepted && first.frame.is_none() && !first.empty {
-            tokio::select! {
-                biased;
-                frame = first.rest.frame() => match frame {
-                    None => first.empty = true,
-                    Some(Ok(frame)) => {
-                        deadline.byte_arrived();
-                        first.frame = Some(frame);
-                    }
-                    Some(Err(error)) => {
-                        let failure = LegFailure::broken(&self.decode, &error);
-                        return Err(self.decode_failed(failure).into());
-                    }
-                },
-                news = self.leg.next_news(), if self.prefill_open => self.learn(news)?,
-                stage = deadline.expired() => return Err(self.timed_out(stage)),
-            }
-        }
-        let sending = self.sent_at.saturating_duration_since(self.read_at);
-        self.front
-            .metrics
-            .added_latency(sending + head_at.elapsed());
-        Ok((Response::from_parts(parts, ()), first))
-    }
-
-    /// Takes note of what the prefill leg reports.
-    ///
-    /// # Errors
-    /// Its failure; the decode worker has been told already.
-    pub fn learn(&mut self, news: Option<PrefillNews>) -> Result<(), LegFailure> {
-        match news {
-            Some(PrefillNews::Accepted) => self.prefill_accepted = true,
-            Some(PrefillNews::Finished) => {
-                self.prefill_accepted = true;
-                self.prefill_open = false;
-            }
-            Some(PrefillNews::Failed(failure)) => {
-                self.prefill_open = false;
-                self.decode_open = false;
-                self.failed = true;
-                return Err(failure);
-            }
-            None => {
-                // The task ended without a last word: it panicked, or the runtime is going down.
-                self.prefill_open = false;
-                self.failed = true;
-                let cause = LegCause::Reset("the router stopped watching".to_owned());
-                return Err(LegFailure::new(&self.prefill, cause));
-            }
-        }
-        Ok(())
-    }
-
-    /// Polls for news that end the pair.
-    pub fn poll_failure(&mut self, cx: &mut std::task::Context<'_>) -> Option<LegFailure> {
-        while self.prefill_open {
-            match self.leg.poll_news(cx) {
-                std::task::Poll::Pending => return None,
-                std::task::Poll::Ready(news) => {
-                    if let Err(failure) = self.learn(news) {
-                        return Some(failure);
-                    }
-                }
-            }
-        }
-        None
-    }
-
-    /// The decode worker, for blame.
-    pub fn decode(&self) -> &Arc<Worker> {
-        &self.decode
-    }
-
-    /// The counters.
-    pub fn metrics(&self) -> &crate::metrics::Metrics {
-        &self.front.metrics
-    }
-
-    /// Notes that decode failed by itself: only prefill is left to cancel.
-    pub fn decode_failed(&mut self, failure: LegFailure) -> LegFailure {
-        self.decode_open = false;
-        self.failed = true;
-        failure
-    }
-
-    /// Notes that time ran out: both legs are cancelled.
-    pub fn timed_out(&mut self, stage: super::deadline::Stage) -> RouteError {
-        self.failed = true;
-        tracing::warn!(prefill = %self.prefill.url(), decode = %self.decode.url(), "{stage}");
-        RouteError::Timeout(stage)
-    }
-
-    /// Notes that decode's answer is complete: prefill's is of no more interest, and ends by itself.
-    pub fn complete(&mut self) {
-        self.decode_open = false;
-        if self.prefill_open {
-            self.prefill_open = false;
-            self.leg.release();
-        }
+impl<'a> Counted<'a> {
+    fn begin(counter: &'a AtomicUsize) -> Self {
+        let before = counter.fetch_add(1, Ordering::Relaxed);
+        Self { counter, before }
     }
 }
 
-impl Drop for LivePair {
+impl Drop for Counted<'_> {
     fn drop(&mut self) {
-        if self.prefill_open {
-            self.leg.cancel();
-            self.front.aborts.submit(&self.prefill, &self.rids);
-        }
-        if self.decode_open {
-            self.front.aborts.submit(&self.decode, &self.rids);
-            if !self.failed {
-                bump(&self.front.metrics.client_disconnects);
-                tracing::debug!(decode = %self.decode.url(), "the client went away");
-            }
-        }
+        self.counter.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-fn choose(front: &Front, avoid: Option<&Arc<Worker>>) -> (Arc<Worker>, Arc<Worker>) {
-    let candidates = |pool: &Pool, role| -> Vec<Arc<Worker>> {
-        pool.candidates(role, avoid).into_iter().cloned().collect()
-    };
-    let prefills = candidates(&front.pool, Role::Prefill);
-    let decodes = candidates(&front.pool, Role::Decode);
-    let (prefill, decode) = front.scheduler.choose(prefills.len(), decodes.len());
-    (Arc::clone(&prefills[prefill]), Arc::clone(&decodes[decode]))
-}
-
-/// The members that both legs get: where the prefill worker's bootstrap server is, the rooms, and the ids if the client
-/// chose none. Arrays for a batch, scalars for a single prompt, as SGLang's own router sends them.
-fn bootstrap_members(prefill: &Worker, rooms: &[u64], shape: &Shape, rids: &[String]) -> String {
-    let host = serde_json::Value::from(prefill.url().host()).to_string();
-    let port = prefill
-        .bootstrap_port()
-        .map_or("null".to_owned(), |port| port.to_string());
-    let mut out = String::with_capacity(96 + rooms.len() * 96);
-    let mut member = |name: &str, of_item: &dyn Fn(usize) -> String| {
-        let comma = if out.is_empty() { "" } else { "," };
-        // Writing to a String cannot fail.
-        let _ = write!(out, "{comma}\"{name}\":");
-        if shape.batch.is_none() {
-            out.push_str(&of_item(0));
-            return;
-        }
-        for item in 0..rooms.len() {
-            out.push(if item == 0 { '[' } else { ',' });
-            out.push_str(&of_item(item));
-        }
-        out.push(']');
-    };
-    member("bootstrap_host", &|_| host.clone());
-    member("bootstrap_port", &|_| port.clone());
-    member("bootstrap_room", &|item| rooms[item].to_string());
-    if shape.client_rids.is_empty() {
-        member("rid", &|item| rids[item].clone());
+/// Takes a share in the bound of second tries, if there is one left.
+fn begin_retrying(front: &Front) -> Option<Counted<'_>> {
+    let most = (front.admission.taken() / RETRIES_SHARE).max(RETRIES_FREE);
+    let counted = Counted::begin(&front.retrying);
+    if counted.before < most {
+        return Some(counted);
     }
-    out
+    bump(&front.metrics.retries_refused);
+    None
 }

@@ -6,21 +6,25 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
-use hyper::Request;
 use hyper::body::{Body, Incoming};
-use hyper::header::CONTENT_ENCODING;
+use hyper::header::{AUTHORIZATION, CONTENT_ENCODING, HeaderValue};
 use hyper::http::uri::PathAndQuery;
+use hyper::{HeaderMap, Request};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
 use super::Front;
-use super::headers::strip_for_worker;
+use super::headers::{RANK_HEADER, STICKY_HEADER, strip_for_worker};
+use super::messages;
 use super::pair::PairRequest;
-use super::shape::{self, PairEndpoint};
+use super::shape::{self, PairEndpoint, Shape, Trust};
 use crate::respond::RouteError;
 
 /// A client that sends nothing of its body for this long is given up: its connection and buffer are worth more.
 pub const BODY_SILENCE_MAX: Duration = Duration::from_secs(60);
+
+/// Headers of Anthropic's clients that mean nothing to a chat endpoint.
+const ANTHROPIC_HEADERS: [&str; 2] = ["anthropic-version", "anthropic-beta"];
 
 /// The unit in which body memory is counted.
 pub const KIB: usize = 1024;
@@ -28,44 +32,97 @@ pub const KIB: usize = 1024;
 /// Memory set aside on the word of a Content-Length alone; the rest must arrive first.
 const BODY_TRUSTED_BYTES: usize = 1 << 20;
 
+/// What a path takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dialect {
+    /// The bodies that SGLang takes there.
+    Native(PairEndpoint),
+    /// Anthropic's messages, which become chat.
+    Messages,
+}
+
 /// Reads and understands a generation request.
 ///
 /// # Errors
 /// [`RouteError`] when the body is too large, broken, slow, encoded, or not what the endpoint takes.
 pub async fn read(
     front: &Arc<Front>,
-    endpoint: PairEndpoint,
+    dialect: Dialect,
     request: Request<Incoming>,
 ) -> Result<PairRequest, RouteError> {
     let (mut parts, body) = request.into_parts();
-    if let Some(encoding) = parts.headers.get(CONTENT_ENCODING)
-        && !encoding.as_bytes().eq_ignore_ascii_case(b"identity")
-    {
-        return Err(RouteError::Encoding);
-    }
-    let (body, memory) = read_body(front, body).await?;
+    refuse_encoding(&parts.headers)?;
+    let (mut body, memory) = read_body(front, body).await?;
     let read_at = Instant::now();
-    let shape = shape::read(endpoint, &body)?;
-    strip_for_worker(&mut parts.headers);
-    let path = match parts.uri.query() {
-        None => PathAndQuery::from_static(endpoint.path()),
-        Some(_) => parts
-            .uri
-            .into_parts()
-            .path_and_query
-            .unwrap_or_else(|| PathAndQuery::from_static(endpoint.path())),
+    let endpoint = match dialect {
+        Dialect::Native(endpoint) => endpoint,
+        Dialect::Messages => {
+            body = messages::request::to_chat(&body)?.into();
+            for name in ANTHROPIC_HEADERS {
+                parts.headers.remove(name);
+            }
+            // Anthropic's clients send their key in a header of its own.
+            if let Some(key) = parts.headers.remove("x-api-key")
+                && !parts.headers.contains_key(AUTHORIZATION)
+                && let Ok(mut bearer) =
+                    HeaderValue::from_bytes(&[b"Bearer ", key.as_bytes()].concat())
+            {
+                bearer.set_sensitive(true);
+                parts.headers.insert(AUTHORIZATION, bearer);
+            }
+            PairEndpoint::Chat
+        }
+    };
+    let trusts_rank = front.config.trusts_dp_rank;
+    let mut shape = if front.config.header_overrides && shape::is_plain(endpoint, &body) {
+        Shape::opaque()
+    } else {
+        let trust = Trust {
+            rank: trusts_rank,
+            rid: true,
+        };
+        shape::read(endpoint, &body, trust)?
+    };
+    let text = |name| parts.headers.get(name)?.to_str().ok();
+    if let Some(key) = text(STICKY_HEADER) {
+        shape.sticky = Some(key.to_owned());
+    }
+    if let Some(rank) = text(RANK_HEADER).filter(|_| trusts_rank) {
+        shape.rank = rank.trim().parse().ok();
+    }
+    strip_for_worker(&mut parts.headers, trusts_rank);
+    let path = match (dialect, parts.uri.query()) {
+        (Dialect::Native(_), Some(_)) => parts.uri.into_parts().path_and_query,
+        _ => None,
     };
     Ok(PairRequest {
-        path,
+        path: path.unwrap_or_else(|| PathAndQuery::from_static(endpoint.path())),
         headers: parts.headers,
         body,
-        memory,
+        memory: Arc::new(memory),
         shape,
         read_at,
     })
 }
 
-async fn read_body(
+/// The router looks into bodies, and does not unpack them.
+///
+/// # Errors
+/// [`RouteError::Encoding`]
+pub fn refuse_encoding(headers: &HeaderMap) -> Result<(), RouteError> {
+    match headers.get(CONTENT_ENCODING) {
+        Some(encoding) if !encoding.as_bytes().eq_ignore_ascii_case(b"identity") => {
+            Err(RouteError::Encoding)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Reads a body whole, within the bounds for one and for all.
+///
+/// # Errors
+/// [`RouteError`] when it is too large, broken or slow.
+pub async fn read_body(
     front: &Front,
     mut body: Incoming,
 ) -> Result<(Bytes, OwnedSemaphorePermit), RouteError> {

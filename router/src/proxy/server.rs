@@ -4,6 +4,7 @@
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use hyper::body::Incoming;
@@ -11,22 +12,24 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::oneshot;
 use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
 
-use super::abort::{AbortRunner, Aborts};
+use super::abort::AbortRunner;
+use super::admission::Refused;
+use super::passthrough::{self, Asked};
+use super::request::Dialect;
 use super::shape::PairEndpoint;
 use super::stream::ReplyBody;
-use super::{Front, information, pair, request};
+use super::{Front, fanout, messages, pair, request};
 use crate::config::{Config, ConfigError};
-use crate::drain::DrainSwitch;
-use crate::metrics::{Metrics, Route};
-use crate::pool::client::WorkerClient;
-use crate::pool::{Pool, Role, health};
+use crate::metrics::{Gauges, Route};
+use crate::pool::tls::{self, TlsError};
+use crate::pool::{Role, health};
 use crate::respond::{self, RouteError};
-use crate::schedule::pair::PairScheduler;
-use crate::schedule::rooms::Rooms;
 
 /// Connections beyond one per generation request, for probes, scrapes and idle clients. Above the sum the router stops
 /// accepting until one closes.
@@ -42,6 +45,9 @@ pub const HEAD_BYTES_MAX: usize = 64 << 10;
 /// Most headers of a request; more get 431.
 pub const HEADERS_MAX: usize = 128;
 
+/// A client that has not finished its TLS handshake in this time is let go.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// When accepting fails (no file descriptors left, for instance), the next try comes after this pause.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -52,6 +58,9 @@ pub enum RunError {
     /// The settings contradict each other.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// TLS cannot be set up.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The address cannot be listened on.
     #[error("cannot listen on {host}:{port}")]
     Listen {
@@ -65,12 +74,22 @@ pub enum RunError {
 }
 
 /// A router that listens but does not serve yet.
-#[derive(Debug)]
 pub struct Router {
     listener: TcpListener,
     address: SocketAddr,
+    tls: Option<TlsAcceptor>,
     front: Arc<Front>,
     abort_runner: AbortRunner,
+}
+
+impl std::fmt::Debug for Router {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Router")
+            .field("address", &self.address)
+            .field("tls", &self.tls.is_some())
+            .field("front", &self.front)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Router {
@@ -90,26 +109,12 @@ impl Router {
             .await
             .map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
-        let metrics = Arc::new(Metrics::default());
-        let client = WorkerClient::new(config.api_key.as_deref());
-        let (aborts, abort_runner) = Aborts::new(client.clone(), Arc::clone(&metrics));
-        let front = Arc::new(Front {
-            pool: Pool::new(&config),
-            scheduler: PairScheduler::new(config.policy),
-            rooms: Arc::new(Rooms::default()),
-            client,
-            aborts,
-            metrics,
-            admission: Arc::new(Semaphore::new(config.requests_max)),
-            body_memory: Arc::new(Semaphore::new(
-                config.buffered_bytes_max.div_ceil(request::KIB),
-            )),
-            drain: DrainSwitch::default(),
-            config,
-        });
+        let tls = config.tls.as_ref().map(tls::acceptor).transpose()?;
+        let (front, abort_runner) = Front::new(config)?;
         Ok(Self {
             listener,
             address,
+            tls,
             front,
             abort_runner,
         })
@@ -126,6 +131,7 @@ impl Router {
         let Self {
             listener,
             address,
+            tls,
             front,
             abort_runner,
         } = self;
@@ -133,7 +139,8 @@ impl Router {
             front.pool.of_role(Role::Prefill).len(),
             front.pool.of_role(Role::Decode).len(),
         );
-        tracing::info!(prefills, decodes, "listening on http://{address}");
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        tracing::info!(prefills, decodes, "listening on {scheme}://{address}");
         let mut probes = JoinSet::new();
         for worker in front.pool.workers() {
             let interval = front.config.probe_interval;
@@ -149,7 +156,7 @@ impl Router {
             let _ = closing.await;
         }));
         let mut connections = JoinSet::new();
-        accept_until(shutdown, &listener, &front, &mut connections).await;
+        accept_until(shutdown, &listener, tls.as_ref(), &front, &mut connections).await;
         drop(listener);
         front.drain.throw();
         let finished = async { while connections.join_next().await.is_some() {} };
@@ -174,18 +181,23 @@ impl Router {
 async fn accept_until(
     shutdown: impl Future<Output = ()>,
     listener: &TcpListener,
+    tls: Option<&TlsAcceptor>,
     front: &Arc<Front>,
     connections: &mut JoinSet<()>,
 ) {
     tokio::pin!(shutdown);
-    let most = front.config.requests_max.saturating_add(CONNECTIONS_SPARE);
+    let most = front
+        .config
+        .requests_max
+        .saturating_add(front.config.queue_max)
+        .saturating_add(CONNECTIONS_SPARE);
     loop {
         tokio::select! {
             () = &mut shutdown => return,
             Some(_) = connections.join_next() => {}
             accepted = listener.accept(), if connections.len() < most => match accepted {
                 Ok((stream, _)) => {
-                    connections.spawn(serve_connection(stream, Arc::clone(front)));
+                    connections.spawn(greet(stream, tls.cloned(), Arc::clone(front)));
                 }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection");
@@ -196,11 +208,25 @@ async fn accept_until(
     }
 }
 
-async fn serve_connection(stream: TcpStream, front: Arc<Front>) {
+async fn greet(stream: TcpStream, tls: Option<TlsAcceptor>, front: Arc<Front>) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "the client was gone before it was served");
         return;
     }
+    let Some(tls) = tls else {
+        return serve_connection(stream, front).await;
+    };
+    match tokio::time::timeout(HANDSHAKE_TIMEOUT, tls.accept(stream)).await {
+        Ok(Ok(stream)) => serve_connection(stream, front).await,
+        Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
+        Err(_) => tracing::debug!("a TLS handshake took too long"),
+    }
+}
+
+async fn serve_connection(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    front: Arc<Front>,
+) {
     let service = service_fn(|request| {
         let front = Arc::clone(&front);
         async move { Ok::<_, Infallible>(answer(&front, request).await) }
@@ -228,49 +254,63 @@ async fn serve_connection(stream: TcpStream, front: Arc<Front>) {
 
 /// Where a path leads.
 enum Target {
-    Pair(PairEndpoint, Route),
-    Information,
+    Pair(Dialect, Route),
+    Pass(Asked),
     Health,
     Ready,
     Metrics,
 }
 
 impl Target {
-    fn of(path: &str) -> Option<Self> {
+    fn of(method: &Method, path: &str) -> Option<Self> {
+        let native = |endpoint, route| Self::Pair(Dialect::Native(endpoint), route);
         Some(match path {
-            "/generate" => Self::Pair(PairEndpoint::Generate, Route::Generate),
-            "/v1/chat/completions" => Self::Pair(PairEndpoint::Chat, Route::Chat),
-            "/v1/completions" => Self::Pair(PairEndpoint::Completions, Route::Completions),
+            "/generate" => native(PairEndpoint::Generate, Route::Generate),
+            "/v1/chat/completions" => native(PairEndpoint::Chat, Route::Chat),
+            "/v1/completions" => native(PairEndpoint::Completions, Route::Completions),
+            "/v1/responses" => native(PairEndpoint::Responses, Route::Responses),
+            "/v1/messages" => Self::Pair(Dialect::Messages, Route::Messages),
             "/health" => Self::Health,
             "/ready" => Self::Ready,
             "/metrics" => Self::Metrics,
-            path if information::PATHS.contains(&path) => Self::Information,
-            _ => return None,
+            // Known for the other method, the path is told apart from an unknown one.
+            _ => Self::Pass(Asked::of(method, path).or_else(|| {
+                [Method::GET, Method::POST]
+                    .iter()
+                    .find_map(|other| Asked::of(other, path))
+            })?),
         })
     }
 
     fn route(&self) -> Route {
         match self {
             Self::Pair(_, route) => *route,
-            Self::Information => Route::Information,
+            Self::Pass(_) => Route::Pass,
             Self::Health | Self::Ready | Self::Metrics => Route::Own,
         }
     }
 
-    fn allows(&self, method: &Method) -> bool {
-        match self {
-            Self::Pair(..) => method == Method::POST,
-            _ => method == Method::GET || method == Method::HEAD,
-        }
+    /// The method it takes, if that is not `method`.
+    fn other_method(&self, method: &Method, path: &str) -> Option<&'static str> {
+        let (fits, wanted) = match self {
+            Self::Pair(..) => (method == Method::POST, "POST"),
+            Self::Pass(_) if passthrough::is_question(path) => {
+                (Asked::of(method, path).is_some(), "GET")
+            }
+            Self::Pass(_) => (Asked::of(method, path).is_some(), "POST"),
+            _ => (method == Method::GET || method == Method::HEAD, "GET"),
+        };
+        (!fits).then_some(wanted)
     }
 }
 
 async fn answer(front: &Arc<Front>, request: Request<Incoming>) -> Response<ReplyBody> {
-    let target = Target::of(request.uri().path());
+    let target = Target::of(request.method(), request.uri().path());
     let route = target.as_ref().map_or(Route::Other, Target::route);
     let response = match serve_target(front, target, request).await {
         Ok(response) => response,
-        Err(error) => respond::respond(error).await,
+        Err(error) if route == Route::Messages => respond::respond_anthropic(error),
+        Err(error) => respond::respond(error),
     };
     front.metrics.answered(route, response.status());
     response
@@ -281,31 +321,17 @@ async fn serve_target(
     target: Option<Target>,
     request: Request<Incoming>,
 ) -> Result<Response<ReplyBody>, RouteError> {
+    let path = request.uri().path();
     let Some(target) = target else {
-        return Err(RouteError::NoEndpoint {
-            path: request.uri().path().to_owned(),
-        });
+        let path = path.to_owned();
+        return Err(RouteError::NoEndpoint { path });
     };
-    if !target.allows(request.method()) {
-        let allowed = if matches!(target, Target::Pair(..)) {
-            "POST"
-        } else {
-            "GET"
-        };
+    if let Some(allowed) = target.other_method(request.method(), path) {
         return Err(RouteError::Method { allowed });
     }
     match target {
-        Target::Pair(endpoint, _) => {
-            // Taken before the body is read: bodies are what fills memory.
-            let permit = Arc::clone(&front.admission)
-                .try_acquire_owned()
-                .map_err(|_| RouteError::Busy {
-                    limit: front.config.requests_max,
-                })?;
-            let request = request::read(front, endpoint, request).await?;
-            pair::serve(front, request, permit).await
-        }
-        Target::Information => information::forward(front, request).await,
+        Target::Pair(dialect, _) => generate(front, dialect, request).await,
+        Target::Pass(asked) => passthrough::forward(front, asked, request).await,
         Target::Health => Ok(respond::alive()),
         Target::Ready => Ok(respond::readiness(
             front.pool.ready(Role::Prefill),
@@ -313,12 +339,38 @@ async fn serve_target(
             front.drain.is_thrown(),
         )),
         Target::Metrics => {
-            let live = (front.live_requests(), front.rooms.live());
-            Ok(respond::metrics(front.metrics.render(
-                &front.pool,
-                live.0,
-                live.1,
-            )))
+            let gauges = Gauges {
+                live: front.admission.taken(),
+                queued: front.admission.waiting(),
+                waiting_for_room: front.waiting_for_room.load(Ordering::Relaxed),
+                rooms: front.rooms.live(),
+            };
+            Ok(respond::metrics(front.metrics.render(&front.pool, &gauges)))
         }
+    }
+}
+
+async fn generate(
+    front: &Arc<Front>,
+    dialect: Dialect,
+    request: Request<Incoming>,
+) -> Result<Response<ReplyBody>, RouteError> {
+    let request = request::read(front, dialect, request).await?;
+    let shape = &request.shape;
+    let patience = front.config.queue_timeout;
+    let permit = front
+        .admission
+        .enter(shape.choices, shape.priority, patience)
+        .await
+        .map_err(|refused| match refused {
+            Refused::QueueFull => RouteError::QueueFull,
+            Refused::TooLate => RouteError::QueueTimeout,
+        })?;
+    match dialect {
+        Dialect::Messages => messages::serve(front, request, permit).await,
+        Dialect::Native(endpoint) if shape.choices > 1 => {
+            fanout::serve(front, endpoint, request, permit).await
+        }
+        Dialect::Native(_) => pair::serve(front, request, permit).await,
     }
 }

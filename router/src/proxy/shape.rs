@@ -4,6 +4,11 @@
 //! of its OpenAI request classes.
 #![forbid(unsafe_code)]
 
+use std::borrow::Cow;
+use std::ops::Range;
+
+use memchr::memmem;
+
 use super::json_edit::{self, Disposition, JsonError, Kind, Scan, Value};
 
 /// How many prompts one request may carry: each costs a room, some sixty bytes of JSON and, on failure, an abort call.
@@ -11,6 +16,12 @@ pub const BATCH_MAX: usize = 16_384;
 
 /// How long one id of the client's may be, in raw JSON bytes: it is repeated in abort calls, once per item of a batch.
 pub const RID_BYTES_MAX: usize = 512;
+
+/// How many choices one request may ask for, OpenAI's own limit: each becomes a pair of requests.
+pub const CHOICES_MAX: usize = 128;
+
+/// Longest model name or sticky key that is looked at, in raw JSON bytes.
+const NAME_BYTES_MAX: usize = 1024;
 
 /// Which request class a path has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +32,8 @@ pub enum PairEndpoint {
     Chat,
     /// `/v1/completions`
     Completions,
+    /// `/v1/responses`
+    Responses,
 }
 
 impl PairEndpoint {
@@ -30,7 +43,13 @@ impl PairEndpoint {
             Self::Generate => "/generate",
             Self::Chat => "/v1/chat/completions",
             Self::Completions => "/v1/completions",
+            Self::Responses => "/v1/responses",
         }
+    }
+
+    /// Whether SGLang reads override headers there (`entrypoints/request_headers.py`).
+    pub const fn takes_overrides(self) -> bool {
+        matches!(self, Self::Generate | Self::Chat)
     }
 }
 
@@ -41,12 +60,20 @@ pub enum ShapeError {
     /// The body is no JSON object.
     #[error(transparent)]
     Json(#[from] JsonError),
-    /// More than one choice per prompt.
+    /// More choices per prompt than [`CHOICES_MAX`], or with the batch more than [`BATCH_MAX`] in all.
     #[error(
-        "this router does not fan out n > 1 yet (a prefill/decode pair serves one choice per room): send one request \
-         per choice; a later release will split n into pairs by itself"
+        "n = {choices} is too much: at most {CHOICES_MAX} choices, and {BATCH_MAX} answers in one request"
     )]
-    SeveralChoices,
+    TooManyChoices {
+        /// Choices asked for.
+        choices: usize,
+    },
+    /// The sampling parameters of a batch disagree about `n`.
+    #[error("all sampling_params of a batch must have the same `n`")]
+    UnevenChoices,
+    /// An Anthropic request that has no equivalent.
+    #[error("{0}")]
+    Messages(String),
     /// A batch without items.
     #[error("the list of prompts is empty")]
     EmptyBatch,
@@ -61,49 +88,144 @@ pub enum ShapeError {
     },
 }
 
-/// A scanned request body.
-#[derive(Clone, Debug)]
+/// What is known of a request body.
+#[derive(Clone, Debug, Default)]
 pub struct Shape {
-    /// Where the members lie.
-    pub scan: Scan,
+    /// Where the members lie; `None` when the body was not looked into and travels as it is.
+    pub scan: Option<Scan>,
     /// Prompts in the list, or `None` for a single prompt (whose bootstrap fields are scalars).
     pub batch: Option<usize>,
     /// The ids the client chose, as raw JSON values; empty when the router must choose.
     pub client_rids: Vec<String>,
+    /// Choices per prompt, `n`. Pairs serve one each.
+    pub choices: usize,
+    /// Where `n` stands, for [`single_choice`].
+    choice_ranges: Vec<Range<usize>>,
+    /// The answer shall come as an event stream.
+    pub streams: bool,
+    /// The answer shall hold the prompt's log-probabilities, which only prefill knows.
+    pub wants_logprobs: bool,
+    /// The model asked for.
+    pub model: Option<String>,
+    /// The client's `priority`; more is more important.
+    pub priority: i64,
+    /// Requests with the same key prefer the same workers.
+    pub sticky: Option<String>,
+    /// The data-parallel rank a trusted client chose.
+    pub rank: Option<u32>,
 }
 
-/// Scans `body` for `endpoint`.
+impl Shape {
+    /// The shape of a body that [`is_plain`] and travels as it is.
+    pub fn opaque() -> Self {
+        Self {
+            choices: 1,
+            ..Self::default()
+        }
+    }
+}
+
+/// What a client may set.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Trust {
+    /// Data-parallel ranks.
+    pub rank: bool,
+    /// The ids of its requests. Not where one request becomes several, which cannot share one.
+    pub rid: bool,
+}
+
+/// Scans `body` for `endpoint`. What the client may not set is left out of what goes on.
 ///
 /// # Errors
 /// [`ShapeError`]; every one of them is the client's mistake or wish.
-pub fn read(endpoint: PairEndpoint, body: &[u8]) -> Result<Shape, ShapeError> {
-    let scan = json_edit::scan(body, judge)?;
-    let choices = match endpoint {
-        PairEndpoint::Generate => match scan.noted(SAMPLING) {
-            Some(params) => has_choices_in_params(body, params)?,
-            None => false,
-        },
-        PairEndpoint::Chat | PairEndpoint::Completions => scan
-            .noted(CHOICES)
-            .is_some_and(|n| exceeds_one(&body[n.range.clone()])),
+pub fn read(endpoint: PairEndpoint, body: &[u8], trust: Trust) -> Result<Shape, ShapeError> {
+    let scan = json_edit::scan(body, |key, value| judge(key, value, trust))?;
+    let raw = |slot| {
+        scan.noted(slot)
+            .map(|value| (&body[value.range.clone()], value))
     };
-    if choices {
-        return Err(ShapeError::SeveralChoices);
-    }
+    let (choices, choice_ranges) = match endpoint {
+        PairEndpoint::Generate => scan.noted(SAMPLING).map_or(Ok((1, Vec::new())), |params| {
+            choices_of_params(body, params)
+        })?,
+        PairEndpoint::Chat | PairEndpoint::Completions => raw(CHOICES)
+            .map_or((1, Vec::new()), |(text, value)| {
+                (choices(text), vec![value.range.clone()])
+            }),
+        PairEndpoint::Responses => (1, Vec::new()),
+    };
     let batch = match batch_items(endpoint, &scan) {
         Some(0) => return Err(ShapeError::EmptyBatch),
         Some(items) if items > BATCH_MAX => return Err(ShapeError::BatchTooLarge { items }),
         batch => batch,
     };
-    let client_rids = match scan.noted(RID) {
-        Some(rid) => client_rids(&body[rid.range.clone()], rid.kind, batch)?,
+    if choices > CHOICES_MAX || batch.unwrap_or(1).saturating_mul(choices) > BATCH_MAX {
+        return Err(ShapeError::TooManyChoices { choices });
+    }
+    let client_rids = match raw(RID) {
+        Some((text, rid)) => client_rids(text, rid.kind, batch)?,
         None => Vec::new(),
     };
+    let string = |slot| {
+        raw(slot)
+            .filter(|(text, _)| text.len() <= NAME_BYTES_MAX)
+            .and_then(|(text, _)| serde_json::from_slice::<String>(text).ok())
+    };
+    let is_true = |slot| raw(slot).is_some_and(|(text, _)| text == b"true");
     Ok(Shape {
-        scan,
         batch,
         client_rids,
+        choices,
+        choice_ranges,
+        streams: is_true(STREAM),
+        wants_logprobs: endpoint == PairEndpoint::Generate
+            && (is_true(LOGPROBS)
+                || raw(LOGPROBS).is_some_and(|(_, value)| value.kind == Kind::Array)),
+        model: string(MODEL),
+        priority: raw(PRIORITY)
+            .and_then(|(text, _)| number(text))
+            .unwrap_or(0),
+        sticky: string(STICKY),
+        rank: raw(RANK).and_then(|(text, _)| number(text)),
+        scan: Some(scan),
     })
+}
+
+fn number<T: std::str::FromStr>(text: &[u8]) -> Option<T> {
+    std::str::from_utf8(text).ok()?.parse().ok()
+}
+
+/// `body` with every `n` set to 1. `shape` must be its shape.
+pub fn single_choice(body: &[u8], shape: &Shape) -> Vec<u8> {
+    let edits = shape.choice_ranges.iter();
+    let one = |range: &Range<usize>| (range.clone(), Cow::Borrowed(&b"1"[..]));
+    json_edit::splice(body, edits.map(one).collect())
+}
+
+/// Whether a body surely is one prompt, one choice, and holds nothing that only the router may set: then it can travel
+/// untouched, with the bootstrap fields in headers. Doubt (a name of ours anywhere, an escape that could hide one) says no.
+pub fn is_plain(endpoint: PairEndpoint, body: &[u8]) -> bool {
+    const DOUBTFUL: [&[u8]; 9] = [
+        b"\"n\"",
+        b"\"rid\"",
+        b"dp_rank",
+        b"data_parallel_rank",
+        b"\"bootstrap_",
+        b"\"input_ids\"",
+        b"\"input_embeds\"",
+        b"\"return_logprob\"",
+        b"\\u00",
+    ];
+    endpoint.takes_overrides()
+        && body.trim_ascii_start().starts_with(b"{")
+        && !DOUBTFUL
+            .iter()
+            .any(|words| memmem::find(body, words).is_some())
+        && !memmem::find_iter(body, b"\"text\"").any(|at| {
+            let after = body[at + 6..].trim_ascii_start();
+            let value = after.strip_prefix(b":").map(<[u8]>::trim_ascii_start);
+            value.is_some_and(|value| value.starts_with(b"["))
+        })
 }
 
 const RID: usize = 0;
@@ -113,15 +235,23 @@ const TEXT: usize = 3;
 const INPUT_IDS: usize = 4;
 const INPUT_EMBEDS: usize = 5;
 const PROMPT: usize = 6;
+const STREAM: usize = 7;
+const LOGPROBS: usize = 8;
+const MODEL: usize = 9;
+const PRIORITY: usize = 10;
+const STICKY: usize = 11;
+const RANK: usize = 12;
 
-fn judge(key: &[u8], value: &Value) -> Disposition {
+fn judge(key: &[u8], value: &Value, trust: Trust) -> Disposition {
     match key {
         // A room the client chose could be a live one, which corrupts schedulers; a rank it chose would contradict
         // `room % dp` on the prefill side. Only the router knows both.
+        b"routed_dp_rank" | b"data_parallel_rank" if trust.rank => Disposition::Note(RANK),
+        b"disagg_prefill_dp_rank" if trust.rank => Disposition::Keep,
         b"routed_dp_rank" | b"data_parallel_rank" | b"disagg_prefill_dp_rank" => Disposition::Drop,
         _ if key.starts_with(b"bootstrap_") => Disposition::Drop,
         // A null id asks for one to be made, which the router does: two members of that name would contradict.
-        b"rid" if value.kind == Kind::Null => Disposition::Drop,
+        b"rid" if value.kind == Kind::Null || !trust.rid => Disposition::Drop,
         b"rid" => Disposition::Note(RID),
         b"n" => Disposition::Note(CHOICES),
         b"sampling_params" => Disposition::Note(SAMPLING),
@@ -129,6 +259,11 @@ fn judge(key: &[u8], value: &Value) -> Disposition {
         b"input_ids" => Disposition::Note(INPUT_IDS),
         b"input_embeds" => Disposition::Note(INPUT_EMBEDS),
         b"prompt" => Disposition::Note(PROMPT),
+        b"stream" => Disposition::Note(STREAM),
+        b"return_logprob" => Disposition::Note(LOGPROBS),
+        b"model" => Disposition::Note(MODEL),
+        b"priority" => Disposition::Note(PRIORITY),
+        b"routing_key" | b"conversation_id" => Disposition::Note(STICKY),
         _ => Disposition::Keep,
     }
 }
@@ -138,7 +273,7 @@ fn batch_items(endpoint: PairEndpoint, scan: &Scan) -> Option<usize> {
     let items = |value: &Value| value.items;
     let of_lists = |value: &&Value| matches!(value.first, Some(Kind::Array) | None);
     match endpoint {
-        PairEndpoint::Chat => None,
+        PairEndpoint::Chat | PairEndpoint::Responses => None,
         PairEndpoint::Completions => list(PROMPT)
             .filter(|value| value.first != Some(Kind::Number))
             .map(items),
@@ -153,40 +288,63 @@ fn batch_items(endpoint: PairEndpoint, scan: &Scan) -> Option<usize> {
     }
 }
 
-fn has_choices_in_params(body: &[u8], params: &Value) -> Result<bool, JsonError> {
-    let object_has = |object: &[u8]| -> Result<bool, JsonError> {
+/// The `n` of sampling parameters, and where it stands.
+fn choices_of_params(
+    body: &[u8],
+    params: &Value,
+) -> Result<(usize, Vec<Range<usize>>), ShapeError> {
+    let of_object = |range: Range<usize>| -> Result<(usize, Option<Range<usize>>), JsonError> {
+        let object = &body[range.clone()];
         let scan = json_edit::scan(object, |key, _| match key {
             b"n" => Disposition::Note(CHOICES),
             _ => Disposition::Keep,
         })?;
-        Ok(scan
-            .noted(CHOICES)
-            .is_some_and(|n| exceeds_one(&object[n.range.clone()])))
+        Ok(scan.noted(CHOICES).map_or((1, None), |n| {
+            let at = range.start + n.range.start..range.start + n.range.end;
+            (choices(&object[n.range.clone()]), Some(at))
+        }))
     };
-    let raw = &body[params.range.clone()];
     match (params.kind, params.first) {
-        (Kind::Object, _) => object_has(raw),
+        (Kind::Object, _) => {
+            let (choices, range) = of_object(params.range.clone())?;
+            Ok((choices, range.into_iter().collect()))
+        }
         (Kind::Array, Some(Kind::Object)) => {
+            let raw = &body[params.range.clone()];
+            let (mut common, mut ranges) = (None, Vec::new());
             for item in json_edit::elements(raw, BATCH_MAX)? {
-                let item = &raw[item];
-                if item.starts_with(b"{") && object_has(item)? {
-                    return Ok(true);
+                let at = params.range.start + item.start..params.range.start + item.end;
+                if body[at.start] != b'{' {
+                    continue;
                 }
+                let (choices, range) = of_object(at)?;
+                if common.is_some_and(|common| common != choices) {
+                    return Err(ShapeError::UnevenChoices);
+                }
+                common = Some(choices);
+                ranges.extend(range);
             }
-            Ok(false)
+            Ok((common.unwrap_or(1), ranges))
         }
         // Not a form SGLang accepts; let it say so.
-        _ => Ok(false),
+        _ => Ok((1, Vec::new())),
     }
 }
 
-/// True for `2`, `2.0`, `2e0` and `"2"`, which SGLang's request classes all read as two choices.
-fn exceeds_one(raw: &[u8]) -> bool {
+/// Two for `2`, `2.0`, `2e0` and `"2"`, which SGLang's request classes all read as two choices; one for what they refuse,
+/// so that they can say so.
+fn choices(raw: &[u8]) -> usize {
     let text = std::str::from_utf8(raw).unwrap_or_default();
-    text.trim_matches('"')
-        .trim()
-        .parse::<f64>()
-        .is_ok_and(|n| n > 1.0)
+    let number = text.trim_matches('"').trim().parse::<f64>();
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a whole number above 1; what no usize holds becomes the largest one and is refused as such"
+    )]
+    match number {
+        Ok(n) if n > 1.0 && n.fract() == 0.0 => n as usize,
+        _ => 1,
+    }
 }
 
 /// The ids under which a worker knows the request. SGLang gives the items of a batch with one string id the ids

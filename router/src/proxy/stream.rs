@@ -2,18 +2,23 @@
 #![forbid(unsafe_code)]
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http_body_util::Full;
 use hyper::HeaderMap;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
-use hyper::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
-use tokio::sync::OwnedSemaphorePermit;
+use hyper::header::{CONTENT_ENCODING, CONTENT_LENGTH};
 
+use super::admission::Permit;
 use super::deadline::{Deadline, Stage};
+use super::fanout::MergedBody;
 use super::leg::{LegCause, LegFailure};
-use super::pair::{FirstBytes, LivePair};
+use super::live::{FirstBytes, LivePair, Outlook};
+use super::logprobs::{self, PromptLogprobs};
+use super::messages::TranslatedBody;
+use super::sse::{AbortWatch, Events};
 use crate::metrics::bump;
 use crate::respond::{self, RouteError};
 
@@ -36,6 +41,10 @@ pub enum ReplyBody {
     Whole(Full<Bytes>),
     /// Decode's bytes, under the watch of the pair.
     Pair(Box<PairBody>),
+    /// The event streams of several pairs in one.
+    Merged(Box<MergedBody>),
+    /// A pair's event stream in another dialect.
+    Translated(Box<TranslatedBody>),
     /// One worker's bytes.
     Worker(Incoming),
 }
@@ -53,6 +62,8 @@ impl Body for ReplyBody {
                 .poll_frame(cx)
                 .map_err(|never| match never {}),
             Self::Pair(body) => body.poll_next(cx),
+            Self::Merged(body) => body.poll_next(cx).map(|piece| piece.map(Ok)),
+            Self::Translated(body) => body.poll_next(cx).map(|piece| piece.map(Ok)),
             Self::Worker(body) => Pin::new(body).poll_frame(cx).map_err(StreamError::Worker),
         }
     }
@@ -61,6 +72,7 @@ impl Body for ReplyBody {
         match self {
             Self::Whole(body) => body.is_end_stream(),
             Self::Pair(body) => body.flow.is_none(),
+            Self::Merged(_) | Self::Translated(_) => false,
             Self::Worker(body) => body.is_end_stream(),
         }
     }
@@ -68,7 +80,7 @@ impl Body for ReplyBody {
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Whole(body) => body.size_hint(),
-            Self::Pair(_) => SizeHint::default(),
+            Self::Pair(_) | Self::Merged(_) | Self::Translated(_) => SizeHint::default(),
             Self::Worker(body) => body.size_hint(),
         }
     }
@@ -84,40 +96,108 @@ pub struct PairBody {
     is_event_stream: bool,
     /// How the last bytes sent end, to know whether an event is still open.
     tail: [u8; 2],
-    _permit: OwnedSemaphorePermit,
+    watch: Option<AbortWatch>,
+    merge: Option<Merge>,
+    _permit: Option<Permit>,
 }
 
 #[derive(Debug)]
 struct Flow {
     live: LivePair,
     first: Option<Frame<Bytes>>,
-    rest: Incoming,
+    /// `None` when the answer is of no more use and only the reason for that is waited for.
+    rest: Option<Incoming>,
+}
+
+/// Puts prefill's log-probabilities into decode's answer.
+#[derive(Debug)]
+struct Merge {
+    known: Arc<PromptLogprobs>,
+    gathered: Gathered,
+}
+
+#[derive(Debug)]
+enum Gathered {
+    /// Events are changed one by one.
+    Events(Events),
+    /// A whole answer is changed at its end.
+    Whole(BytesMut),
+    /// Too long: passed on as it is.
+    Not,
+}
+
+impl Merge {
+    /// What can go to the client after `data`.
+    fn take(&mut self, data: Bytes) -> Bytes {
+        match &mut self.gathered {
+            Gathered::Not => data,
+            Gathered::Whole(whole) if whole.len() + data.len() <= logprobs::ANSWER_BYTES_MAX => {
+                whole.extend_from_slice(&data);
+                Bytes::new()
+            }
+            Gathered::Whole(whole) => {
+                let mut out = std::mem::take(whole);
+                out.extend_from_slice(&data);
+                self.gathered = Gathered::Not;
+                out.freeze()
+            }
+            Gathered::Events(events) => {
+                if events.push(&data).is_err() {
+                    let mut out = BytesMut::from(&events.rest()[..]);
+                    out.extend_from_slice(&data);
+                    self.gathered = Gathered::Not;
+                    return out.freeze();
+                }
+                let mut out = BytesMut::new();
+                while let Some(event) = events.pop() {
+                    out.extend_from_slice(&self.known.merge_event(&event));
+                }
+                out.freeze()
+            }
+        }
+    }
+
+    /// What is left for the client at the end.
+    fn finish(&mut self) -> Bytes {
+        match std::mem::replace(&mut self.gathered, Gathered::Not) {
+            Gathered::Not => Bytes::new(),
+            Gathered::Whole(whole) => self.known.merge_answer(&whole).into(),
+            Gathered::Events(mut events) => events.rest(),
+        }
+    }
 }
 
 impl PairBody {
-    /// Continues an answer whose head is about to be sent.
+    /// Continues an answer whose head, with `headers`, is about to be sent.
     pub fn new(
         mut live: LivePair,
         first: FirstBytes,
         deadline: Deadline,
-        permit: OwnedSemaphorePermit,
-        headers: &HeaderMap,
+        permit: Option<Permit>,
+        headers: &mut HeaderMap,
     ) -> Self {
-        let is_event_stream = !headers.contains_key(CONTENT_ENCODING)
-            && !headers.contains_key(CONTENT_LENGTH)
-            && headers.get(CONTENT_TYPE).is_some_and(|kind| {
-                kind.as_bytes()
-                    .to_ascii_lowercase()
-                    .starts_with(b"text/event-stream")
-            });
-        let flow = if first.empty {
+        let is_plain = !headers.contains_key(CONTENT_ENCODING);
+        let is_event_stream =
+            first.is_event_stream && is_plain && !headers.contains_key(CONTENT_LENGTH);
+        let merge = live.logprobs().filter(|_| is_plain).map(|known| Merge {
+            known: Arc::clone(known),
+            gathered: if first.is_event_stream {
+                Gathered::Events(Events::default())
+            } else {
+                Gathered::Whole(BytesMut::new())
+            },
+        });
+        if merge.is_some() {
+            headers.remove(CONTENT_LENGTH);
+        }
+        let flow = if first.is_empty {
             live.complete();
             None
         } else {
             Some(Flow {
                 live,
                 first: first.frame,
-                rest: first.rest,
+                rest: Some(first.rest),
             })
         };
         // Before any byte no event is open.
@@ -126,50 +206,76 @@ impl PairBody {
             deadline,
             is_event_stream,
             tail: *b"\n\n",
+            watch: is_event_stream.then(AbortWatch::default),
+            merge,
             _permit: permit,
         }
     }
 
-    fn poll_next(
+    /// The next piece.
+    pub fn poll_next(
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, StreamError>>> {
-        let Some(Flow { live, first, rest }) = &mut self.flow else {
-            return Poll::Ready(None);
-        };
-        if let Some(frame) = first.take() {
-            self.pass(&frame);
-            return Poll::Ready(Some(Ok(frame)));
-        }
-        if let Some(failure) = live.poll_failure(cx) {
-            return Poll::Ready(Some(self.fail(&failure.into())));
-        }
-        match Pin::new(rest).poll_frame(cx) {
-            Poll::Ready(Some(Ok(frame))) => {
-                self.deadline.byte_arrived();
-                self.pass(&frame);
-                Poll::Ready(Some(Ok(frame)))
-            }
-            Poll::Ready(Some(Err(error))) => {
-                let failure = LegFailure::broken(live.decode(), &error);
-                let failure = live.decode_failed(failure);
-                Poll::Ready(Some(self.fail(&failure.into())))
-            }
-            Poll::Ready(None) => {
-                live.complete();
-                self.flow = None;
-                Poll::Ready(None)
-            }
-            Poll::Pending => {
-                let stage = ready!(self.deadline.poll_expired(cx));
-                if stage == Stage::Stall {
-                    // Counted against decode, which has begun its answer; the abort still goes to both.
-                    drop(LegFailure::new(live.decode(), LegCause::Stall));
+        loop {
+            let Some(Flow { live, first, rest }) = &mut self.flow else {
+                return Poll::Ready(None);
+            };
+            if let Some(frame) = first.take() {
+                match self.pass(frame) {
+                    Some(frame) => return Poll::Ready(Some(Ok(frame))),
+                    None => continue,
                 }
-                let error = live.timed_out(stage);
-                Poll::Ready(Some(self.fail(&error)))
+            }
+            match live.poll_outlook(cx) {
+                Poll::Ready(Err(failure)) => {
+                    return Poll::Ready(Some(self.fail(&failure.into())));
+                }
+                Poll::Ready(Ok(Outlook::Doomed)) => {
+                    *rest = None;
+                    continue;
+                }
+                Poll::Ready(Ok(Outlook::Fine)) | Poll::Pending => {}
+            }
+            let polled = match rest {
+                Some(body) => Pin::new(body).poll_frame(cx),
+                None => Poll::Pending,
+            };
+            match polled {
+                Poll::Ready(Some(Ok(frame))) => {
+                    self.deadline.byte_arrived();
+                    match self.pass(frame) {
+                        Some(frame) => return Poll::Ready(Some(Ok(frame))),
+                        None => continue,
+                    }
+                }
+                Poll::Ready(Some(Err(error))) => {
+                    let failure = LegFailure::broken(live.decode(), &error);
+                    let failure = live.decode_failed(failure);
+                    return Poll::Ready(Some(self.fail(&failure.into())));
+                }
+                Poll::Ready(None) => {
+                    let last = self.finish();
+                    return Poll::Ready(last.map(|data| Ok(Frame::data(data))));
+                }
+                Poll::Pending => {
+                    let stage = ready!(self.deadline.poll_expired(cx));
+                    return Poll::Ready(Some(self.expire(stage)));
+                }
             }
         }
+    }
+
+    fn expire(&mut self, stage: Stage) -> Result<Frame<Bytes>, StreamError> {
+        let Some(Flow { live, .. }) = &mut self.flow else {
+            return Err(StreamError::Pair(stage.to_string()));
+        };
+        if stage == Stage::Stall {
+            // Counted against decode, which has begun its answer; the abort still goes to both.
+            drop(LegFailure::new(live.decode(), LegCause::Stall));
+        }
+        let error = live.timed_out(stage);
+        self.fail(&error)
     }
 
     /// Ends the stream with an error event, or, where the format has no place for one, by breaking it off.
@@ -187,24 +293,42 @@ impl PairBody {
         Ok(Frame::data(respond::error_event(error, is_open)))
     }
 
-    /// Notes what goes to the client. An answer of known length ends with its last byte: nobody asks for more after it.
-    fn pass(&mut self, frame: &Frame<Bytes>) {
-        if let Some(data) = frame.data_ref() {
-            match data[..] {
-                [.., a, b] => self.tail = [a, b],
-                [b] => self.tail = [self.tail[1], b],
-                [] => {}
-            }
+    fn finish(&mut self) -> Option<Bytes> {
+        if let Some(mut flow) = self.flow.take() {
+            flow.live.complete();
         }
-        if let Some(Flow {
-            live,
-            first: None,
-            rest,
-        }) = &mut self.flow
-            && rest.is_end_stream()
+        let last = self.merge.as_mut().map(Merge::finish);
+        last.filter(|data| !data.is_empty())
+    }
+
+    /// Looks at a frame of decode's and gives what the client gets of it now.
+    fn pass(&mut self, frame: Frame<Bytes>) -> Option<Frame<Bytes>> {
+        let data = match frame.into_data() {
+            Ok(data) => data,
+            Err(trailers) => return Some(trailers),
+        };
+        if let Some(abort) = self.watch.as_mut().and_then(|watch| watch.look(&data))
+            && let Some(Flow { live, .. }) = &mut self.flow
         {
-            live.complete();
-            self.flow = None;
+            live.decode_aborted(abort);
         }
+        let mut out = match &mut self.merge {
+            Some(merge) => merge.take(data),
+            None => data,
+        };
+        // An answer of known length ends with its last byte: nobody asks for more after it.
+        let is_last = matches!(
+            &self.flow,
+            Some(Flow { first: None, rest: Some(rest), .. }) if rest.is_end_stream()
+        );
+        if is_last && let Some(last) = self.finish() {
+            out = [out, last].concat().into();
+        }
+        match out[..] {
+            [.., a, b] => self.tail = [a, b],
+            [b] => self.tail = [self.tail[1], b],
+            [] => {}
+        }
+        (!out.is_empty()).then(|| Frame::data(out))
     }
 }

@@ -69,7 +69,7 @@ async fn a_decode_error_cancels_prefill_and_reaches_the_client() {
 
 #[tokio::test]
 async fn a_dead_decode_stream_ends_with_an_error_event() {
-    for (cut, close) in [("data: 1\n\n", ""), ("data: {\"te", "\n\n")] {
+    for (cut, close) in [("data: 1\n\n", ""), ("data: 1\n\ndata: {\"te", "\n\n")] {
         let (mut prefill, decode) = (FakeWorker::start().await, FakeWorker::start().await);
         let (_open, script) = event_stream();
         prefill.then(script);

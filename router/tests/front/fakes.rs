@@ -37,6 +37,8 @@ pub async fn soon<T>(event: impl Future<Output = T>) -> T {
 pub enum Script {
     /// Answers with this status and JSON.
     Reply(u16, &'static str),
+    /// Answers 200 with this JSON.
+    Say(String),
     /// Never answers.
     Hang,
     /// Answers 200 with this content type and the chunks the test sends; an `Err` breaks the connection.
@@ -78,6 +80,9 @@ struct Inner {
     connections: AtomicUsize,
     ready_status: AtomicU16,
     health_status: AtomicU16,
+    default_status: AtomicU16,
+    is_probe_silent: AtomicBool,
+    info: Mutex<Option<String>>,
 }
 
 /// A worker on a port of its own.
@@ -119,6 +124,9 @@ impl FakeWorker {
             connections: AtomicUsize::new(0),
             ready_status: AtomicU16::new(200),
             health_status: AtomicU16::new(200),
+            default_status: AtomicU16::new(200),
+            is_probe_silent: AtomicBool::new(false),
+            info: Mutex::default(),
         });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -153,6 +161,26 @@ impl FakeWorker {
         self.inner.health_status.store(health, Ordering::Relaxed);
     }
 
+    /// The status of all answers without a script.
+    pub fn set_default(&self, status: u16) {
+        self.inner.default_status.store(status, Ordering::Relaxed);
+    }
+
+    /// Probes are taken and never answered.
+    pub fn ignore_probes(&self) {
+        self.inner.is_probe_silent.store(true, Ordering::Relaxed);
+    }
+
+    /// What `/server_info` says.
+    pub fn set_info(&self, info: &Json) {
+        *self.inner.info.lock().unwrap() = Some(info.to_string());
+    }
+
+    /// The next request, if one has come.
+    pub fn request_now(&mut self) -> Option<Received> {
+        self.requests.try_recv().ok()
+    }
+
     pub async fn request(&mut self) -> Received {
         soon(self.requests.recv()).await.unwrap()
     }
@@ -167,6 +195,11 @@ impl FakeWorker {
 
     pub async fn probe(&mut self) -> (String, HeaderMap) {
         soon(self.probes.recv()).await.unwrap()
+    }
+
+    /// The next probe, if one has come.
+    pub fn probe_now(&mut self) -> Option<(String, HeaderMap)> {
+        self.probes.try_recv().ok()
     }
 
     /// Connections accepted so far.
@@ -189,6 +222,9 @@ async fn answer(State(worker): State<Arc<Inner>>, request: Request) -> Response 
     };
     if let Some(status) = probe {
         let _ = worker.probes.try_send((target, parts.headers));
+        if worker.is_probe_silent.load(Ordering::Relaxed) {
+            std::future::pending::<()>().await;
+        }
         return StatusCode::from_u16(status.load(Ordering::Relaxed))
             .unwrap()
             .into_response();
@@ -200,6 +236,11 @@ async fn answer(State(worker): State<Arc<Inner>>, request: Request) -> Response 
             .try_send(serde_json::from_slice(&body).unwrap())
             .unwrap();
         return StatusCode::OK.into_response();
+    }
+    if parts.uri.path() == "/server_info"
+        && let Some(info) = worker.info.lock().unwrap().clone()
+    {
+        return info.into_response();
     }
     if parts.method == Method::GET {
         return format!("worker answers {target}").into_response();
@@ -215,7 +256,16 @@ async fn answer(State(worker): State<Arc<Inner>>, request: Request) -> Response 
         headers: parts.headers,
         body,
     });
-    match script.unwrap_or(Script::Reply(200, "{}")) {
+    let default = || Script::Reply(worker.default_status.load(Ordering::Relaxed), "{}");
+    perform(script.unwrap_or_else(default), report).await
+}
+
+async fn perform(script: Script, report: DropReport) -> Response {
+    match script {
+        Script::Say(json) => {
+            report.finished.store(true, Ordering::Relaxed);
+            ([("content-type", "application/json")], json).into_response()
+        }
         Script::Reply(status, json) => {
             report.finished.store(true, Ordering::Relaxed);
             let headers = [("content-type", "application/json"), ("x-worker", "yes")];
@@ -334,6 +384,34 @@ impl Running {
         found.unwrap_or(0)
     }
 
+    /// Waits until so many workers of each role are ready.
+    pub async fn ready(&self, prefills: usize, decodes: usize) {
+        let wanted = [
+            format!("\"ready_prefill_workers\":{prefills}"),
+            format!("\"ready_decode_workers\":{decodes}"),
+        ];
+        soon(async {
+            loop {
+                let (_, state) = self.read("/ready").await;
+                if wanted.iter().all(|part| state.contains(part)) {
+                    return;
+                }
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+    }
+
+    /// A gauge or counter of one worker.
+    pub async fn of_worker(&self, name: &str, worker: &FakeWorker) -> u64 {
+        let (_, text) = self.read("/metrics").await;
+        let part = format!("worker=\"{}\"", worker.url);
+        let line = text
+            .lines()
+            .find(|line| line.starts_with(&format!("{name}{{")) && line.contains(&part));
+        line.unwrap().rsplit(' ').next().unwrap().parse().unwrap()
+    }
+
     pub async fn failures(&self, worker: &FakeWorker) -> u64 {
         let (_, text) = self.read("/metrics").await;
         let part = format!("worker=\"{}\"", worker.url);
@@ -362,6 +440,27 @@ pub async fn whole(response: hyper::Response<Incoming>) -> (u16, String) {
         .unwrap()
         .to_bytes();
     (status, String::from_utf8(body.to_vec()).unwrap())
+}
+
+/// An event stream that is complete at once.
+pub async fn whole_stream(events: &[&str]) -> Script {
+    let (sender, script) = event_stream();
+    for event in events {
+        let event = Bytes::from(format!("data: {event}\n\n"));
+        sender.send(Ok(event)).await.unwrap();
+    }
+    script
+}
+
+/// The data of all events of a stream.
+pub fn events_of(text: &str) -> Vec<Json> {
+    let events = text.split("\n\n").filter(|event| !event.is_empty());
+    events
+        .map(|event| {
+            let data = event.lines().find_map(|line| line.strip_prefix("data: "));
+            serde_json::from_str(data.unwrap()).unwrap_or(Json::Null)
+        })
+        .collect()
 }
 
 /// The next piece of a body; `None` at its clean end, `Err` when it was cut.

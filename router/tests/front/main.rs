@@ -6,8 +6,13 @@
     reason = "a test binary"
 )]
 
+mod choices;
 mod contract;
+mod dialects;
 mod failures;
 mod fakes;
+mod faults;
 mod operation;
 mod process;
+mod regressions;
+mod transport;

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from .rank import KvtransferKVManager
 from .receiver import KvtransferKVReceiver
-from .registry import server_class
+from .registry import KvtransferKVBootstrapServer
 from .sender import KvtransferKVSender
 
 BY_KIND = {
     "manager": KvtransferKVManager,
     "sender": KvtransferKVSender,
     "receiver": KvtransferKVReceiver,
-    "bootstrap_server": server_class(),
+    "bootstrap_server": KvtransferKVBootstrapServer,
 }

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 from typing import Any
 
 import requests
-from sglang.srt.disaggregation.common.conn import CommonKVBootstrapServer, PrefillServerInfo
+from sglang.srt.disaggregation.common.conn import CommonKVBootstrapServer
 from sglang.srt.environ import envs
 
 from ..bootstrap import BootstrapServer
@@ -19,14 +18,11 @@ logger = logging.getLogger("kvtransfer.sglang")
 # SGLang's own patience with its registry (`common/conn.py` _get_bootstrap_info_from_server).
 ANSWER_TIMEOUT = 5.0
 
-# What our registry says of a prefill server. SGLang's decode ranks refuse an answer with a key they do not know.
-ANSWERED = frozenset({"decode_allocation_policy", "enable_dsa_cache_layer_split", "enable_kv_cache_sharding", "prefill_http_port"})
-
 _sessions = threading.local()
 
 
 class KvtransferKVBootstrapServer(CommonKVBootstrapServer):
-    """Answers as SGLang's own, byte for byte, from native threads.
+    """Answers as SGLang's own, byte for byte, from native threads, and in the keys that the ranks' own release knows.
 
     A subclass, so that SGLang's Rust API server goes on standing in for it: that one answers our ranks as well.
     """
@@ -46,15 +42,6 @@ class KvtransferKVBootstrapServer(CommonKVBootstrapServer):
     def close(self) -> None:
         """Ends the registry."""
         self._server.close()
-
-
-def server_class() -> type[CommonKVBootstrapServer]:
-    """Ours, or SGLang's own in a release whose ranks do not know all that ours says. Both serve our ranks."""
-    known = {field.name for field in dataclasses.fields(PrefillServerInfo)}
-    if known >= ANSWERED:
-        return KvtransferKVBootstrapServer
-    logger.info("SGLang's own bootstrap registry is used: this release does not know %s", sorted(ANSWERED - known))
-    return CommonKVBootstrapServer
 
 
 def fetch_row(server: str, target: Target) -> dict[str, Any] | str:

@@ -127,6 +127,9 @@ pub struct Behaviour {
     pub empty_receive: EmptyReceive,
     /// True: a queue pair in error completes what it holds with `WR_FLUSH_ERR`. Old eRDMA stacks do not.
     pub flushes: bool,
+    /// True: a completion that comes while nobody has armed its queue is seen once somebody has. That is the moment for which
+    /// one must poll again after arming, here every time.
+    pub completes_when_armed: bool,
     /// True: a target in the ERR state refuses writes. False: only destroying it does (the careful assumption).
     pub error_state_fences: bool,
     /// True: every region is remotely writable, whatever was asked (eRDMA "compat").
@@ -185,6 +188,7 @@ impl Behaviour {
             refused_write: RefusedWrite::Silent,
             empty_receive: EmptyReceive::Kills,
             flushes: false,
+            completes_when_armed: false,
             error_state_fences: false,
             forces_remote_write: true,
             keys_repeat: true,
@@ -280,6 +284,7 @@ impl Behaviour {
             refused_write: RefusedWrite::RemoteAccess,
             empty_receive: EmptyReceive::Retries,
             flushes: true,
+            completes_when_armed: false,
             error_state_fences: true,
             forces_remote_write: false,
             keys_repeat: false,

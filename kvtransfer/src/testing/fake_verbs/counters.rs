@@ -31,6 +31,19 @@ pub struct QueueCounters {
     pub full: u64,
 }
 
+/// How a device's living completion queues were looked at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WatchCounters {
+    /// Calls of `ibv_poll_cq`.
+    pub polls: u64,
+    /// Calls of `ibv_req_notify_cq` for any completion.
+    pub armed_for_any: u64,
+    /// Calls of it for solicited completions (and failures) only.
+    pub armed_for_marked: u64,
+    /// Events that armed queues made.
+    pub events: u64,
+}
+
 /// What a whole fabric did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {

@@ -13,6 +13,8 @@ use std::{
 
 use rustix::event::{EventfdFlags, eventfd};
 
+use super::counters::WatchCounters;
+
 /// Most events that wait in one queue; the kernel's own queues are of this order, and a test never needs more.
 const EVENTS_MAX: usize = 1 << 16;
 
@@ -141,6 +143,9 @@ pub(super) struct CompletionQueue {
     pub(super) unacked: u32,
     /// Completions that a test holds back.
     pub(super) held: Option<VecDeque<Completion>>,
+    /// Completions that are seen once the queue has been armed.
+    pub(super) late: VecDeque<Completion>,
+    pub(super) watched: WatchCounters,
     /// Threads inside `poll_cq` of this queue.
     pub(super) pollers: Arc<AtomicU32>,
 }
@@ -151,13 +156,25 @@ impl CompletionQueue {
     }
 
     /// Adds a completion; `Err` when the queue is full, `Ok(true)` when an event is due.
-    pub(super) fn push(&mut self, completion: Completion, solicited: bool) -> Result<bool, ()> {
+    ///
+    /// `is_shy`: one that comes while the queue is not armed is seen only when it has been.
+    pub(super) fn push(
+        &mut self,
+        completion: Completion,
+        solicited: bool,
+        is_shy: bool,
+    ) -> Result<bool, ()> {
         if let Some(held) = &mut self.held {
             held.push_back(completion);
             return Ok(false);
         }
-        if self.entries.len() >= usize::try_from(self.capacity).unwrap_or(usize::MAX) {
+        let waiting = self.entries.len() + self.late.len();
+        if waiting >= usize::try_from(self.capacity).unwrap_or(usize::MAX) {
             return Err(());
+        }
+        if is_shy && self.armed == Armed::No {
+            self.late.push_back(completion);
+            return Ok(false);
         }
         self.entries.push_back(completion);
         let due = match self.armed {
@@ -167,7 +184,20 @@ impl CompletionQueue {
         };
         if due {
             self.armed = Armed::No;
+            self.watched.events += 1;
         }
         Ok(due)
+    }
+
+    /// Asks for one event. Completions that are already there make none: who arms must poll once more.
+    pub(super) fn arm(&mut self, solicited_only: bool) {
+        self.entries.append(&mut self.late);
+        if solicited_only {
+            self.armed = Armed::Solicited;
+            self.watched.armed_for_marked += 1;
+        } else {
+            self.armed = Armed::Any;
+            self.watched.armed_for_any += 1;
+        }
     }
 }

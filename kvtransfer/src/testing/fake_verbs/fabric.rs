@@ -6,7 +6,8 @@ use std::{ops::Range, sync::Arc};
 use super::{
     QueuePairId,
     behaviour::Behaviour,
-    counters::{Counters, QueueCounters, Violation},
+    counters::{Counters, QueueCounters, Violation, WatchCounters},
+    events::Armed,
     queue::Hardware,
     shared::Shared,
     state::{About, AsyncEvent, Mode},
@@ -253,6 +254,31 @@ impl Fabric {
     pub fn queue_counters(&self, queue: QueuePairId) -> Option<QueueCounters> {
         let state = self.shared.lock();
         state.queue(queue).map(|queue| queue.counters)
+    }
+
+    /// How the completion queues of a device that are alive were looked at.
+    #[must_use]
+    pub fn watched(&self, device: usize) -> WatchCounters {
+        let state = self.shared.lock();
+        let found = state.devices.get(device).into_iter();
+        let all = found.flat_map(|found| found.completions.values());
+        all.fold(WatchCounters::default(), |sum, one| WatchCounters {
+            polls: sum.polls + one.watched.polls,
+            armed_for_any: sum.armed_for_any + one.watched.armed_for_any,
+            armed_for_marked: sum.armed_for_marked + one.watched.armed_for_marked,
+            events: sum.events + one.watched.events,
+        })
+    }
+
+    /// Whether every completion queue of a device makes an event at its next completion, whatever that is.
+    #[must_use]
+    pub fn is_armed_for_any(&self, device: usize) -> bool {
+        let state = self.shared.lock();
+        let mut found = state.devices.get(device).into_iter();
+        found.all(|found| {
+            let mut queues = found.completions.values();
+            queues.all(|queue| queue.armed == Armed::Any)
+        })
     }
 
     /// What users of the library did that real hardware punishes, oldest first.

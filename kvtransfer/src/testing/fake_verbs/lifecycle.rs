@@ -219,7 +219,11 @@ impl State {
         };
         let mut lost = 0;
         for completions in self.devices[id.device].completions.values_mut() {
-            let lists = [Some(&mut completions.entries), completions.held.as_mut()];
+            let lists = [
+                Some(&mut completions.entries),
+                Some(&mut completions.late),
+                completions.held.as_mut(),
+            ];
             for list in lists.into_iter().flatten() {
                 let before = list.len();
                 list.retain(|completion| completion.queue_serial != serial);

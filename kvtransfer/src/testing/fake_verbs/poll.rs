@@ -9,7 +9,6 @@ use std::{
 use super::{
     QueuePairId,
     counters::Violation,
-    events::Armed,
     post::returned,
     shared::{FakeCompletions, fabric_of},
 };
@@ -56,6 +55,9 @@ pub(super) unsafe extern "C" fn poll_cq(
     }
     if state.devices[device].frozen {
         return 0;
+    }
+    if let Some(completions) = state.devices[device].completions.get_mut(&number) {
+        completions.watched.polls += 1;
     }
     let mut taken = 0;
     while taken < entries {
@@ -131,11 +133,6 @@ pub(super) unsafe extern "C" fn req_notify_cq(
         });
         return returned(libc::EINVAL, negative);
     };
-    // Completions that are already there make no event: who arms must poll once more.
-    completions.armed = if solicited_only == 0 {
-        Armed::Any
-    } else {
-        Armed::Solicited
-    };
+    completions.arm(solicited_only != 0);
     0
 }

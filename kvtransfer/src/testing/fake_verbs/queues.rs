@@ -12,7 +12,7 @@ use super::{
     behaviour::SendQueueRule,
     calls::COMPLETIONS_MAX,
     connect::Errno,
-    counters::{QueueCounters, Violation},
+    counters::{QueueCounters, Violation, WatchCounters},
     events::{Armed, CompletionQueue, EventQueue},
     queue::{Hardware, Injected, QueuePair, SendQueue, Sizes},
     shared::{COMPLETION_VECTORS, FakeCompletions, Shared, fabric_of, set_errno},
@@ -145,6 +145,8 @@ pub(super) unsafe extern "C" fn create_cq(
         handle: object.expose_provenance(),
         unacked: 0,
         held: None,
+        late: VecDeque::new(),
+        watched: WatchCounters::default(),
         pollers,
     };
     state.devices[index].completions.insert(handle, completions);

@@ -275,7 +275,7 @@ impl State {
             return;
         };
         let urgent = completion.solicited || completion.status != sys::IBV_WC_SUCCESS;
-        match completions.push(completion, urgent) {
+        match completions.push(completion, urgent, self.behaviour.completes_when_armed) {
             Ok(false) => {}
             Ok(true) => {
                 let channel = completions.channel;

@@ -1,6 +1,6 @@
 //! The reader: sleeps in `recv` for the next frame, waits for more of a payload, or leaves the socket to a driver.
 
-use std::{sync::atomic::Ordering, thread, time::Duration};
+use std::{os::fd::AsFd, sync::atomic::Ordering, thread, time::Duration};
 
 use rustix::{
     event::{PollFd, PollFlags, poll},
@@ -14,7 +14,12 @@ use super::{Lane, Want, driver::DRIVE_SLICE, driver::DRIVEN_FOR};
 use crate::transport::{
     LaneError,
     inbound::{BUFFER, READ_AHEAD},
+    sys,
 };
+
+/// Bytes of a payload for which the reader is woken: few enough to stay in the processor's cache and to leave the sender
+/// space in the socket, which holds some MiB.
+const PAYLOAD_AT_ONCE: u64 = 256 << 10;
 
 impl Lane {
     pub(super) fn read_on(&self) {
@@ -36,8 +41,8 @@ impl Lane {
             match want {
                 Want::Nothing => return,
                 Want::Frame => self.read_frame(&mut buffer),
-                Want::Payload => {
-                    self.wait(PollFlags::IN);
+                Want::Payload(left) => {
+                    self.wait_for_payload(left);
                     look = true;
                 }
                 Want::Answered => {
@@ -51,6 +56,21 @@ impl Lane {
     fn kick_if(&self, blocked: bool) {
         if blocked {
             self.kick();
+        }
+    }
+
+    /// Waits until a good part of a payload is there. A segment is 64 KiB at best, and being woken for each costs as much as
+    /// copying it.
+    fn wait_for_payload(&self, left: u64) {
+        let enough = left.min(PAYLOAD_AT_ONCE);
+        let enough = i32::try_from(enough).ok().filter(|enough| *enough > 1);
+        // Where it cannot be set, every segment wakes us.
+        let is_set =
+            enough.is_some_and(|enough| sys::set_low_water(self.socket.as_fd(), enough).is_ok());
+        self.wait(PollFlags::IN);
+        if is_set {
+            // What follows the payload is short.
+            let _ = sys::set_low_water(self.socket.as_fd(), 1);
         }
     }
 

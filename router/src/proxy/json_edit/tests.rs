@@ -304,6 +304,23 @@ proptest! {
     }
 
     #[test]
+    fn a_splice_changes_its_ranges_and_nothing_else(
+        text in "[a-z]{0,40}",
+        cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..6),
+        new in prop::collection::vec("[A-Z]{0,3}", 3),
+    ) {
+        let mut cuts: Vec<_> = cuts.iter().map(|cut| cut.index(text.len() + 1)).collect();
+        cuts.sort_unstable();
+        let ranges: Vec<_> = cuts.chunks_exact(2).map(|pair| pair[0]..pair[1]).collect();
+        let mut expected = text.clone();
+        for (range, new) in ranges.iter().zip(&new).rev() {
+            expected.replace_range(range.clone(), new);
+        }
+        let edits = ranges.iter().cloned().zip(new.iter().map(|new| new.as_bytes().into()));
+        prop_assert_eq!(splice(text.as_bytes(), edits.collect()), expected.into_bytes());
+    }
+
+    #[test]
     fn random_bytes_never_panic(body in prop::collection::vec(any::<u8>(), 0..200)) {
         let _ = scan(&body, drop_ours);
         let _ = elements(&body, 10);

@@ -1,6 +1,15 @@
 use super::PairEndpoint::{Chat, Completions, Generate};
 use super::*;
 
+/// A client that may choose its ids and nothing else.
+fn read(endpoint: PairEndpoint, body: &[u8]) -> Result<Shape, ShapeError> {
+    let trust = Trust {
+        rank: false,
+        rid: true,
+    };
+    super::read(endpoint, body, trust)
+}
+
 #[test]
 fn batches_are_told_from_single_prompts() {
     for (endpoint, body, batch) in [
@@ -37,23 +46,46 @@ fn batches_are_told_from_single_prompts() {
 }
 
 #[test]
-fn several_choices_are_refused() {
-    for (endpoint, body) in [
-        (Chat, r#"{"n":2}"#),
-        (Chat, r#"{"n":2.0}"#),
-        (Chat, r#"{"n":"3"}"#),
-        (Chat, r#"{"n":1,"n":2}"#),
-        (Completions, r#"{"prompt":"a","n":4}"#),
-        (Generate, r#"{"text":"a","sampling_params":{"n":2}}"#),
+fn choices_are_counted_and_taken_out() {
+    for (endpoint, body, choices, single) in [
+        (Chat, r#"{"n":2}"#, 2, r#"{"n":1}"#),
+        (Chat, r#"{"n":2.0}"#, 2, r#"{"n":1}"#),
+        (Chat, r#"{"n" : "3"}"#, 3, r#"{"n" : 1}"#),
+        (Chat, r#"{"n":1,"n":2}"#, 2, r#"{"n":1,"n":1}"#),
+        (
+            Completions,
+            r#"{"prompt":"a","n":4, "zzz":1e400}"#,
+            4,
+            r#"{"prompt":"a","n":1, "zzz":1e400}"#,
+        ),
         (
             Generate,
-            r#"{"text":["a","b"],"sampling_params":[{"n":1},{"\u006e":2}]}"#,
+            r#"{"text":"a","sampling_params":{"a":0.10,"n":2}}"#,
+            2,
+            r#"{"text":"a","sampling_params":{"a":0.10,"n":1}}"#,
+        ),
+        (
+            Generate,
+            r#"{"text":["a","b"],"sampling_params":[{"n":2},{"\u006e":2}]}"#,
+            2,
+            r#"{"text":["a","b"],"sampling_params":[{"n":1},{"\u006e":1}]}"#,
         ),
     ] {
-        assert_eq!(
-            read(endpoint, body.as_bytes()).unwrap_err(),
-            ShapeError::SeveralChoices,
-            "{body}"
+        let shape = read(endpoint, body.as_bytes()).unwrap();
+        assert_eq!(shape.choices, choices, "{body}");
+        let edited = single_choice(body.as_bytes(), &shape);
+        assert_eq!(String::from_utf8(edited).unwrap(), single);
+    }
+    let uneven = r#"{"text":["a","b"],"sampling_params":[{"n":2},{}]}"#;
+    assert_eq!(
+        read(Generate, uneven.as_bytes()).unwrap_err(),
+        ShapeError::UnevenChoices
+    );
+    for body in [r#"{"n":129}"#, r#"{"n":1e300}"#] {
+        let error = read(Chat, body.as_bytes()).unwrap_err();
+        assert!(
+            matches!(error, ShapeError::TooManyChoices { .. }),
+            "{error}"
         );
     }
     for (endpoint, body) in [
@@ -68,7 +100,67 @@ fn several_choices_are_refused() {
         ),
         (Generate, r#"{"text":"a","sampling_params":null}"#),
     ] {
-        assert!(read(endpoint, body.as_bytes()).is_ok(), "{body}");
+        assert_eq!(
+            read(endpoint, body.as_bytes()).unwrap().choices,
+            1,
+            "{body}"
+        );
+    }
+}
+
+#[test]
+fn what_the_schedule_wants_to_know_is_found() {
+    let body = r#"{"model":"m\u00e9","priority":-3,"stream":true,"routing_key":"k","routed_dp_rank":2,"rid":"r",
+        "return_logprob":true}"#;
+    let shape = read(Generate, body.as_bytes()).unwrap();
+    assert_eq!(
+        (shape.model.as_deref(), shape.priority),
+        (Some("m\u{e9}"), -3)
+    );
+    assert_eq!(shape.sticky.as_deref(), Some("k"));
+    assert!(shape.streams && shape.wants_logprobs && shape.rank.is_none());
+    let trusting = Trust {
+        rank: true,
+        rid: false,
+    };
+    let shape = super::read(Generate, body.as_bytes(), trusting).unwrap();
+    assert_eq!(shape.rank, Some(2));
+    assert!(shape.client_rids.is_empty());
+    let sent = shape.scan.unwrap().inject(body.as_bytes(), b"");
+    let sent = String::from_utf8(sent).unwrap();
+    assert!(
+        sent.contains("routed_dp_rank") && !sent.contains("rid"),
+        "{sent}"
+    );
+}
+
+#[test]
+fn only_what_is_surely_plain_travels_untouched() {
+    for (endpoint, body) in [
+        (
+            Chat,
+            r#" {"messages":[{"role":"user","content":"n is a letter"}],"stream":true}"#,
+        ),
+        (
+            Generate,
+            r#"{"text":"say \"text\": [1]","sampling_params":{}}"#,
+        ),
+    ] {
+        assert!(is_plain(endpoint, body.as_bytes()), "{body}");
+    }
+    for (endpoint, body) in [
+        (Chat, r#"{"n":1}"#),
+        (Chat, r#"{"\u006e":2}"#),
+        (Chat, r#"{"routed_dp_rank":1}"#),
+        (Chat, r#"{"rid":"x"}"#),
+        (Chat, "[]"),
+        (Completions, r#"{"prompt":"a"}"#),
+        (Generate, r#"{"text" : ["a"]}"#),
+        (Generate, r#"{"input_ids":[[1],[2]]}"#),
+        (Generate, r#"{"text":"a","return_logprob":true}"#),
+        (Generate, r#"{"text":"a","bootstrap_room":1}"#),
+    ] {
+        assert!(!is_plain(endpoint, body.as_bytes()), "{body}");
     }
 }
 
@@ -126,12 +218,18 @@ fn what_only_the_router_may_set_is_dropped() {
     let body = r#"{"routed_dp_rank":3,"text":"a","bootstrap_pair_key":1,"data_parallel_rank":2,"rid":null,
         "disagg_prefill_dp_rank":1,"zzz":{"kv":1}}"#;
     let shape = read(Generate, body.as_bytes()).unwrap();
-    let edited = shape.scan.inject(body.as_bytes(), b"\"rid\":\"r\"");
+    let edited = shape
+        .scan
+        .as_ref()
+        .unwrap()
+        .inject(body.as_bytes(), b"\"rid\":\"r\"");
     let edited = String::from_utf8(edited).unwrap();
     assert_eq!(edited, r#"{"rid":"r","text":"a","zzz":{"kv":1}}"#);
 }
 
-const SAMPLES: [&str; 5] = [
+const SAMPLES: [&str; 7] = [
+    r#"{"messages":[{"role":"user","content":[{"type":"text","text":"hi"}]}],"stream":true,"zzz":1.0}"#,
+    r#"{"text":"a","sampling_params":{"max_new_tokens":4,"n":3},"stream":false}"#,
     r#"{"text":["a","b"],"sampling_params":[{"n":1},{"max_new_tokens":4}],"rid":["x","y"],"stream":true}"#,
     r#"{"input_ids":[[1,2],[3]],"bootstrap_room":[1,2],"bootstrap_host":"h","rid":"x","zzz":1e400}"#,
     r#"{"model":"m","messages":[{"role":"user","content":"h\u00e9\ud83d\ude00"}],"n":1,"max_tokens":50}"#,
@@ -163,11 +261,24 @@ proptest::proptest! {
         }
         for endpoint in [Generate, Chat, Completions] {
             if let Ok(shape) = read(endpoint, &body) {
-                let edited = shape.scan.inject(&body, b"\"bootstrap_room\":1");
+                let edited = shape.scan.as_ref().unwrap().inject(&body, b"\"bootstrap_room\":1");
                 // What is sent on is an object again, and none of ours is left but the one put in.
                 let again = read(endpoint, &edited).unwrap();
                 proptest::prop_assert_eq!(again.batch, shape.batch);
-                proptest::prop_assert_eq!(again.client_rids, shape.client_rids);
+                proptest::prop_assert_eq!(&again.client_rids, &shape.client_rids);
+                let single = single_choice(&body, &shape);
+                proptest::prop_assert_eq!(read(endpoint, &single).unwrap().choices, 1);
+                // What travels untouched is what an edit would have left untouched.
+                if is_plain(endpoint, &body) {
+                    proptest::prop_assert_eq!(again.batch, None);
+                    proptest::prop_assert_eq!(shape.choices, 1);
+                    proptest::prop_assert!(shape.client_rids.is_empty() && !shape.wants_logprobs);
+                    let json: serde_json::Value = serde_json::from_slice(&body).unwrap_or_default();
+                    for key in json.as_object().into_iter().flat_map(|members| members.keys()) {
+                        let is_ours = key.starts_with("bootstrap_") || key.contains("dp_rank") || key == "rid";
+                        proptest::prop_assert!(!is_ours, "{}", key);
+                    }
+                }
             }
         }
     }
