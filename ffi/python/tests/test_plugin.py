@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from importlib.metadata import version
 
 import pytest
-from kvtransfer.sglang.releases import parse
 from ranks import HERE, environment
 
 # Run in a process of its own: plug-ins and hooks are the whole process's.
@@ -53,7 +51,7 @@ def test_the_name_becomes_known_and_the_others_stay() -> None:
         "manager KvtransferKVManager",
         "sender KvtransferKVSender",
         "receiver KvtransferKVReceiver",
-        f"bootstrap_server {'Common' if parse(version('sglang')) < (0, 5, 23) else 'Kvtransfer'}KVBootstrapServer",
+        "bootstrap_server KvtransferKVBootstrapServer",
         "mooncake MooncakeKVSender",
         "fake FakeKVReceiver",
         "rust True",
