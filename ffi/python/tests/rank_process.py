@@ -27,7 +27,11 @@ def publish(setup: dict[str, Any], shape: Shape) -> Any:
     """What the launcher and torch.distributed would have told this process."""
     from sglang.srt.runtime_context import get_context, get_device, get_parallel
 
+    group = SimpleNamespace(rank_in_group=shape.pp_rank, world_size=shape.pp_size, is_last_rank=True, broadcast_object=shared)
+    dp_size, dp_rank = setup.get("dp_size", 1), setup.get("dp_rank", 0)
+    is_older = older_places(group, dp_size, dp_rank)
     args = get_context().override_server_args(
+        **({"dp_size": dp_size, "enable_dp_attention": dp_size > 1} if is_older else {}),
         disaggregation_mode=setup["role"],
         disaggregation_transfer_backend=setup.get("backend", "kvtransfer"),
         disaggregation_bootstrap_port=setup["bootstrap_port"],
@@ -38,13 +42,11 @@ def publish(setup: dict[str, Any], shape: Shape) -> Any:
         enable_metrics=setup.get("enable_metrics", False),
         load_balance_method=setup.get("load_balance_method", "follow_bootstrap_room"),
     ).install()
-    group = SimpleNamespace(rank_in_group=shape.pp_rank, world_size=shape.pp_size, is_last_rank=True, broadcast_object=shared)
-    dp_size, dp_rank = setup.get("dp_size", 1), setup.get("dp_rank", 0)
     values = {
         "attn_tp_size": shape.tp_size, "attn_tp_rank": shape.tp_rank, "tp_size": shape.tp_size, "tp_rank": shape.tp_rank,
         "attn_cp_size": setup.get("cp_size", 1), "attn_cp_rank": setup.get("cp_rank", 0), "attn_dp_size": dp_size,
         "attn_dp_rank": dp_rank, "attn_dcp_size": 1, "attn_dcp_rank": 0, "pp_size": shape.pp_size,
-        "pp_rank": shape.pp_rank, "dp_size": dp_size if older_places(group, dp_size, dp_rank) else 1, "dp_rank": 0, "num_dp_ranks": dp_size, "pp_group": group,
+        "pp_rank": shape.pp_rank, "dp_size": dp_size if is_older else 1, "dp_rank": 0, "num_dp_ranks": dp_size, "pp_group": group,
         "enable_dp_attention": dp_size > 1,
         "dist_init_addr": None, "nnodes": 1, "node_rank": 0, "enable_kv_cache_sharding": False, "world_group": group,
         "enable_cp_tp_group_sharing": False, "enable_dsa_cache_layer_split": False,

@@ -112,10 +112,19 @@ def environment(extra: dict[str, str]) -> dict[str, str]:
     }
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def free_port(row: int = 1) -> int:
+    """A port that nobody listens on now; of `row` of them that follow each other, the first."""
+    while True:
+        with ExitStack() as held:
+            first = held.enter_context(socket.socket())
+            first.bind(("127.0.0.1", 0))
+            port = int(first.getsockname()[1])
+            try:
+                for more in range(1, row):
+                    held.enter_context(socket.socket()).bind(("127.0.0.1", port + more))
+            except (OSError, OverflowError):
+                continue
+            return port
 
 
 def shapes(tp: int, pp: int = 1, **model: Any) -> Iterator[Shape]:

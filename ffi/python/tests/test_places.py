@@ -123,7 +123,7 @@ def test_without_the_flag_nothing_is_published() -> None:
 
 def test_telemetry_port() -> None:
     """A rank serves its stream on the port plus its number; gRPC begins with HTTP/2's settings."""
-    port = free_port()
+    port = free_port(2)
     with Pair(2, 1, environment={"KVTRANSFER_TELEMETRY_PORT": str(port)}, decode_environment={"KVTRANSFER_TELEMETRY_PORT": "0"}):
         for rank in range(2):
             with socket.create_connection(("127.0.0.1", port + rank), timeout=5) as subscriber:
