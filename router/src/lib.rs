@@ -7,6 +7,7 @@
 //! * `config`: the settings and their command line.
 //! * `schedule`: which pair serves a request, and under which rooms.
 //! * `simulate`: the same choice replayed against a fleet that exists only as arithmetic.
+//! * `discover`: where workers come from.
 //! * `pool`: the workers, the connections to them, and whether they are ready.
 //! * `proxy`: the HTTP front, the two legs, the stream back to the client.
 //! * `respond`: the only place that turns an error into a status code.
@@ -14,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 pub mod config;
+pub mod discover;
 pub mod drain;
 pub mod metrics;
 pub mod pool;
