@@ -8,7 +8,7 @@ pub mod worker;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-pub use worker::{Blame, Role, Worker};
+pub use worker::{Blame, Role, Worker, WorkerInfo};
 
 use crate::discover::{Fleet, MEMBERS_MAX, Member};
 use breaker::BreakerState;
@@ -61,7 +61,10 @@ impl Pool {
         let mut taken: HashMap<&str, &Member> = HashMap::new();
         for member in fleet.members.iter().take(MEMBERS_MAX) {
             if taken.insert(&member.name, member).is_some() {
-                tracing::warn!(name = member.name, "two workers have one name, leaving one out");
+                tracing::warn!(
+                    name = member.name,
+                    "two workers have one name, leaving one out"
+                );
                 continue;
             }
             let worker = match known.get(member.name.as_str()) {

@@ -90,9 +90,7 @@ pub async fn forward(
     let (mut parts, body) = request.into_parts();
     let roles = asked.roles().iter();
     let now = front.pool.now();
-    let workers: Vec<_> = roles
-        .flat_map(|role| now.candidates(*role, &[]))
-        .collect();
+    let workers: Vec<_> = roles.flat_map(|role| now.candidates(*role, &[])).collect();
     if workers.is_empty() {
         let path = parts.uri.path().to_owned();
         return Err(RouteError::NoEndpoint { path });
