@@ -9,6 +9,7 @@
 //! * `prompt`: what a request is to the scheduler.
 //! * `feed`: what other replicas have to be told.
 //! * `hold`: who waits for a worker with room, and in which order.
+//! * `roster`: the pool's workers on the board.
 //! * `rooms`: which booking the rooms in telemetry belong to.
 #![forbid(unsafe_code)]
 
@@ -19,6 +20,7 @@ pub mod hold;
 pub mod notes;
 pub mod prompt;
 mod rooms;
+mod roster;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -29,8 +31,7 @@ use tokio::time::Instant;
 
 use crate::config::scheduling::{Nominal, Scheduling};
 use crate::pool::{Role, Worker, Workers};
-use crate::schedule::board::{Event, IngestError, Key, Load, PairState, Record};
-use crate::schedule::facts::{self, Facts, RANKS_MAX};
+use crate::schedule::board::{Event, IngestError, Key, Load, PairState};
 use crate::schedule::{Board, Decision, NoPair, Policy, Request, Sample, Settings, WorkerId};
 use feed::Feed;
 use notes::{Note, Ring};
@@ -272,38 +273,6 @@ impl Picker {
         self.lock().rooms.enter(key, rooms, note);
     }
 
-    /// This router's number among the replicas.
-    pub fn replica(&self) -> u64 {
-        self.lock().board.settings().replica
-    }
-
-    /// Takes in what another replica tells of its bookings. With `begins`, what it told before is void.
-    pub fn hear(&self, replica: u64, begins: bool, records: &[Record], ended: &[u64]) {
-        let now = self.now();
-        let mut inner = self.lock();
-        let board = &mut inner.board;
-        if begins {
-            board.drop_replica(replica);
-        }
-        for record in records {
-            if let Err(error) = board.adopt(now, record) {
-                tracing::trace!(%error, "a sibling's booking is of no use");
-            }
-        }
-        for number in ended {
-            let number = *number;
-            board.advance(Key { replica, number }, Event::Finished, now);
-        }
-        // It lives, and so do those of which it told nothing.
-        board.keep_replica(now, replica);
-        board.expire(now);
-    }
-
-    /// Forgets the bookings of a replica that is lost.
-    pub fn drop_replica(&self, replica: u64) {
-        self.lock().board.drop_replica(replica);
-    }
-
     /// The last `count` decisions, the latest first.
     pub fn notes(&self, count: usize) -> Vec<Arc<Note>> {
         self.lock().notes.last(count)
@@ -376,63 +345,6 @@ impl Inner {
         }
     }
 
-    fn sync(&mut self, role: Role, workers: &Workers, nominal: &Nominal) {
-        let (seats, board_role) = match role {
-            Role::Prefill => (&mut self.prefills, facts::Role::Prefill),
-            Role::Decode => (&mut self.decodes, facts::Role::Decode),
-            Role::Other => return,
-        };
-        let here = workers.of_role(role);
-        seats.retain(|seat| {
-            let stays = here.iter().any(|worker| Arc::ptr_eq(worker, &seat.worker));
-            if !stays {
-                self.board.leave(seat.id);
-            }
-            stays
-        });
-        for worker in here {
-            if seats.iter().any(|seat| Arc::ptr_eq(worker, &seat.worker)) {
-                continue;
-            }
-            let version = worker.version();
-            match self.board.join(facts_of(worker, board_role, nominal)) {
-                Ok(id) => seats.push(Seat {
-                    worker: Arc::clone(worker),
-                    id,
-                    ready: false,
-                    version,
-                }),
-                Err(error) => {
-                    tracing::error!(name = worker.name(), %error, "this worker gets no requests");
-                }
-            }
-        }
-    }
-
-    /// Tells the board what the pool knows by now.
-    fn refresh(&mut self, nominal: &Nominal) {
-        for (seats, role) in [
-            (&mut self.prefills, facts::Role::Prefill),
-            (&mut self.decodes, facts::Role::Decode),
-        ] {
-            for seat in seats {
-                let version = seat.worker.version();
-                if seat.version != version {
-                    seat.version = version;
-                    let facts = facts_of(&seat.worker, role, nominal);
-                    if let Err(error) = self.board.revise(seat.id, facts) {
-                        tracing::warn!(name = seat.worker.name(), %error, "its description is not believed");
-                    }
-                }
-                let ready = seat.worker.is_ready() && !seat.worker.is_draining();
-                if seat.ready != ready {
-                    seat.ready = ready;
-                    self.board.set_ready(seat.id, ready);
-                }
-            }
-        }
-    }
-
     fn worker(&self, role: Role, id: WorkerId) -> Arc<Worker> {
         let seat = self.seats(role).iter().find(|seat| seat.id == id);
         let seat = seat.expect("invariant: the board's workers have seats");
@@ -451,20 +363,6 @@ impl Inner {
         if matches!(event, Event::Finished | Event::Cancelled | Event::Failed(_)) {
             self.rooms.leave(key);
         }
-    }
-}
-
-/// What the board is told of a worker: what it said of itself, else the nominal values.
-fn facts_of(worker: &Worker, role: facts::Role, nominal: &Nominal) -> Facts {
-    Facts {
-        dp_size: worker.dp_size().min(RANKS_MAX),
-        kv_bytes_per_token: nominal.kv_bytes_per_token,
-        page_tokens: worker.page_tokens().unwrap_or(nominal.page_tokens),
-        bytes_per_s: nominal.link_bytes_per_s,
-        prefill_tokens_per_s: nominal.prefill_tokens_per_s,
-        kv_tokens_max: worker.kv_tokens().or(nominal.kv_tokens),
-        zone: worker.zone(),
-        ..Facts::new(worker.name(), role)
     }
 }
 

@@ -3,8 +3,8 @@
 
 use super::delta::Delta;
 use super::snapshot::{
-    ENGINES_MAX, Keyed, RAILS_MAX, REASONS_MAX, ROOMS_MAX, RailKey, RailStat, RoomKey, RoomRole, RoomStat,
-    Snapshot, TEXT_BYTES_MAX,
+    ENGINES_MAX, Keyed, RAILS_MAX, REASONS_MAX, ROOMS_MAX, RailKey, RailStat, RoomKey, RoomRole,
+    RoomStat, Snapshot, TEXT_BYTES_MAX,
 };
 use super::v1;
 use super::v1::watch_response::Picture;

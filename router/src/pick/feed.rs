@@ -8,7 +8,7 @@ use std::sync::Arc;
 use tokio::sync::Notify;
 
 use super::Picker;
-use crate::schedule::board::{BOOKINGS_MAX, Key, Record};
+use crate::schedule::board::{BOOKINGS_MAX, Event, Key, Record};
 
 /// Numbers that may be untold; with more the follower is told everything anew.
 const UNTOLD_MAX: usize = 2 * BOOKINGS_MAX;
@@ -86,6 +86,38 @@ impl Picker {
             id,
             bell,
         }
+    }
+
+    /// This router's number among the replicas.
+    pub fn replica(&self) -> u64 {
+        self.lock().board.settings().replica
+    }
+
+    /// Takes in what another replica tells of its bookings. With `begins`, what it told before is void.
+    pub fn hear(&self, replica: u64, begins: bool, records: &[Record], ended: &[u64]) {
+        let now = self.now();
+        let mut inner = self.lock();
+        let board = &mut inner.board;
+        if begins {
+            board.drop_replica(replica);
+        }
+        for record in records {
+            if let Err(error) = board.adopt(now, record) {
+                tracing::trace!(%error, "a sibling's booking is of no use");
+            }
+        }
+        for number in ended {
+            let number = *number;
+            board.advance(Key { replica, number }, Event::Finished, now);
+        }
+        // It lives, and so do those of which it told nothing.
+        board.keep_replica(now, replica);
+        board.expire(now);
+    }
+
+    /// Forgets the bookings of a replica that is lost.
+    pub fn drop_replica(&self, replica: u64) {
+        self.lock().board.drop_replica(replica);
     }
 
     /// How many are told.

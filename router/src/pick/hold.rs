@@ -364,7 +364,7 @@ mod tests {
             }
         });
         assert_eq!(answer.await, Ok(4));
-        assert_eq!(Hold::new(0).wait(9, || never()).await, Err(Full));
+        assert_eq!(Hold::new(0).wait(9, never).await, Err(Full));
     }
 
     fn never() -> Ask<()> {

@@ -20,7 +20,7 @@ async fn bookings_of_one_router_move_the_choice_of_the_other() {
         FakeWorker::start().await,
         FakeWorker::start().await,
     );
-    let token = Some(BearerToken::new("between us").unwrap());
+    let token = Some(BearerToken::new("between-us").unwrap());
     let settings = |gossip| Config {
         gossip,
         scheduling: Scheduling::with(Policy::LeastTokens),
