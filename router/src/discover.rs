@@ -4,6 +4,9 @@
 //! a [`tokio::sync::watch`] channel; the pool makes what it has equal to the latest one. Sources never touch the pool.
 #![forbid(unsafe_code)]
 
+pub mod cluster;
+pub mod objects;
+
 use std::sync::Arc;
 
 use crate::config::WorkerUrl;
@@ -20,8 +23,12 @@ pub type FleetWatch = tokio::sync::watch::Receiver<Arc<Fleet>>;
 pub struct Fleet {
     /// The workers, in an order that is the same on every replica (by name).
     pub members: Vec<Member>,
-    /// What is done with the models that clients ask for.
+    /// What is done with the models that clients ask for, each named once.
     pub models: Vec<ModelRule>,
+    /// What workers are asked for instead of any other model; empty: that model itself.
+    pub other_models: Vec<ModelTarget>,
+    /// Names that clients may give for a priority, each once.
+    pub objectives: Vec<Objective>,
 }
 
 /// One worker, as its source describes it.
@@ -35,6 +42,8 @@ pub struct Member {
     pub url: WorkerUrl,
     /// The port of a prefill worker's bootstrap server, if the source knows it; else `/server_info` is asked.
     pub bootstrap_port: Option<u16>,
+    /// The port that is assumed when `/server_info` does not tell either.
+    pub bootstrap_port_assumed: Option<u16>,
     /// The port of its engines' telemetry stream on the same host (one listener per worker process).
     pub telemetry_port: Option<u16>,
     /// Rack or availability zone.
@@ -61,4 +70,13 @@ pub struct ModelTarget {
     pub model: String,
     /// Its share among the targets of a rule; all zero means equal shares.
     pub weight: u32,
+}
+
+/// A name that clients may give instead of a number.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Objective {
+    /// The name.
+    pub name: String,
+    /// What it stands for; more is more important.
+    pub priority: i32,
 }
