@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cluster;
+pub mod flags;
 pub mod objects;
 
 use std::sync::Arc;
@@ -23,12 +24,29 @@ pub type FleetWatch = tokio::sync::watch::Receiver<Arc<Fleet>>;
 pub struct Fleet {
     /// The workers, in an order that is the same on every replica (by name).
     pub members: Vec<Member>,
-    /// What is done with the models that clients ask for, each named once.
+    /// What is done with the models that clients ask for, each named once, in the order of their names.
     pub models: Vec<ModelRule>,
     /// What workers are asked for instead of any other model; empty: that model itself.
     pub other_models: Vec<ModelTarget>,
-    /// Names that clients may give for a priority, each once.
+    /// Names that clients may give for a priority, each once, in their order.
     pub objectives: Vec<Objective>,
+}
+
+impl Fleet {
+    /// The rule for a model, if it has one of its own.
+    pub fn model(&self, name: &str) -> Option<&ModelRule> {
+        let at = self
+            .models
+            .binary_search_by(|rule| rule.name.as_str().cmp(name));
+        at.ok().map(|at| &self.models[at])
+    }
+
+    /// The priority that a name stands for.
+    pub fn objective(&self, name: &str) -> Option<i32> {
+        let objectives = &self.objectives;
+        let at = objectives.binary_search_by(|objective| objective.name.as_str().cmp(name));
+        at.ok().map(|at| objectives[at].priority)
+    }
 }
 
 /// One worker, as its source describes it.

@@ -89,9 +89,8 @@ pub async fn forward(
 ) -> Result<Response<ReplyBody>, RouteError> {
     let (mut parts, body) = request.into_parts();
     let roles = asked.roles().iter();
-    let workers: Vec<_> = roles
-        .flat_map(|role| front.pool.candidates(*role, &[]))
-        .collect();
+    let now = front.pool.now();
+    let workers: Vec<_> = roles.flat_map(|role| now.candidates(*role, &[])).collect();
     if workers.is_empty() {
         let path = parts.uri.path().to_owned();
         return Err(RouteError::NoEndpoint { path });
