@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod command_line;
+pub mod sources;
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -318,6 +319,12 @@ pub enum ConfigError {
     /// The bootstrap port is neither a port nor `none`.
     #[error("`{text}` is no bootstrap port: give a number from 1 to 65535, or `none`")]
     BootstrapPort {
+        /// What was given.
+        text: String,
+    },
+    /// The pool's name is none.
+    #[error("`{text}` names no InferencePool: write NAME or NAMESPACE/NAME")]
+    PoolName {
         /// What was given.
         text: String,
     },

@@ -5,8 +5,14 @@
 #![forbid(unsafe_code)]
 
 pub mod cluster;
+pub mod file;
 pub mod flags;
+pub mod fleet_file;
+pub mod kubernetes;
 pub mod objects;
+pub mod rbg;
+pub mod role;
+pub mod source;
 
 use std::sync::Arc;
 
@@ -62,6 +68,9 @@ pub struct Member {
     pub bootstrap_port: Option<u16>,
     /// The port that is assumed when `/server_info` does not tell either.
     pub bootstrap_port_assumed: Option<u16>,
+    /// A prefill worker counts as ready only when its bootstrap server knows its ranks. Needs the port to be known, and open
+    /// to the router.
+    pub probes_bootstrap: bool,
     /// The port of its engines' telemetry stream on the same host (one listener per worker process).
     pub telemetry_port: Option<u16>,
     /// Rack or availability zone.

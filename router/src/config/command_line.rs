@@ -7,10 +7,12 @@ use std::time::Duration;
 
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser};
 
+use super::sources::SourceArguments;
 use super::{
     ATTEMPTS_MAX_DEFAULT, BODY_BYTES_MAX_DEFAULT, BUFFERED_BYTES_MAX_DEFAULT, Config, ConfigError,
     PrefillTarget, QUEUE_MAX_DEFAULT, REQUESTS_MAX_DEFAULT, TlsFiles, WorkerUrl,
 };
+use crate::discover::source::Source;
 use crate::pool::breaker::BreakerLimits;
 use crate::schedule::pair::Policy;
 
@@ -39,10 +41,11 @@ struct Arguments {
     #[arg(long)]
     pd_disaggregation: bool,
     /// A prefill worker and its bootstrap port (or `none`); repeat for more.
-    #[arg(long, num_args = 1..=2, value_names = ["URL", "BOOTSTRAP_PORT"], required = true)]
+    #[arg(long, num_args = 1..=2, value_names = ["URL", "BOOTSTRAP_PORT"],
+        required_unless_present_any = ["kubernetes", "fleet_file", "rbg_config"])]
     prefill: Vec<String>,
     /// A decode worker; repeat for more.
-    #[arg(long, value_name = "URL", required = true)]
+    #[arg(long, value_name = "URL", required_unless_present_any = ["kubernetes", "fleet_file", "rbg_config"])]
     decode: Vec<WorkerUrl>,
     /// A worker outside the pairs, for embeddings, rerank, score and classify; repeat for more.
     #[arg(long, value_name = "URL")]
@@ -131,6 +134,8 @@ struct Arguments {
     /// Log without colours.
     #[arg(long)]
     log_plain: bool,
+    #[command(flatten)]
+    sources: SourceArguments,
 }
 
 /// A parsed command line.
@@ -138,6 +143,8 @@ struct Arguments {
 pub struct CommandLine {
     /// The settings.
     pub config: Config,
+    /// Where workers come from.
+    pub source: Source,
     filter: tracing_subscriber::EnvFilter,
     colours: bool,
 }
@@ -188,9 +195,15 @@ impl CommandLine {
             drain_timeout: arguments.drain_timeout,
             ..Config::new(prefills, arguments.decode)
         };
-        config.check().map_err(refuse)?;
+        let source = arguments.sources.source().map_err(refuse)?;
+        match source {
+            Source::Flags => config.check(),
+            _ => config.check_settings(),
+        }
+        .map_err(refuse)?;
         Ok(Self {
             config,
+            source,
             filter: arguments.log_level,
             colours: !arguments.log_plain,
         })
@@ -252,7 +265,7 @@ fn tls_files(
     }
 }
 
-fn parse_time(text: &str) -> Result<Duration, ConfigError> {
+pub(super) fn parse_time(text: &str) -> Result<Duration, ConfigError> {
     let bad = || ConfigError::Time {
         text: text.to_owned(),
     };

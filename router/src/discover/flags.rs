@@ -14,6 +14,8 @@ pub fn fleet(config: &Config) -> Fleet {
         role,
         url: url.clone(),
         bootstrap_port: None,
+        bootstrap_port_assumed: None,
+        probes_bootstrap: false,
         telemetry_port: None,
         zone: None,
         draining: false,

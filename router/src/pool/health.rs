@@ -12,6 +12,7 @@ use http_body_util::{BodyExt, Limited};
 use hyper::StatusCode;
 
 use super::Worker;
+use super::bootstrap_probe::BootstrapProbe;
 use super::client::WorkerClient;
 
 /// A worker that does not answer a probe within this time has failed it.
@@ -32,6 +33,7 @@ const INFO_BYTES_MAX: usize = 1 << 20;
 /// Probes one worker until the task is dropped.
 pub async fn watch(worker: Arc<Worker>, client: WorkerClient, interval: Duration) {
     let mut failures = 0;
+    let mut bootstrap = BootstrapProbe::default();
     loop {
         let probe = tokio::time::timeout(PROBE_TIMEOUT, is_ready(&worker, &client));
         failures = if probe.await.unwrap_or(false) {
@@ -44,6 +46,7 @@ pub async fn watch(worker: Arc<Worker>, client: WorkerClient, interval: Duration
         if ready && !worker.is_ready() {
             let _ = tokio::time::timeout(PROBE_TIMEOUT, describe(&worker, &client)).await;
         }
+        let ready = ready && bootstrap.allows(&worker, &client).await;
         if worker.mark_ready(ready) {
             let (role, url) = (worker.role(), worker.url());
             if ready {

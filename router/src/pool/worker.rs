@@ -149,6 +149,7 @@ pub struct Worker {
     assumed_bootstrap_port: AtomicU16,
     telemetry_port: AtomicU16,
     zone: RwLock<Option<String>>,
+    probes_bootstrap: AtomicBool,
     draining: AtomicBool,
     found_bootstrap_port: AtomicU16,
     found_dp_size: AtomicU32,
@@ -178,6 +179,7 @@ impl Worker {
             assumed_bootstrap_port: AtomicU16::new(0),
             telemetry_port: AtomicU16::new(0),
             zone: RwLock::default(),
+            probes_bootstrap: AtomicBool::new(false),
             draining: AtomicBool::new(false),
             found_bootstrap_port: AtomicU16::new(0),
             found_dp_size: AtomicU32::new(0),
@@ -210,6 +212,8 @@ impl Worker {
             .store(port(member.bootstrap_port_assumed), Ordering::Relaxed);
         self.telemetry_port
             .store(port(member.telemetry_port), Ordering::Relaxed);
+        self.probes_bootstrap
+            .store(member.probes_bootstrap, Ordering::Relaxed);
         if self.zone() != member.zone {
             let mut zone = self.zone.write().unwrap_or_else(PoisonError::into_inner);
             zone.clone_from(&member.zone);
@@ -229,6 +233,11 @@ impl Worker {
     pub fn zone(&self) -> Option<String> {
         let zone = self.zone.read().unwrap_or_else(PoisonError::into_inner);
         zone.clone()
+    }
+
+    /// Whether it is ready only when its bootstrap server knows its ranks.
+    pub fn probes_bootstrap(&self) -> bool {
+        self.probes_bootstrap.load(Ordering::Relaxed)
     }
 
     /// The port of its telemetry stream, if its source knows one.

@@ -11,6 +11,7 @@ use crate::discover::objects::pod::{
 use crate::discover::objects::policy::TrafficPolicy;
 use crate::discover::objects::pool::Pool;
 use crate::discover::objects::{Condition, Kind, Meta, Object};
+use crate::discover::role::{self, Named};
 use crate::discover::{MEMBERS_MAX, Member};
 use crate::pool::Role;
 
@@ -20,24 +21,6 @@ pub(super) struct Found {
     pub(super) members: Vec<Member>,
     /// What the pool's owner is told about them.
     pub(super) conditions: Vec<Condition>,
-}
-
-/// What a label value says about the role of its pod.
-enum Said {
-    Does(Role),
-    /// It is part of the service, and serves no requests.
-    Helps,
-    Unknown,
-}
-
-fn said(value: &str) -> Said {
-    match value.to_ascii_lowercase().as_str() {
-        "prefill" | "prefiller" | "p" => Said::Does(Role::Prefill),
-        "decode" | "decoder" | "d" => Said::Does(Role::Decode),
-        "worker" | "other" | "embedding" | "encoder" => Said::Does(Role::Other),
-        "router" | "gateway" | "scheduler" | "proxy" => Said::Helps,
-        _ => Said::Unknown,
-    }
 }
 
 /// Texts for one message, of which some are named and all are counted.
@@ -185,10 +168,10 @@ fn role_of(labels: &BTreeMap<String, String>, keys: &[&str]) -> Result<Option<Ro
         let Some(value) = labels.get(*key) else {
             continue;
         };
-        match said(value) {
-            Said::Does(role) => return Ok(Some(role)),
-            Said::Helps => return Ok(None),
-            Said::Unknown => {
+        match role::named(value) {
+            Named::Worker(role) => return Ok(Some(role)),
+            Named::Bystander => return Ok(None),
+            Named::Unknown => {
                 unknown.get_or_insert_with(|| {
                     format!("the unknown role `{value}` in its label {key}")
                 });
@@ -233,6 +216,7 @@ fn of_pod<'a>(
             bootstrap_port_assumed: policy
                 .and_then(|policy| policy.bootstrap_port)
                 .filter(|_| is_prefill),
+            probes_bootstrap: is_prefill,
             telemetry_port,
             zone: zone.clone(),
             draining: pod.meta.is_terminating,

@@ -1,0 +1,116 @@
+//! Where workers come from, if not from `--prefill` and `--decode`.
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::ConfigError;
+use super::command_line::parse_time;
+use crate::discover::cluster::Scope;
+use crate::discover::rbg;
+use crate::discover::source::{KubernetesSource, Source};
+
+/// Options that name a source of workers. With one of them, `--prefill`, `--decode` and `--worker` are not given.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Sources of workers")]
+pub struct SourceArguments {
+    /// Find workers in the Kubernetes cluster that this runs in, or that the kubeconfig names.
+    #[arg(long, requires = "pool", conflicts_with_all = ["fleet_file", "rbg_config", "prefill", "decode", "worker"])]
+    pub kubernetes: bool,
+    /// The InferencePool: NAME in the own namespace, or NAMESPACE/NAME.
+    #[arg(long, value_name = "NAMESPACE/NAME", requires = "kubernetes")]
+    pub pool: Option<String>,
+    /// The InferenceTrafficPolicy [default: the oldest one that refers to the pool].
+    #[arg(long, value_name = "NAME", requires = "kubernetes")]
+    pub policy_name: Option<String>,
+    /// How to reach the cluster [default: the pod's service account, then $KUBECONFIG or ~/.kube/config].
+    #[arg(long, value_name = "FILE", requires = "kubernetes")]
+    pub kubeconfig: Option<PathBuf>,
+    /// A label whose value is a pod's role, besides the policy's and RoleBasedGroup's; repeat for more.
+    #[arg(long, value_name = "LABEL", requires = "kubernetes")]
+    pub role_label: Vec<String>,
+    /// A label that tells where a pod is, instead of topology.kubernetes.io/zone; repeat for more, the first found counts.
+    #[arg(long, value_name = "LABEL", requires = "kubernetes")]
+    pub zone_label: Vec<String>,
+    /// Read the zones of nodes too, for pods that do not carry theirs. Needs a ClusterRole.
+    #[arg(long, requires = "kubernetes")]
+    pub node_zones: bool,
+    /// Write no status conditions and no Events.
+    #[arg(long, requires = "kubernetes")]
+    pub kubernetes_read_only: bool,
+    /// The router's own Service, as which it appears in the status of the pool.
+    #[arg(long, value_name = "NAME", default_value = "kvrouter")]
+    pub service_name: String,
+    /// List all objects anew after this time: what a broken watch lost is found then at the latest.
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = parse_time)]
+    pub kubernetes_resync: Duration,
+    /// Find workers in this file (YAML, or TOML if its name ends in .toml); changes are noticed within seconds.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["rbg_config", "prefill", "decode", "worker"])]
+    pub fleet_file: Option<PathBuf>,
+    /// Find workers in the config.yaml that RoleBasedGroup mounts into its pods.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prefill", "decode", "worker"])]
+    pub rbg_config: Option<PathBuf>,
+    /// HTTP port of workers for which --rbg-config names none.
+    #[arg(long, value_name = "PORT", default_value_t = 8000, value_parser = clap::value_parser!(u16).range(1..))]
+    pub worker_port: u16,
+    /// Bootstrap port of prefill workers for which neither --rbg-config nor their /server_info tells one.
+    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    pub worker_bootstrap_port: Option<u16>,
+    /// Telemetry port of workers whose source does not tell theirs (--kubernetes, --rbg-config).
+    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    pub worker_telemetry_port: Option<u16>,
+}
+
+impl SourceArguments {
+    /// The source that the options name.
+    ///
+    /// # Errors
+    /// [`ConfigError`] when a name cannot be one.
+    pub fn source(self) -> Result<Source, ConfigError> {
+        if let Some(path) = self.fleet_file {
+            return Ok(Source::FleetFile { path });
+        }
+        if let Some(path) = self.rbg_config {
+            let ports = rbg::Ports {
+                http: self.worker_port,
+                bootstrap: self.worker_bootstrap_port,
+                telemetry: self.worker_telemetry_port,
+            };
+            return Ok(Source::RoleBasedGroup { path, ports });
+        }
+        let Some(pool) = self.pool.filter(|_| self.kubernetes) else {
+            return Ok(Source::Flags);
+        };
+        let (namespace, name) = match pool.split_once('/') {
+            Some((namespace, name)) => (Some(namespace.to_owned()), name),
+            None => (None, pool.as_str()),
+        };
+        let is_name = |text: &str| {
+            let fits = |byte: u8| {
+                byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-.".contains(&byte)
+            };
+            !text.is_empty() && text.len() <= 253 && text.bytes().all(fits)
+        };
+        if !is_name(name) || !namespace.as_deref().is_none_or(is_name) {
+            return Err(ConfigError::PoolName { text: pool });
+        }
+        let mut scope = Scope::new(String::new(), name);
+        scope.policy = self.policy_name;
+        scope.telemetry_port = self.worker_telemetry_port;
+        scope.role_labels.splice(0..0, self.role_label);
+        if !self.zone_label.is_empty() {
+            scope.zone_labels = self.zone_label;
+        }
+        Ok(Source::Kubernetes(Box::new(KubernetesSource {
+            kubeconfig: self.kubeconfig,
+            namespace,
+            scope,
+            reads_nodes: self.node_zones,
+            writes: !self.kubernetes_read_only,
+            service: self.service_name,
+            resync: self.kubernetes_resync,
+        })))
+    }
+}
