@@ -181,14 +181,20 @@ impl ApiServer {
     pub fn all(&self, collection: &str) -> Vec<Json> {
         let cluster = self.cluster();
         let found = cluster.objects.get(collection);
-        found.into_iter().flat_map(BTreeMap::values).cloned().collect()
+        found
+            .into_iter()
+            .flat_map(BTreeMap::values)
+            .cloned()
+            .collect()
     }
 
     /// Ends all watches: cleanly, or in the middle of a line.
     pub fn drop_watches(&self, cleanly: bool) {
         for watcher in self.cluster().watchers.drain(..) {
             if !cleanly {
-                let _ = watcher.pieces.try_send(Ok(Bytes::from_static(b"{\"type\":\"MOD")));
+                let _ = watcher
+                    .pieces
+                    .try_send(Ok(Bytes::from_static(b"{\"type\":\"MOD")));
                 let broken = std::io::Error::other("the test broke it");
                 let _ = watcher.pieces.try_send(Err(broken));
             }
@@ -222,7 +228,9 @@ impl ApiServer {
     }
 
     pub fn set_gone_by_status(&self, by_status: bool) {
-        self.inner.gone_by_status.store(by_status, Ordering::Relaxed);
+        self.inner
+            .gone_by_status
+            .store(by_status, Ordering::Relaxed);
     }
 
     pub fn set_piece_bytes(&self, bytes: usize) {
@@ -287,12 +295,26 @@ impl Inner {
         }
         let all = cluster.objects.entry(collection.to_owned()).or_default();
         let before = all.get(&name).cloned();
-        let generation = before.as_ref().map_or(0, |old| old["metadata"]["generation"].as_i64().unwrap_or(0));
-        let same_spec = before.as_ref().is_some_and(|old| old["spec"] == object["spec"]);
+        let generation = before
+            .as_ref()
+            .map_or(0, |old| old["metadata"]["generation"].as_i64().unwrap_or(0));
+        let same_spec = before
+            .as_ref()
+            .is_some_and(|old| old["spec"] == object["spec"]);
         object["metadata"]["generation"] = (generation + i64::from(!same_spec)).into();
         all.insert(name, object.clone());
-        let kind = if before.is_some() { "MODIFIED" } else { "ADDED" };
-        cluster.tell(collection, kind, object, before.as_ref(), self.piece_bytes.load(Ordering::Relaxed));
+        let kind = if before.is_some() {
+            "MODIFIED"
+        } else {
+            "ADDED"
+        };
+        cluster.tell(
+            collection,
+            kind,
+            object,
+            before.as_ref(),
+            self.piece_bytes.load(Ordering::Relaxed),
+        );
     }
 
     fn delete(&self, collection: &str, name: &str) {
@@ -302,12 +324,25 @@ impl Inner {
         let all = cluster.objects.get_mut(collection).expect("the collection");
         let mut object = all.remove(name).expect("the object");
         object["metadata"]["resourceVersion"] = version.into();
-        cluster.tell(collection, "DELETED", object, None, self.piece_bytes.load(Ordering::Relaxed));
+        cluster.tell(
+            collection,
+            "DELETED",
+            object,
+            None,
+            self.piece_bytes.load(Ordering::Relaxed),
+        );
     }
 }
 
 impl Cluster {
-    fn tell(&mut self, collection: &str, kind: &'static str, object: Json, before: Option<&Json>, piece_bytes: usize) {
+    fn tell(
+        &mut self,
+        collection: &str,
+        kind: &'static str,
+        object: Json,
+        before: Option<&Json>,
+        piece_bytes: usize,
+    ) {
         let version = self.version;
         for watcher in &self.watchers {
             if watcher.collection != collection {
@@ -321,15 +356,24 @@ impl Cluster {
                 (false, true) => "DELETED",
                 (false, false) => continue,
             };
-            send(&watcher.pieces, &json!({"type": kind, "object": object}), piece_bytes);
+            send(
+                &watcher.pieces,
+                &json!({"type": kind, "object": object}),
+                piece_bytes,
+            );
         }
-        self.history.push((version, collection.to_owned(), kind, object));
+        self.history
+            .push((version, collection.to_owned(), kind, object));
     }
 }
 
 fn send(pieces: &mpsc::Sender<Piece>, event: &Json, piece_bytes: usize) {
     let line = Bytes::from(format!("{event}\n"));
-    let size = if piece_bytes == 0 { line.len() } else { piece_bytes };
+    let size = if piece_bytes == 0 {
+        line.len()
+    } else {
+        piece_bytes
+    };
     for piece in line.chunks(size) {
         let _ = pieces.try_send(Ok(Bytes::copy_from_slice(piece)));
     }
@@ -339,12 +383,22 @@ fn status(code: u16, reason: &str, message: &str) -> Response {
     let body = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
         "message": message, "reason": reason, "code": code});
     let code = axum::http::StatusCode::from_u16(code).unwrap();
-    (code, [("content-type", "application/json")], body.to_string()).into_response()
+    (
+        code,
+        [("content-type", "application/json")],
+        body.to_string(),
+    )
+        .into_response()
 }
 
 fn answer_json(code: u16, body: &Json) -> Response {
     let code = axum::http::StatusCode::from_u16(code).unwrap();
-    (code, [("content-type", "application/json")], body.to_string()).into_response()
+    (
+        code,
+        [("content-type", "application/json")],
+        body.to_string(),
+    )
+        .into_response()
 }
 
 /// A path's collection without its namespace, the name in it, and whether its status is meant.
@@ -357,7 +411,11 @@ fn parsed(path: &str) -> (String, Option<String>, bool) {
         _ => &parts[root..],
     };
     let name = rest.get(1).map(|name| format!("default/{name}"));
-    (format!("/{prefix}/{}", rest[0]), name, rest.get(2) == Some(&"status"))
+    (
+        format!("/{prefix}/{}", rest[0]),
+        name,
+        rest.get(2) == Some(&"status"),
+    )
 }
 
 async fn answer(State(inner): State<Arc<Inner>>, request: Request) -> Response {
@@ -369,7 +427,11 @@ async fn answer(State(inner): State<Arc<Inner>>, request: Request) -> Response {
     let (collection, name, is_status) = parsed(parts.uri.path());
     let plural = collection.rsplit('/').next().unwrap().to_owned();
     if inner.cluster.lock().unwrap().unknown.contains(&plural) {
-        return status(404, "NotFound", "the server could not find the requested resource");
+        return status(
+            404,
+            "NotFound",
+            "the server could not find the requested resource",
+        );
     }
     let query: BTreeMap<String, String> = parts
         .uri
@@ -378,21 +440,32 @@ async fn answer(State(inner): State<Arc<Inner>>, request: Request) -> Response {
         .split('&')
         .filter_map(|pair| pair.split_once('='))
         .map(|(key, value)| {
-            let value = value.replace("%3D", "=").replace("%2F", "/").replace("%2C", ",");
+            let value = value
+                .replace("%3D", "=")
+                .replace("%2F", "/")
+                .replace("%2C", ",");
             (key.to_owned(), value)
         })
         .collect();
     let selector = query.get("labelSelector").cloned().unwrap_or_default();
     match (parts.method.as_str(), name) {
         ("GET", None) if query.contains_key("watch") => {
-            let from = query.get("resourceVersion").and_then(|text| text.parse().ok());
+            let from = query
+                .get("resourceVersion")
+                .and_then(|text| text.parse().ok());
             watched(&inner, collection, selector, from.unwrap_or(0))
         }
         ("GET", None) => list(&inner, &collection, &selector).await,
         ("GET", Some(name)) => {
             let cluster = inner.cluster.lock().unwrap();
-            let found = cluster.objects.get(&collection).and_then(|all| all.get(&name));
-            found.map_or_else(|| status(404, "NotFound", "not found"), |object| answer_json(200, object))
+            let found = cluster
+                .objects
+                .get(&collection)
+                .and_then(|all| all.get(&name));
+            found.map_or_else(
+                || status(404, "NotFound", "not found"),
+                |object| answer_json(200, object),
+            )
         }
         (method, name) => {
             let body = to_bytes(body, usize::MAX).await.unwrap();
@@ -400,11 +473,15 @@ async fn answer(State(inner): State<Arc<Inner>>, request: Request) -> Response {
             let written = (method.to_owned(), parts.uri.path().to_owned(), body.clone());
             inner.cluster.lock().unwrap().writes.push(written);
             let is_apply = parts.headers.get("content-type").is_some_and(|kind| {
-                kind.to_str().unwrap().starts_with("application/apply-patch")
+                kind.to_str()
+                    .unwrap()
+                    .starts_with("application/apply-patch")
             });
             match (method, name) {
                 ("POST", None) => create(&inner, &collection, body),
-                ("PATCH", Some(name)) => patch(&inner, &collection, &name, &body, is_status, is_apply),
+                ("PATCH", Some(name)) => {
+                    patch(&inner, &collection, &name, &body, is_status, is_apply)
+                }
                 _ => status(405, "MethodNotAllowed", "the test does not know this"),
             }
         }
@@ -412,11 +489,21 @@ async fn answer(State(inner): State<Arc<Inner>>, request: Request) -> Response {
 }
 
 async fn list(inner: &Inner, collection: &str, selector: &str) -> Response {
-    *inner.cluster.lock().unwrap().lists.entry(collection.to_owned()).or_default() += 1;
+    *inner
+        .cluster
+        .lock()
+        .unwrap()
+        .lists
+        .entry(collection.to_owned())
+        .or_default() += 1;
     let mut held = inner.lists_held.subscribe();
     let _ = held.wait_for(|held| !held).await;
     let cluster = inner.cluster.lock().unwrap();
-    let found = cluster.objects.get(collection).into_iter().flat_map(BTreeMap::values);
+    let found = cluster
+        .objects
+        .get(collection)
+        .into_iter()
+        .flat_map(BTreeMap::values);
     let items: Vec<&Json> = found.filter(|object| selected(object, selector)).collect();
     let version = cluster.version.to_string();
     let body = json!({"kind": "List", "apiVersion": "v1", "metadata": {"resourceVersion": version}, "items": items});
@@ -447,14 +534,21 @@ fn watched(inner: &Inner, collection: String, selector: String, from: u64) -> Re
         });
     }
     let pieces = stream::unfold(news, |mut news| async { Some((news.recv().await?, news)) });
-    ([("content-type", "application/json")], Body::from_stream(pieces)).into_response()
+    (
+        [("content-type", "application/json")],
+        Body::from_stream(pieces),
+    )
+        .into_response()
 }
 
 fn create(inner: &Inner, collection: &str, object: Json) -> Response {
     let name = name_of(&object);
     let exists = {
         let cluster = inner.cluster.lock().unwrap();
-        cluster.objects.get(collection).is_some_and(|all| all.contains_key(&name))
+        cluster
+            .objects
+            .get(collection)
+            .is_some_and(|all| all.contains_key(&name))
     };
     if exists {
         return status(409, "AlreadyExists", "it exists");
@@ -463,10 +557,21 @@ fn create(inner: &Inner, collection: &str, object: Json) -> Response {
     answer_json(201, &object)
 }
 
-fn patch(inner: &Inner, collection: &str, name: &str, body: &Json, is_status: bool, is_apply: bool) -> Response {
+fn patch(
+    inner: &Inner,
+    collection: &str,
+    name: &str,
+    body: &Json,
+    is_status: bool,
+    is_apply: bool,
+) -> Response {
     let found = {
         let cluster = inner.cluster.lock().unwrap();
-        cluster.objects.get(collection).and_then(|all| all.get(name)).cloned()
+        cluster
+            .objects
+            .get(collection)
+            .and_then(|all| all.get(name))
+            .cloned()
     };
     let Some(mut object) = found else {
         return status(404, "NotFound", "not found");
@@ -477,7 +582,10 @@ fn patch(inner: &Inner, collection: &str, name: &str, body: &Json, is_status: bo
     }
     if is_status && is_apply {
         // Lists of conditions merge by their type.
-        let mut conditions = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
+        let mut conditions = object["status"]["conditions"]
+            .as_array()
+            .cloned()
+            .unwrap_or_default();
         for wanted in body["status"]["conditions"].as_array().expect("conditions") {
             conditions.retain(|old| old["type"] != wanted["type"]);
             conditions.push(wanted.clone());

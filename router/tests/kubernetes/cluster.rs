@@ -14,7 +14,8 @@ use crate::fakes::soon;
 
 pub const PODS: &str = "/api/v1/pods";
 pub const POOLS: &str = "/apis/inference.networking.x-k8s.io/v1alpha2/inferencepools";
-pub const POLICIES: &str = "/apis/inferenceextension.alibabacloud.com/v1alpha1/inferencetrafficpolicies";
+pub const POLICIES: &str =
+    "/apis/inferenceextension.alibabacloud.com/v1alpha1/inferencetrafficpolicies";
 
 /// Times of tests: nobody waits for anything longer than it takes.
 pub fn hurried() -> Timing {
@@ -47,7 +48,9 @@ pub struct Watching {
 
 impl Watching {
     pub async fn start(server: &ApiServer, settings: Settings) -> Self {
-        let (client, namespace) = kubernetes::connect(Some(server.kubeconfig())).await.unwrap();
+        let (client, namespace) = kubernetes::connect(Some(server.kubeconfig()))
+            .await
+            .unwrap();
         assert_eq!(namespace, "default");
         let mut tasks = JoinSet::new();
         let fleet = kubernetes::start(client, settings, &mut tasks);
@@ -69,7 +72,11 @@ impl Watching {
 
     pub fn names(&self) -> Vec<String> {
         let fleet = self.fleet.borrow();
-        fleet.members.iter().map(|member| member.name.clone()).collect()
+        fleet
+            .members
+            .iter()
+            .map(|member| member.name.clone())
+            .collect()
     }
 }
 
@@ -104,14 +111,23 @@ async fn pods_are_followed_as_they_come_change_and_go() {
     server.change(PODS, "p0", |pod| {
         pod["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z".into();
     });
-    let drains = |fleet: &Arc<Fleet>| fleet.members.iter().any(|one| one.name == "p0" && one.draining);
+    let drains = |fleet: &Arc<Fleet>| {
+        fleet
+            .members
+            .iter()
+            .any(|one| one.name == "p0" && one.draining)
+    };
     soon(watching.fleet.wait_for(drains)).await.unwrap();
     server.delete(PODS, "p0");
     watching.members(&["d0", "p1"]).await;
-    server.change(PODS, "p1", |pod| pod["status"]["conditions"][0]["status"] = "False".into());
+    server.change(PODS, "p1", |pod| {
+        pod["status"]["conditions"][0]["status"] = "False".into()
+    });
     watching.members(&["d0"]).await;
     // A pod without the pool's label any more is none of its pods.
-    server.change(PODS, "d0", |pod| pod["metadata"]["labels"]["app"] = "other".into());
+    server.change(PODS, "d0", |pod| {
+        pod["metadata"]["labels"]["app"] = "other".into()
+    });
     watching.members(&[]).await;
     assert_eq!((server.lists(PODS), server.watches(PODS)), (1, 1));
 }
@@ -140,7 +156,12 @@ async fn a_pool_of_the_newer_version_goes_first() {
     server.apply(&json!({"apiVersion": "inference.networking.k8s.io/v1", "kind": "InferencePool",
         "metadata": {"name": "qwen"},
         "spec": {"selector": {"matchLabels": {"app": "sglang"}}, "targetPorts": [{"number": 9000}]}}));
-    let moved = |fleet: &Arc<Fleet>| fleet.members.first().is_some_and(|one| one.url.to_string().ends_with(":9000"));
+    let moved = |fleet: &Arc<Fleet>| {
+        fleet
+            .members
+            .first()
+            .is_some_and(|one| one.url.to_string().ends_with(":9000"))
+    };
     soon(watching.fleet.wait_for(moved)).await.unwrap();
 }
 
@@ -165,7 +186,9 @@ async fn forgotten_versions_lead_to_a_new_list() {
         server.set_gone_by_status(by_status);
         let mut watching = Watching::start(&server, settings(hurried())).await;
         watching.members(&["d0", "p0"]).await;
-        server.until("a watch", |server| server.watches(PODS) == 1).await;
+        server
+            .until("a watch", |server| server.watches(PODS) == 1)
+            .await;
         server.lose(PODS, "p0");
         server.compact();
         server.drop_watches(true);
@@ -184,7 +207,9 @@ async fn broken_watches_miss_nothing() {
     watching.members(&["d0", "p0"]).await;
     for (turn, cleanly) in [true, false, true, false].into_iter().enumerate() {
         let turns = turn + 1;
-        server.until("a watch", |server| server.watches(PODS) >= turns).await;
+        server
+            .until("a watch", |server| server.watches(PODS) >= turns)
+            .await;
         server.drop_watches(cleanly);
         let name = format!("p{turns}");
         server.apply(&pod(&name, &format!("10.0.0.{}", turns + 10), "prefill"));
@@ -198,12 +223,16 @@ async fn bookmarks_spare_lists() {
     let server = cluster().await;
     let mut watching = Watching::start(&server, settings(hurried())).await;
     watching.members(&["d0", "p0"]).await;
-    server.until("a watch", |server| server.watches(PODS) == 1).await;
+    server
+        .until("a watch", |server| server.watches(PODS) == 1)
+        .await;
     // Nothing of pods happens, and all older versions are forgotten: only the bookmark tells where to go on.
     server.compact();
     server.bookmark();
     server.drop_watches(true);
-    server.until("another watch", |server| server.watches(PODS) == 2).await;
+    server
+        .until("another watch", |server| server.watches(PODS) == 2)
+        .await;
     server.apply(&pod("p1", "10.0.0.2", "prefill"));
     watching.members(&["d0", "p0", "p1"]).await;
     assert_eq!(server.lists(PODS), 1);
@@ -234,7 +263,9 @@ async fn nothing_is_published_before_all_is_listed() {
     let server = cluster().await;
     server.hold_lists(true);
     let mut watching = Watching::start(&server, settings(hurried())).await;
-    server.until("a question", |server| server.lists(POOLS) == 1).await;
+    server
+        .until("a question", |server| server.lists(POOLS) == 1)
+        .await;
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert!(!watching.fleet.has_changed().unwrap());
     server.hold_lists(false);
@@ -250,7 +281,9 @@ async fn a_list_without_an_answer_is_asked_for_again() {
         ..hurried()
     };
     let mut watching = Watching::start(&server, settings(timing)).await;
-    server.until("a second question", |server| server.lists(POOLS) > 1).await;
+    server
+        .until("a second question", |server| server.lists(POOLS) > 1)
+        .await;
     server.hold_lists(false);
     watching.members(&["d0", "p0"]).await;
 }
@@ -268,7 +301,12 @@ async fn events_arrive_in_pieces_of_any_size() {
 #[tokio::test]
 async fn kinds_that_the_cluster_does_not_have_are_done_without_until_they_come() {
     let server = ApiServer::start().await;
-    for plural in ["inferencemodels", "inferenceobjectives", "inferencemodelrewrites", "inferencetrafficpolicies"] {
+    for plural in [
+        "inferencemodels",
+        "inferenceobjectives",
+        "inferencemodelrewrites",
+        "inferencetrafficpolicies",
+    ] {
         server.forget_kind(plural);
     }
     server.apply(&pool(&json!({"app": "sglang"})));
@@ -276,8 +314,10 @@ async fn kinds_that_the_cluster_does_not_have_are_done_without_until_they_come()
     let mut watching = Watching::start(&server, settings(hurried())).await;
     watching.members(&["p0"]).await;
     server.learn_kinds();
-    server.apply(&json!({"apiVersion": "inference.networking.x-k8s.io/v1alpha2", "kind": "InferenceModel",
-        "metadata": {"name": "m"}, "spec": {"modelName": "m", "poolRef": {"name": "qwen"}}}));
+    server.apply(
+        &json!({"apiVersion": "inference.networking.x-k8s.io/v1alpha2", "kind": "InferenceModel",
+        "metadata": {"name": "m"}, "spec": {"modelName": "m", "poolRef": {"name": "qwen"}}}),
+    );
     let has = |fleet: &Arc<Fleet>| fleet.model("m").is_some();
     soon(watching.fleet.wait_for(has)).await.unwrap();
 }

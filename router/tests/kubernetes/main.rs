@@ -7,7 +7,10 @@
 )]
 
 mod api;
-#[allow(dead_code, reason = "written for the front's tests, which use all of it")]
+#[allow(
+    dead_code,
+    reason = "written for the front's tests, which use all of it"
+)]
 #[path = "../front/fakes.rs"]
 mod fakes;
 

@@ -35,9 +35,22 @@ fn pod(name: &str, ip: &str, role: &str) -> serde_json::Value {
 
 async fn start(server: &ApiServer) -> (Child, Running) {
     let mut child = Command::new(env!("CARGO_BIN_EXE_kvrouter"))
-        .args(["--kubernetes", "--pool", "qwen-inference-pool", "--kubeconfig"])
+        .args([
+            "--kubernetes",
+            "--pool",
+            "qwen-inference-pool",
+            "--kubeconfig",
+        ])
         .arg(server.kubeconfig())
-        .args(["--host", "127.0.0.1", "--port", "0", "--log-plain", "--probe-interval", "20ms"])
+        .args([
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "0",
+            "--log-plain",
+            "--probe-interval",
+            "20ms",
+        ])
         .stderr(std::process::Stdio::piped())
         .kill_on_drop(true)
         .spawn()
@@ -45,9 +58,17 @@ async fn start(server: &ApiServer) -> (Child, Running) {
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
     let url = soon(async {
         loop {
-            let line = lines.next_line().await.unwrap().expect("it ended without listening");
+            let line = lines
+                .next_line()
+                .await
+                .unwrap()
+                .expect("it ended without listening");
             if let Some(at) = line.find("listening on http://127.0.0.1:") {
-                return line[at + 13..].split_whitespace().next().unwrap().to_owned();
+                return line[at + 13..]
+                    .split_whitespace()
+                    .next()
+                    .unwrap()
+                    .to_owned();
             }
         }
     })
@@ -62,7 +83,9 @@ fn the_copy_is_the_guides_word_for_word() {
     // What stands between two blocks is the page's next bullet.
     let words = |text: &'static str| {
         let lines = text.lines().map(|line| line.trim_end_matches(" -"));
-        let words = lines.flat_map(str::split_whitespace).filter(|word| *word != "---");
+        let words = lines
+            .flat_map(str::split_whitespace)
+            .filter(|word| *word != "---");
         words.collect::<Vec<_>>()
     };
     assert_eq!(words(SEED), words(PAGE));
@@ -85,7 +108,11 @@ async fn the_guides_yaml_is_accepted_and_routes() {
     let _bootstrap = FakeWorker::start_at(&format!("{first}:34000")).await;
     let late = FakeWorker::start_at(&format!("{second}:34000")).await;
     late.set_get_status(503);
-    for (name, ip, role) in [("prefill-0", &first, "prefill"), ("prefill-1", &second, "prefill"), ("decode-0", &third, "decode")] {
+    for (name, ip, role) in [
+        ("prefill-0", &first, "prefill"),
+        ("prefill-1", &second, "prefill"),
+        ("decode-0", &third, "decode"),
+    ] {
         server.apply(&pod(name, ip, role));
     }
     let (_child, router) = start(&server).await;
@@ -97,35 +124,53 @@ async fn the_guides_yaml_is_accepted_and_routes() {
         assert_eq!((status, body.as_str()), (200, ANSWER));
         let told = decode.request().await.json();
         let asked = prefills[0].request().await.json();
-        assert_eq!((&told["bootstrap_host"], &told["bootstrap_port"]), (&json!(first), &json!(34000)));
+        assert_eq!(
+            (&told["bootstrap_host"], &told["bootstrap_port"]),
+            (&json!(first), &json!(34000))
+        );
         assert_eq!(told["bootstrap_room"], asked["bootstrap_room"]);
         assert_eq!(told["max_tokens"], 50);
     }
     assert!(prefills[1].request_now().is_none());
     late.set_get_status(200);
     router.ready(2, 1).await;
-    server.until("the policy is accepted", |server| {
-        let policy = server.object(POLICIES, "inference-policy").unwrap();
-        let conditions = policy["status"]["conditions"].as_array().cloned().unwrap_or_default();
-        conditions.iter().any(|one| one["type"] == "Accepted" && one["status"] == "True")
-    })
-    .await;
-    server.until("the pool is accepted", |server| {
-        let pool = server.object(SEED_POOLS, "qwen-inference-pool").unwrap();
-        pool["status"]["parent"][0]["conditions"].as_array().is_some_and(|all| {
-            all.iter().all(|one| one["status"] == "True")
+    server
+        .until("the policy is accepted", |server| {
+            let policy = server.object(POLICIES, "inference-policy").unwrap();
+            let conditions = policy["status"]["conditions"]
+                .as_array()
+                .cloned()
+                .unwrap_or_default();
+            conditions
+                .iter()
+                .any(|one| one["type"] == "Accepted" && one["status"] == "True")
         })
-    })
-    .await;
+        .await;
+    server
+        .until("the pool is accepted", |server| {
+            let pool = server.object(SEED_POOLS, "qwen-inference-pool").unwrap();
+            pool["status"]["parent"][0]["conditions"]
+                .as_array()
+                .is_some_and(|all| all.iter().all(|one| one["status"] == "True"))
+        })
+        .await;
     // Pods that RoleBasedGroup makes today carry its new label only.
     server.change("/api/v1/pods", "prefill-0", |pod| {
         let labels = pod["metadata"]["labels"].as_object_mut().unwrap();
         labels.remove("rolebasedgroup.workloads.x-k8s.io/role");
-        labels.insert("rbg.workloads.x-k8s.io/role-name".to_owned(), "prefill".into());
+        labels.insert(
+            "rbg.workloads.x-k8s.io/role-name".to_owned(),
+            "prefill".into(),
+        );
     });
     server.delete("/api/v1/pods", "prefill-1");
     router.ready(1, 1).await;
-    assert_eq!(whole(router.post("/v1/chat/completions", request).await).await.0, 200);
+    assert_eq!(
+        whole(router.post("/v1/chat/completions", request).await)
+            .await
+            .0,
+        200
+    );
     assert_eq!(soon(prefills[0].request()).await.json()["max_tokens"], 50);
 }
 
@@ -136,11 +181,15 @@ async fn models_are_rewritten_and_listed_and_objectives_order_the_queue() {
         server.apply(&object);
     }
     let (prefill, mut decode) = (FakeWorker::start().await, FakeWorker::start().await);
-    for (name, worker, role) in [("prefill-0", &prefill, "prefill"), ("decode-0", &decode, "decode")] {
+    for (name, worker, role) in [
+        ("prefill-0", &prefill, "prefill"),
+        ("decode-0", &decode, "decode"),
+    ] {
         let mut pod = pod(name, "127.0.0.1", role);
         let port = worker.url.rsplit(':').next().unwrap();
         // The prefill worker's fake serves its bootstrap questions too.
-        pod["metadata"]["annotations"] = json!({"kvtransfer.io/port": port, "kvtransfer.io/bootstrap-port": port});
+        pod["metadata"]["annotations"] =
+            json!({"kvtransfer.io/port": port, "kvtransfer.io/bootstrap-port": port});
         server.apply(&pod);
     }
     server.apply(&json!({"apiVersion": "inference.networking.x-k8s.io/v1alpha2", "kind": "InferenceModel",
@@ -149,9 +198,30 @@ async fn models_are_rewritten_and_listed_and_objectives_order_the_queue() {
     let (_child, router) = start(&server).await;
     router.ready(1, 1).await;
     let body = r#"{"seed":12345678901234567890, "model" :"food-review","messages":[]}"#;
-    assert_eq!(whole(router.post("/v1/chat/completions", body).await).await.0, 200);
+    assert_eq!(
+        whole(router.post("/v1/chat/completions", body).await)
+            .await
+            .0,
+        200
+    );
     let told = decode.request().await;
     let text = std::str::from_utf8(&told.body).unwrap();
-    assert!(text.ends_with(r#""seed":12345678901234567890, "model" :"/models/Qwen3-32B","messages":[]}"#), "{text}");
-    assert_eq!(told.json()["bootstrap_port"], json!(prefill.url.rsplit(':').next().unwrap().parse::<u16>().unwrap()));
+    assert!(
+        text.ends_with(
+            r#""seed":12345678901234567890, "model" :"/models/Qwen3-32B","messages":[]}"#
+        ),
+        "{text}"
+    );
+    assert_eq!(
+        told.json()["bootstrap_port"],
+        json!(
+            prefill
+                .url
+                .rsplit(':')
+                .next()
+                .unwrap()
+                .parse::<u16>()
+                .unwrap()
+        )
+    );
 }
