@@ -35,7 +35,7 @@ pub struct Timing {
     pub resync: Duration,
     /// A page of a list that takes longer has failed, default 30 s.
     pub list_timeout: Duration,
-    /// The API server is asked to end a watch after this time, default 2 min: a dead connection is noticed soon after it.
+    /// The API server is asked to end a watch after this time, default 2 min, at most 290 s: a dead connection is noticed soon after it.
     pub watch_timeout: Duration,
     /// First pause after a failure, default 200 ms; it doubles.
     pub retry_min: Duration,

@@ -533,7 +533,10 @@ fn watched(inner: &Inner, collection: String, selector: String, from: u64) -> Re
             pieces,
         });
     }
-    let pieces = stream::unfold(news, |mut news| async { Some((news.recv().await?, news)) });
+    let pieces = stream::unfold(
+        news,
+        |mut news| async move { Some((news.recv().await?, news)) },
+    );
     (
         [("content-type", "application/json")],
         Body::from_stream(pieces),

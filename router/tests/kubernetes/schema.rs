@@ -42,6 +42,20 @@ pub fn faults(schema: &Json, value: &Json, path: &str) -> Vec<String> {
     {
         faults.push(format!("{path} is {value}, none of {allowed:?}"));
     }
+    faults.extend(size_faults(schema, value, path));
+    faults.extend(member_faults(schema, value, path));
+    for (index, item) in value.as_array().into_iter().flatten().enumerate() {
+        faults.extend(self::faults(
+            &schema["items"],
+            item,
+            &format!("{path}[{index}]"),
+        ));
+    }
+    faults
+}
+
+fn size_faults(schema: &Json, value: &Json, path: &str) -> Vec<String> {
+    let mut faults = Vec::new();
     let size = match value {
         Json::Number(number) => number.as_i64(),
         Json::String(text) => i64::try_from(text.chars().count()).ok(),
@@ -61,6 +75,11 @@ pub fn faults(schema: &Json, value: &Json, path: &str) -> Vec<String> {
             faults.push(format!("{path} is {value}, outside {least} or {most}"));
         }
     }
+    faults
+}
+
+fn member_faults(schema: &Json, value: &Json, path: &str) -> Vec<String> {
+    let mut faults = Vec::new();
     if let Some(members) = value.as_object() {
         for name in schema["required"].as_array().into_iter().flatten() {
             if members
@@ -82,13 +101,6 @@ pub fn faults(schema: &Json, value: &Json, path: &str) -> Vec<String> {
                 faults.push(format!("{path} would be pruned"));
             }
         }
-    }
-    for (index, item) in value.as_array().into_iter().flatten().enumerate() {
-        faults.extend(self::faults(
-            &schema["items"],
-            item,
-            &format!("{path}[{index}]"),
-        ));
     }
     faults
 }

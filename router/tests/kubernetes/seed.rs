@@ -7,7 +7,7 @@ use tokio::process::{Child, Command};
 use crate::api::ApiServer;
 use crate::cluster::POLICIES;
 use crate::documents::documents;
-use crate::fakes::{FakeWorker, Running, Script, soon, whole};
+use crate::fakes::{FakeWorker, Running, Script, event_stream, soon, whole};
 
 const SEED: &str = include_str!("seed.yaml");
 
@@ -33,7 +33,7 @@ fn pod(name: &str, ip: &str, role: &str) -> serde_json::Value {
         "status": {"podIP": ip, "phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}})
 }
 
-async fn start(server: &ApiServer) -> (Child, Running) {
+async fn start(server: &ApiServer, options: &[&str]) -> (Child, Running) {
     let mut child = Command::new(env!("CARGO_BIN_EXE_kvrouter"))
         .args([
             "--kubernetes",
@@ -51,6 +51,7 @@ async fn start(server: &ApiServer) -> (Child, Running) {
             "--probe-interval",
             "20ms",
         ])
+        .args(options)
         .stderr(std::process::Stdio::piped())
         .kill_on_drop(true)
         .spawn()
@@ -92,6 +93,30 @@ fn the_copy_is_the_guides_word_for_word() {
     assert_eq!(documents(SEED).len(), 5);
 }
 
+/// Waits until the policy and the pool say that all is well.
+async fn accepted(server: &ApiServer) {
+    server
+        .until("the policy is accepted", |server| {
+            let policy = server.object(POLICIES, "inference-policy").unwrap();
+            let conditions = policy["status"]["conditions"]
+                .as_array()
+                .cloned()
+                .unwrap_or_default();
+            conditions
+                .iter()
+                .any(|one| one["type"] == "Accepted" && one["status"] == "True")
+        })
+        .await;
+    server
+        .until("the pool is accepted", |server| {
+            let pool = server.object(SEED_POOLS, "qwen-inference-pool").unwrap();
+            pool["status"]["parent"][0]["conditions"]
+                .as_array()
+                .is_some_and(|all| all.iter().all(|one| one["status"] == "True"))
+        })
+        .await;
+}
+
 #[tokio::test]
 async fn the_guides_yaml_is_accepted_and_routes() {
     let server = ApiServer::start().await;
@@ -115,7 +140,7 @@ async fn the_guides_yaml_is_accepted_and_routes() {
     ] {
         server.apply(&pod(name, ip, role));
     }
-    let (_child, router) = start(&server).await;
+    let (_child, router) = start(&server, &[]).await;
     router.ready(1, 1).await;
     let request = r#"{"model": "/models/Qwen3-32B", "messages": [{"role": "user", "content": "Hello, this is a test"}], "max_tokens": 50}"#;
     for _ in 0..3 {
@@ -134,26 +159,7 @@ async fn the_guides_yaml_is_accepted_and_routes() {
     assert!(prefills[1].request_now().is_none());
     late.set_get_status(200);
     router.ready(2, 1).await;
-    server
-        .until("the policy is accepted", |server| {
-            let policy = server.object(POLICIES, "inference-policy").unwrap();
-            let conditions = policy["status"]["conditions"]
-                .as_array()
-                .cloned()
-                .unwrap_or_default();
-            conditions
-                .iter()
-                .any(|one| one["type"] == "Accepted" && one["status"] == "True")
-        })
-        .await;
-    server
-        .until("the pool is accepted", |server| {
-            let pool = server.object(SEED_POOLS, "qwen-inference-pool").unwrap();
-            pool["status"]["parent"][0]["conditions"]
-                .as_array()
-                .is_some_and(|all| all.iter().all(|one| one["status"] == "True"))
-        })
-        .await;
+    accepted(&server).await;
     // Pods that RoleBasedGroup makes today carry its new label only.
     server.change("/api/v1/pods", "prefill-0", |pod| {
         let labels = pod["metadata"]["labels"].as_object_mut().unwrap();
@@ -175,7 +181,7 @@ async fn the_guides_yaml_is_accepted_and_routes() {
 }
 
 #[tokio::test]
-async fn models_are_rewritten_and_listed_and_objectives_order_the_queue() {
+async fn models_are_rewritten_in_place() {
     let server = ApiServer::start().await;
     for object in documents(SEED) {
         server.apply(&object);
@@ -195,7 +201,7 @@ async fn models_are_rewritten_and_listed_and_objectives_order_the_queue() {
     server.apply(&json!({"apiVersion": "inference.networking.x-k8s.io/v1alpha2", "kind": "InferenceModel",
         "metadata": {"name": "food"}, "spec": {"modelName": "food-review", "criticality": "Critical",
             "poolRef": {"name": "qwen-inference-pool"}, "targetModels": [{"name": "/models/Qwen3-32B"}]}}));
-    let (_child, router) = start(&server).await;
+    let (_child, router) = start(&server, &[]).await;
     router.ready(1, 1).await;
     let body = r#"{"seed":12345678901234567890, "model" :"food-review","messages":[]}"#;
     assert_eq!(
@@ -224,4 +230,63 @@ async fn models_are_rewritten_and_listed_and_objectives_order_the_queue() {
                 .unwrap()
         )
     );
+}
+
+#[tokio::test]
+async fn objectives_order_the_queue() {
+    let server = ApiServer::start().await;
+    for object in documents(SEED) {
+        server.apply(&object);
+    }
+    server.apply(&json!({"apiVersion": "inference.networking.x-k8s.io/v1alpha2", "kind": "InferenceObjective",
+        "metadata": {"name": "batch"}, "spec": {"priority": -10, "poolRef": {"name": "qwen-inference-pool"}}}));
+    let (prefill, mut decode) = (FakeWorker::start().await, FakeWorker::start().await);
+    for (name, worker, role) in [("p", &prefill, "prefill"), ("d", &decode, "decode")] {
+        let mut pod = pod(name, "127.0.0.1", role);
+        let port = worker.url.rsplit(':').next().unwrap();
+        pod["metadata"]["annotations"] =
+            json!({"kvtransfer.io/port": port, "kvtransfer.io/bootstrap-port": port});
+        server.apply(&pod);
+    }
+    let (_child, router) = start(&server, &["--max-concurrent-requests", "1"]).await;
+    router.ready(1, 1).await;
+    let router = std::sync::Arc::new(router);
+    let (chunks, script) = event_stream();
+    decode.then(script);
+    let mut asked = tokio::task::JoinSet::new();
+    let requests = [
+        ("first", [("x-none", "none")]),
+        // Its own priority cannot lift it above its objective.
+        ("batch", [("x-gateway-inference-objective", "batch")]),
+        ("usual", [("x-gateway-inference-objective", "unknown")]),
+    ];
+    for (waiting, (text, headers)) in requests.into_iter().enumerate() {
+        let router_here = std::sync::Arc::clone(&router);
+        asked.spawn(async move {
+            let priority = if text == "batch" { 100 } else { 0 };
+            let body = format!(r#"{{"text":"{text}","priority":{priority}}}"#);
+            let answer = router_here
+                .send(hyper::Method::POST, "/generate", &headers, body)
+                .await;
+            assert_eq!(whole(answer).await.0, 200);
+        });
+        if waiting == 0 {
+            assert_eq!(decode.request().await.json()["text"], "first");
+        } else {
+            let waiting = u64::try_from(waiting).unwrap();
+            soon(async {
+                while router.metric("kvrouter_queued_requests").await != waiting {
+                    tokio::task::yield_now().await;
+                }
+            })
+            .await;
+        }
+    }
+    chunks.send(Ok("data: [DONE]\n\n".into())).await.unwrap();
+    drop(chunks);
+    assert_eq!(decode.request().await.json()["text"], "usual");
+    assert_eq!(decode.request().await.json()["text"], "batch");
+    while let Some(done) = asked.join_next().await {
+        done.unwrap();
+    }
 }

@@ -17,12 +17,10 @@ fn policy() -> Json {
             "pdRoleLabelName": "rbg.workloads.x-k8s.io/role-name", "kvTransfer": {"bootstrapPort": 34000}}}}})
 }
 
-fn condition(object: &Json, kind: &str) -> Json {
-    let conditions = object.as_array().into_iter().flatten();
-    conditions
-        .filter(|one| one["type"] == kind)
+fn condition(conditions: &Json, kind: &str) -> Json {
+    let mut all = conditions.as_array().into_iter().flatten();
+    all.find(|one| one["type"] == kind)
         .cloned()
-        .next()
         .unwrap_or_default()
 }
 

@@ -52,6 +52,45 @@ impl Troubles {
     }
 }
 
+/// The workers found so far, each address once.
+#[derive(Default)]
+struct Roster<'a> {
+    members: Vec<(Member, &'a Meta)>,
+    by_address: HashMap<(IpAddr, u16), usize>,
+    unusable: Troubles,
+}
+
+impl<'a> Roster<'a> {
+    fn add(&mut self, address: (IpAddr, u16), member: Member, meta: &'a Meta) {
+        let name = &meta.name;
+        match self.by_address.get(&address) {
+            // An address is used again, or host ports collide: the pod that lives on and is younger has it now.
+            Some(at) => {
+                let (other, before) = &self.members[*at];
+                if !member.draining && !other.draining {
+                    let (ip, port) = address;
+                    let text = format!("{name} and {} share {ip}:{port}", other.name);
+                    self.unusable.add(text);
+                }
+                let rank = |member: &Member, meta: &Meta| {
+                    (!member.draining, meta.created.clone(), meta.name.clone())
+                };
+                if rank(&member, meta) > rank(other, before) {
+                    self.members[*at] = (member, meta);
+                }
+            }
+            None if self.members.len() == MEMBERS_MAX => {
+                let text = format!("{name} is one worker above the {MEMBERS_MAX} that are served");
+                self.unusable.add(text);
+            }
+            None => {
+                self.by_address.insert(address, self.members.len());
+                self.members.push((member, meta));
+            }
+        }
+    }
+}
+
 /// Looks at the pods of `pool`.
 pub(super) fn find(
     scope: &Scope,
@@ -65,9 +104,7 @@ pub(super) fn find(
         .chain(&scope.role_labels)
         .map(String::as_str)
         .collect();
-    let (mut roleless, mut unusable) = (Troubles::default(), Troubles::default());
-    let mut members: Vec<(Member, &Meta)> = Vec::new();
-    let mut by_address: HashMap<(IpAddr, u16), usize> = HashMap::new();
+    let (mut roleless, mut roster) = (Troubles::default(), Roster::default());
     for object in objects.of_kind(Kind::Pod) {
         let Object::Pod(pod) = object else {
             continue;
@@ -90,39 +127,19 @@ pub(super) fn find(
         let all = match of_pod(scope, objects, pool, policy, pod, role, ip) {
             Ok(all) => all,
             Err((annotation, text)) => {
-                unusable.add(format!(
+                roster.unusable.add(format!(
                     "{name} has `{text}` for a port in its annotation {annotation}"
                 ));
                 continue;
             }
         };
         for (port, member) in all {
-            match by_address.get(&(ip, port)) {
-                // An address is used again, or host ports collide: the pod that lives on and is younger has it now.
-                Some(at) => {
-                    let (other, meta) = &members[*at];
-                    if !member.draining && !other.draining {
-                        unusable.add(format!("{name} and {} share {ip}:{port}", other.name));
-                    }
-                    let rank = |member: &Member, meta: &Meta| {
-                        (!member.draining, meta.created.clone(), meta.name.clone())
-                    };
-                    if rank(&member, &pod.meta) > rank(other, meta) {
-                        members[*at] = (member, &pod.meta);
-                    }
-                }
-                None if members.len() == MEMBERS_MAX => {
-                    unusable.add(format!(
-                        "{name} is one worker above the {MEMBERS_MAX} that are served"
-                    ));
-                }
-                None => {
-                    by_address.insert((ip, port), members.len());
-                    members.push((member, &pod.meta));
-                }
-            }
+            roster.add((ip, port), member, &pod.meta);
         }
     }
+    let Roster {
+        members, unusable, ..
+    } = roster;
     let mut members: Vec<Member> = members.into_iter().map(|(member, _)| member).collect();
     members.sort_by(|a, b| a.name.cmp(&b.name));
     let advice = format!(

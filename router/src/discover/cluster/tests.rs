@@ -63,7 +63,7 @@ fn judged(view: &View, kind: Kind, name: &str, condition: &str) -> (bool, &'stat
 #[test]
 fn roles_come_from_the_policys_label_or_from_rolebasedgroups() {
     let (new, old) = (ROLE_LABELS[0], ROLE_LABELS[1]);
-    let mut all = vec![
+    let all = vec![
         (Kind::PoolV1Alpha2, pool()),
         (Kind::TrafficPolicy, seed_policy()),
         (
@@ -114,10 +114,18 @@ fn roles_come_from_the_policys_label_or_from_rolebasedgroups() {
     ] {
         assert!(judged(&view, Kind::PoolV1Alpha2, "qwen", name).0, "{name}");
     }
-    all.push((Kind::Pod, pod("x", "10.0.0.6", &json!({"my/role": "boss"}))));
-    all.push((Kind::Pod, pod("y", "10.0.0.7", &json!({}))));
-    let worse = seen(&all);
-    assert_eq!(worse.fleet, view.fleet);
+}
+
+#[test]
+fn pods_without_a_role_are_named_with_what_they_lack() {
+    let (new, old) = (ROLE_LABELS[0], ROLE_LABELS[1]);
+    let worse = seen(&[
+        (Kind::PoolV1Alpha2, pool()),
+        (Kind::TrafficPolicy, seed_policy()),
+        (Kind::Pod, pod("x", "10.0.0.6", &json!({"my/role": "boss"}))),
+        (Kind::Pod, pod("y", "10.0.0.7", &json!({}))),
+    ]);
+    assert!(worse.fleet.members.is_empty());
     let (holds, reason, message) = judged(&worse, Kind::PoolV1Alpha2, "qwen", "RolesRecognized");
     assert_eq!((holds, reason), (false, "RoleUnknown"));
     assert!(
@@ -380,83 +388,63 @@ fn of_two_policies_the_older_or_the_named_one_counts() {
     );
 }
 
-#[test]
-fn models_objectives_and_rewrites_become_rules() {
-    let object = |name: &str, created: &str, spec: Json| {
-        let mut object =
-            json!({"metadata": {"name": name, "creationTimestamp": created}, "spec": spec});
-        object["spec"]["poolRef"] = json!({"name": "qwen"});
-        object
-    };
+/// An object about the pool; the day of its birth orders them.
+fn about_pool(name: &str, day: u32, spec: Json) -> Json {
+    let created = format!("2026-01-{day:02}T00:00:00Z");
+    let mut object =
+        json!({"metadata": {"name": name, "creationTimestamp": created}, "spec": spec});
+    object["spec"]["poolRef"] = json!({"name": "qwen"});
+    object
+}
+
+fn model_objects() -> Vec<(Kind, Json)> {
     let rewrite = |model: Json, target: &str| json!({"matches": model, "targets": [{"modelRewrite": target}]});
     let exact = |name: &str| json!([{"model": {"type": "Exact", "value": name}}]);
-    let view = seen(&[
+    let food = json!({"modelName": "food", "criticality": "Critical",
+        "targetModels": [{"name": "food-v1", "weight": 90}, {"name": "food-v2", "weight": 10}]});
+    let batch = json!({"modelName": "batch", "criticality": "Sheddable"});
+    let half =
+        json!({"modelName": "half", "targetModels": [{"name": "a", "weight": 1}, {"name": "b"}]});
+    let regex = json!({"matches": [{"model": {"type": "Regex", "value": ".*"}}], "targets": [{"modelRewrite": "x"}]});
+    let young = rewrite(exact("alias"), "young");
+    let v2 = rewrite(exact("batch"), "batch-v2");
+    let rest = rewrite(json!([]), "rest");
+    let old = rewrite(exact("alias"), "old");
+    vec![
         (Kind::PoolV1Alpha2, pool()),
+        (Kind::Model, about_pool("m1", 1, food)),
         (
             Kind::Model,
-            object(
-                "m1",
-                "2026-01-01",
-                json!({"modelName": "food", "criticality": "Critical",
-            "targetModels": [{"name": "food-v1", "weight": 90}, {"name": "food-v2", "weight": 10}]}),
-            ),
+            about_pool("m2", 2, json!({"modelName": "food"})),
         ),
-        (
-            Kind::Model,
-            object("m2", "2026-01-02", json!({"modelName": "food"})),
-        ),
-        (
-            Kind::Model,
-            object(
-                "m3",
-                "2026-01-02",
-                json!({"modelName": "batch", "criticality": "Sheddable"}),
-            ),
-        ),
-        (
-            Kind::Model,
-            object(
-                "m4",
-                "2026-01-02",
-                json!({"modelName": "half",
-            "targetModels": [{"name": "a", "weight": 1}, {"name": "b"}]}),
-            ),
-        ),
+        (Kind::Model, about_pool("m3", 2, batch)),
+        (Kind::Model, about_pool("m4", 2, half)),
         (
             Kind::Objective,
-            object("urgent", "2026-01-01", json!({"priority": 10})),
+            about_pool("urgent", 1, json!({"priority": 10})),
         ),
         (
             Kind::LlmdObjective,
-            object("later", "2026-01-01", json!({"priority": -5})),
+            about_pool("later", 1, json!({"priority": -5})),
         ),
         (
             Kind::Rewrite,
-            object(
-                "r1",
-                "2026-01-02",
-                json!({"rules": [
-            rewrite(exact("alias"), "young"), rewrite(exact("batch"), "batch-v2"), rewrite(json!([]), "rest")]}),
-            ),
+            about_pool("r1", 2, json!({"rules": [young, v2, rest]})),
         ),
         (
             Kind::LlmdRewrite,
-            object(
-                "r0",
-                "2026-01-01",
-                json!({"rules": [rewrite(exact("alias"), "old")]}),
-            ),
+            about_pool("r0", 1, json!({"rules": [old]})),
         ),
         (
             Kind::Rewrite,
-            object(
-                "r2",
-                "2026-01-03",
-                json!({"rules": [
-            {"matches": [{"model": {"type": "Regex", "value": ".*"}}], "targets": [{"modelRewrite": "x"}]}]}),
-            ),
+            about_pool("r2", 3, json!({"rules": [regex]})),
         ),
-    ]);
+    ]
+}
+
+#[test]
+fn models_objectives_and_rewrites_become_rules() {
+    let view = seen(&model_objects());
     let fleet = &view.fleet;
     let told: Vec<_> = fleet
         .models

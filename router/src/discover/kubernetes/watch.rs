@@ -17,6 +17,9 @@ use crate::discover::objects::{Kind, Object};
 /// Most objects of a kind; above it the rest is not looked at.
 pub(super) const OBJECTS_MAX: usize = 20_000;
 
+/// Longest life of a watch that the client agrees to, in seconds.
+const WATCH_SECONDS_MAX: u32 = 290;
+
 /// A watch that lived this long has recovered: the next failure is a first one.
 const RECOVERED: Duration = Duration::from_secs(10);
 
@@ -72,7 +75,10 @@ impl Watch {
         } else {
             Api::namespaced_with(self.client.clone(), &self.namespace, &resource)
         };
-        let seconds = u32::try_from(self.timing.watch_timeout.as_secs().max(1)).unwrap_or(u32::MAX);
+        let seconds = self.timing.watch_timeout.as_secs();
+        let seconds = u32::try_from(seconds)
+            .unwrap_or(u32::MAX)
+            .clamp(1, WATCH_SECONDS_MAX);
         let config = watcher::Config {
             label_selector: self.labels.clone(),
             ..watcher::Config::default().timeout(seconds)
