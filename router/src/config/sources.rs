@@ -58,6 +58,10 @@ pub struct SourceArguments {
     /// Bootstrap port of prefill workers for which neither --rbg-config nor their /server_info tells one.
     #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pub worker_bootstrap_port: Option<u16>,
+    /// Do not ask the bootstrap servers of prefill workers whether they know their ranks (--kubernetes, --rbg-config): for
+    /// networks in which only workers reach them.
+    #[arg(long)]
+    pub skip_bootstrap_probe: bool,
     /// Telemetry port of workers whose source does not tell theirs (--kubernetes, --rbg-config).
     #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pub worker_telemetry_port: Option<u16>,
@@ -77,6 +81,7 @@ impl SourceArguments {
                 http: self.worker_port,
                 bootstrap: self.worker_bootstrap_port,
                 telemetry: self.worker_telemetry_port,
+                probes_bootstrap: !self.skip_bootstrap_probe,
             };
             return Ok(Source::RoleBasedGroup { path, ports });
         }
@@ -99,6 +104,7 @@ impl SourceArguments {
         let mut scope = Scope::new(String::new(), name);
         scope.policy = self.policy_name;
         scope.telemetry_port = self.worker_telemetry_port;
+        scope.probes_bootstrap = !self.skip_bootstrap_probe;
         scope.role_labels.splice(0..0, self.role_label);
         if !self.zone_label.is_empty() {
             scope.zone_labels = self.zone_label;
@@ -112,5 +118,73 @@ impl SourceArguments {
             service: self.service_name,
             resync: self.kubernetes_resync,
         })))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::config::CommandLine;
+    use crate::discover::source::Source;
+
+    fn parse(line: &str) -> Result<Source, String> {
+        CommandLine::from_args(line.split_whitespace())
+            .map(|line| line.source)
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn each_source_has_its_options() {
+        let line = "kvrouter --kubernetes --pool prod/qwen --policy-name p --role-label my/role --zone-label rack --node-zones \
+                    --worker-telemetry-port 9000 --kubernetes-resync 90s --kubernetes-read-only --skip-bootstrap-probe";
+        let Ok(Source::Kubernetes(source)) = parse(line) else {
+            panic!("{line}");
+        };
+        let scope = &source.scope;
+        assert_eq!(
+            (source.namespace.as_deref(), scope.pool.as_str()),
+            (Some("prod"), "qwen")
+        );
+        assert_eq!(
+            (scope.role_labels.len(), scope.role_labels[0].as_str()),
+            (3, "my/role")
+        );
+        assert_eq!(
+            (scope.zone_labels.join(","), scope.telemetry_port),
+            ("rack".to_owned(), Some(9000))
+        );
+        assert!(source.reads_nodes && !source.writes && !scope.probes_bootstrap);
+        assert_eq!(source.resync.as_secs(), 90);
+        let file = parse("kvrouter --fleet-file a.yaml");
+        assert!(matches!(file, Ok(Source::FleetFile { .. })));
+        let group = parse("kvrouter --rbg-config c.yaml --worker-port 8100");
+        assert!(matches!(group, Ok(Source::RoleBasedGroup { ports, .. }) if ports.http == 8100));
+        let flags = parse("kvrouter --prefill http://a:1 --decode http://b:1");
+        assert!(matches!(flags, Ok(Source::Flags)));
+    }
+
+    #[test]
+    fn sources_do_not_mix() {
+        for (line, part) in [
+            ("kvrouter --kubernetes", "--pool"),
+            (
+                "kvrouter --pool a --prefill http://a:1 --decode http://b:1",
+                "--kubernetes",
+            ),
+            (
+                "kvrouter --kubernetes --pool a --decode http://b:1",
+                "cannot be used with",
+            ),
+            (
+                "kvrouter --fleet-file a --rbg-config b",
+                "cannot be used with",
+            ),
+            ("kvrouter --kubernetes --pool a/b/c", "NAMESPACE/NAME"),
+            ("kvrouter --kubernetes --pool /b", "NAMESPACE/NAME"),
+            ("kvrouter --rbg-config a --worker-port 0", "0"),
+            ("kvrouter", "--prefill"),
+        ] {
+            let error = parse(line).unwrap_err();
+            assert!(error.contains(part), "{line}: {error}");
+        }
     }
 }

@@ -44,6 +44,8 @@ pub struct Scope {
     pub zone_labels: Vec<String>,
     /// Telemetry port of pods without an annotation.
     pub telemetry_port: Option<u16>,
+    /// Prefill pods are ready only when their bootstrap servers know their ranks.
+    pub probes_bootstrap: bool,
 }
 
 impl Scope {
@@ -56,6 +58,7 @@ impl Scope {
             role_labels: ROLE_LABELS.map(str::to_owned).to_vec(),
             zone_labels: ZONE_LABELS.map(str::to_owned).to_vec(),
             telemetry_port: None,
+            probes_bootstrap: true,
         }
     }
 }

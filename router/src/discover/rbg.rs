@@ -22,6 +22,8 @@ pub struct Ports {
     pub bootstrap: Option<u16>,
     /// Of a worker's telemetry stream.
     pub telemetry: Option<u16>,
+    /// Whether bootstrap servers are asked if they know their ranks.
+    pub probes_bootstrap: bool,
 }
 
 /// Names of the port of the HTTP server. RoleBasedGroup writes `-` as `_`.
@@ -108,7 +110,7 @@ fn member(role: Role, instance: &InstanceEntry, ports: Ports) -> Result<Member, 
         url,
         bootstrap_port: bootstrap.filter(|_| is_prefill),
         bootstrap_port_assumed: ports.bootstrap.filter(|_| is_prefill),
-        probes_bootstrap: is_prefill,
+        probes_bootstrap: ports.probes_bootstrap && is_prefill,
         telemetry_port: telemetry.or(ports.telemetry),
         zone: None,
         draining: false,
@@ -123,6 +125,7 @@ mod tests {
         http: 8000,
         bootstrap: Some(34000),
         telemetry: None,
+        probes_bootstrap: true,
     };
 
     #[test]

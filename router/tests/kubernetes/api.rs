@@ -61,7 +61,6 @@ struct Inner {
 
 /// The server, and the hand of the test on it.
 pub struct ApiServer {
-    pub url: String,
     inner: Arc<Inner>,
     kubeconfig: PathBuf,
 }
@@ -132,7 +131,6 @@ impl ApiServer {
         });
         std::fs::write(&kubeconfig, text.to_string()).unwrap();
         Self {
-            url,
             inner,
             kubeconfig,
         }

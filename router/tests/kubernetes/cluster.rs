@@ -146,6 +146,7 @@ async fn a_pool_for_other_pods_gets_other_pods() {
     watching.members(&[]).await;
     server.apply(&pool(&json!({"app": "sglang"})));
     watching.members(&["d0", "p0"]).await;
+    assert_eq!(server.lists(PODS), 3);
 }
 
 #[tokio::test]
@@ -162,7 +163,8 @@ async fn a_pool_of_the_newer_version_goes_first() {
             .first()
             .is_some_and(|one| one.url.to_string().ends_with(":9000"))
     };
-    soon(watching.fleet.wait_for(moved)).await.unwrap();
+    let fleet = soon(watching.fleet.wait_for(moved)).await.unwrap();
+    assert_eq!(fleet.members.len(), 2);
 }
 
 #[tokio::test]
@@ -216,6 +218,8 @@ async fn broken_watches_miss_nothing() {
         let has = |fleet: &Arc<Fleet>| fleet.members.iter().any(|member| member.name == name);
         soon(watching.fleet.wait_for(has)).await.unwrap();
     }
+    // A clean end is gone on from, after a break all is listed.
+    assert_eq!(server.lists(PODS), 3);
 }
 
 #[tokio::test]
@@ -284,6 +288,7 @@ async fn a_list_without_an_answer_is_asked_for_again() {
     server
         .until("a second question", |server| server.lists(POOLS) > 1)
         .await;
+    assert!(watching.names().is_empty());
     server.hold_lists(false);
     watching.members(&["d0", "p0"]).await;
 }
@@ -296,6 +301,7 @@ async fn events_arrive_in_pieces_of_any_size() {
     watching.members(&["d0", "p0"]).await;
     server.apply(&pod("p1", "10.0.0.2", "prefill"));
     watching.members(&["d0", "p0", "p1"]).await;
+    assert_eq!((server.lists(PODS), server.watches(PODS)), (1, 1));
 }
 
 #[tokio::test]
@@ -319,5 +325,6 @@ async fn kinds_that_the_cluster_does_not_have_are_done_without_until_they_come()
         "metadata": {"name": "m"}, "spec": {"modelName": "m", "poolRef": {"name": "qwen"}}}),
     );
     let has = |fleet: &Arc<Fleet>| fleet.model("m").is_some();
-    soon(watching.fleet.wait_for(has)).await.unwrap();
+    let fleet = soon(watching.fleet.wait_for(has)).await.unwrap();
+    assert_eq!(fleet.members.len(), 1);
 }

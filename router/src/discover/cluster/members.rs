@@ -233,7 +233,7 @@ fn of_pod<'a>(
             bootstrap_port_assumed: policy
                 .and_then(|policy| policy.bootstrap_port)
                 .filter(|_| is_prefill),
-            probes_bootstrap: is_prefill,
+            probes_bootstrap: scope.probes_bootstrap && is_prefill,
             telemetry_port,
             zone: zone.clone(),
             draining: pod.meta.is_terminating,
