@@ -62,9 +62,6 @@ pub struct SourceArguments {
     /// networks in which only workers reach them.
     #[arg(long)]
     pub skip_bootstrap_probe: bool,
-    /// Telemetry port of workers whose source does not tell theirs (--kubernetes, --rbg-config).
-    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
-    pub worker_telemetry_port: Option<u16>,
 }
 
 impl SourceArguments {
@@ -80,7 +77,6 @@ impl SourceArguments {
             let ports = rbg::Ports {
                 http: self.worker_port,
                 bootstrap: self.worker_bootstrap_port,
-                telemetry: self.worker_telemetry_port,
                 probes_bootstrap: !self.skip_bootstrap_probe,
             };
             return Ok(Source::RoleBasedGroup { path, ports });
@@ -103,7 +99,6 @@ impl SourceArguments {
         }
         let mut scope = Scope::new(String::new(), name);
         scope.policy = self.policy_name;
-        scope.telemetry_port = self.worker_telemetry_port;
         scope.probes_bootstrap = !self.skip_bootstrap_probe;
         scope.role_labels.splice(0..0, self.role_label);
         if !self.zone_label.is_empty() {
@@ -135,7 +130,7 @@ mod tests {
     #[test]
     fn each_source_has_its_options() {
         let line = "kvrouter --kubernetes --pool prod/qwen --policy-name p --role-label my/role --zone-label rack --node-zones \
-                    --worker-telemetry-port 9000 --kubernetes-resync 90s --kubernetes-read-only --skip-bootstrap-probe";
+                    --kubernetes-resync 90s --kubernetes-read-only --skip-bootstrap-probe";
         let Ok(Source::Kubernetes(source)) = parse(line) else {
             panic!("{line}");
         };
@@ -148,10 +143,7 @@ mod tests {
             (scope.role_labels.len(), scope.role_labels[0].as_str()),
             (3, "my/role")
         );
-        assert_eq!(
-            (scope.zone_labels.join(","), scope.telemetry_port),
-            ("rack".to_owned(), Some(9000))
-        );
+        assert_eq!(scope.zone_labels, ["rack"]);
         assert!(source.reads_nodes && !source.writes && !scope.probes_bootstrap);
         assert_eq!(source.resync.as_secs(), 90);
         let file = parse("kvrouter --fleet-file a.yaml");

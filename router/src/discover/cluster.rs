@@ -42,8 +42,6 @@ pub struct Scope {
     pub role_labels: Vec<String>,
     /// Labels that tell where a pod or its node is.
     pub zone_labels: Vec<String>,
-    /// Telemetry port of pods without an annotation.
-    pub telemetry_port: Option<u16>,
     /// Prefill pods are ready only when their bootstrap servers know their ranks.
     pub probes_bootstrap: bool,
 }
@@ -57,7 +55,6 @@ impl Scope {
             policy: None,
             role_labels: ROLE_LABELS.map(str::to_owned).to_vec(),
             zone_labels: ZONE_LABELS.map(str::to_owned).to_vec(),
-            telemetry_port: None,
             probes_bootstrap: true,
         }
     }

@@ -16,7 +16,7 @@ pub fn fleet(config: &Config) -> Fleet {
         bootstrap_port: None,
         bootstrap_port_assumed: None,
         probes_bootstrap: false,
-        telemetry_port: None,
+        telemetry_port: config.telemetry.port_of(url),
         zone: None,
         draining: false,
     };

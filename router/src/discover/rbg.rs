@@ -20,8 +20,6 @@ pub struct Ports {
     pub http: u16,
     /// Of a prefill worker's bootstrap server.
     pub bootstrap: Option<u16>,
-    /// Of a worker's telemetry stream.
-    pub telemetry: Option<u16>,
     /// Whether bootstrap servers are asked if they know their ranks.
     pub probes_bootstrap: bool,
 }
@@ -111,7 +109,7 @@ fn member(role: Role, instance: &InstanceEntry, ports: Ports) -> Result<Member, 
         bootstrap_port: bootstrap.filter(|_| is_prefill),
         bootstrap_port_assumed: ports.bootstrap.filter(|_| is_prefill),
         probes_bootstrap: ports.probes_bootstrap && is_prefill,
-        telemetry_port: telemetry.or(ports.telemetry),
+        telemetry_port: telemetry,
         zone: None,
         draining: false,
     })
@@ -124,7 +122,6 @@ mod tests {
     const PORTS: Ports = Ports {
         http: 8000,
         bootstrap: Some(34000),
-        telemetry: None,
         probes_bootstrap: true,
     };
 

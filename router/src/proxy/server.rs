@@ -4,7 +4,6 @@
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use hyper::body::Incoming;
@@ -29,6 +28,7 @@ use crate::config::{Config, ConfigError};
 use crate::discover::source::SourceError;
 use crate::discover::{FleetWatch, flags};
 use crate::fleet;
+use crate::gossip;
 use crate::metrics::{Gauges, Route};
 use crate::pool::Role;
 use crate::pool::tls::{self, TlsError};
@@ -84,6 +84,7 @@ pub struct Router {
     listener: TcpListener,
     address: SocketAddr,
     tls: Option<TlsAcceptor>,
+    gossip: Option<TcpListener>,
     front: Arc<Front>,
     abort_runner: AbortRunner,
 }
@@ -126,14 +127,31 @@ impl Router {
             .map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
         let tls = config.tls.as_ref().map(tls::acceptor).transpose()?;
+        let gossip = match config.gossip.port {
+            Some(port) => {
+                let listener = TcpListener::bind((host, port)).await;
+                Some(listener.map_err(|source| RunError::Listen {
+                    host: config.host.clone(),
+                    port,
+                    source,
+                })?)
+            }
+            None => None,
+        };
         let (front, abort_runner) = Front::new(config, fleet)?;
         Ok(Self {
             listener,
             address,
             tls,
+            gossip,
             front,
             abort_runner,
         })
+    }
+
+    /// Where other replicas are told of this one's bookings, if they are.
+    pub fn gossip_addr(&self) -> Option<SocketAddr> {
+        self.gossip.as_ref()?.local_addr().ok()
     }
 
     /// Where it listens.
@@ -148,6 +166,7 @@ impl Router {
             listener,
             address,
             tls,
+            gossip,
             front,
             abort_runner,
         } = self;
@@ -160,6 +179,7 @@ impl Router {
         tracing::info!(prefills, decodes, "listening on {scheme}://{address}");
         let mut background = JoinSet::new();
         background.spawn(fleet::follow(Arc::clone(&front), front.fleet.clone()));
+        begin_gossip(&front, gossip, &mut background);
         let (close_aborts, closing) = oneshot::channel::<()>();
         let aborts = tokio::spawn(abort_runner.run(async {
             // An error means that the router was dropped, which closes the queue too.
@@ -185,6 +205,29 @@ impl Router {
         if let Err(error) = aborts.await {
             tracing::error!(%error, "the abort queue failed");
         }
+    }
+}
+
+/// Tells other replicas, and listens to them.
+fn begin_gossip(front: &Arc<Front>, listener: Option<TcpListener>, background: &mut JoinSet<()>) {
+    let settings = &front.config.gossip;
+    let picker = &front.picker;
+    if let Some(listener) = listener {
+        let token = settings.token.clone();
+        background.spawn(gossip::serve(
+            Arc::clone(picker),
+            picker.replica(),
+            token,
+            listener,
+        ));
+    }
+    if settings.follows() {
+        let siblings = gossip::Siblings::default();
+        background.spawn(gossip::follow_all(
+            Arc::clone(picker),
+            settings.clone(),
+            siblings,
+        ));
     }
 }
 
@@ -269,6 +312,7 @@ enum Target {
     Health,
     Ready,
     Metrics,
+    Decisions,
 }
 
 impl Target {
@@ -283,6 +327,7 @@ impl Target {
             "/health" => Self::Health,
             "/ready" => Self::Ready,
             "/metrics" => Self::Metrics,
+            "/debug/decisions" => Self::Decisions,
             // Known for the other method, the path is told apart from an unknown one.
             _ => Self::Pass(Asked::of(method, path).or_else(|| {
                 [Method::GET, Method::POST]
@@ -296,7 +341,7 @@ impl Target {
         match self {
             Self::Pair(_, route) => *route,
             Self::Pass(_) => Route::Pass,
-            Self::Health | Self::Ready | Self::Metrics => Route::Own,
+            Self::Health | Self::Ready | Self::Metrics | Self::Decisions => Route::Own,
         }
     }
 
@@ -359,11 +404,13 @@ async fn serve_target(
                 front.drain.is_thrown(),
             ))
         }
+        Target::Decisions => Ok(respond::decisions(&front.picker, request.uri().query())),
         Target::Metrics => {
             let gauges = Gauges {
                 live: front.admission.taken(),
                 queued: front.admission.waiting(),
-                waiting_for_room: front.waiting_for_room.load(Ordering::Relaxed),
+                waiting_for_room: front.hold.waiting(),
+                bookings: front.picker.bookings(),
                 rooms: front.rooms.live(),
             };
             Ok(respond::metrics(

@@ -357,6 +357,40 @@ impl Board {
         Some(slot)
     }
 
+    /// Other facts of a worker that stays: its name and role do not change.
+    ///
+    /// # Errors
+    /// [`BoardError`]; the board is as before.
+    pub fn revise(&mut self, id: WorkerId, facts: Facts) -> Result<(), BoardError> {
+        if !facts.is_sane() {
+            return Err(BoardError::Facts { name: facts.name });
+        }
+        let zone = zone_number(&facts);
+        let replace = |known: &mut Facts| {
+            let (name, role) = (std::mem::take(&mut known.name), known.role);
+            *known = Facts {
+                name,
+                role,
+                ..facts
+            };
+        };
+        match self.ids.get(&id) {
+            Some((Role::Prefill, slot)) => {
+                let prefill = &mut self.prefills[*slot];
+                replace(&mut prefill.facts);
+                prefill.zone = zone;
+                prefill.queues.truncate(prefill.facts.dp_size as usize);
+            }
+            Some((Role::Decode, slot)) => {
+                replace(&mut self.decodes[*slot].facts);
+                self.decodes[*slot].zone = zone;
+            }
+            None => {}
+        }
+        self.forget_rows();
+        Ok(())
+    }
+
     /// Forgets a worker with its bookings and everything learned of it.
     pub fn leave(&mut self, id: WorkerId) {
         let Some((role, slot)) = self.ids.remove(&id) else {

@@ -130,10 +130,7 @@ impl ApiServer {
             "users": [{"name": "test", "user": {}}],
         });
         std::fs::write(&kubeconfig, text.to_string()).unwrap();
-        Self {
-            inner,
-            kubeconfig,
-        }
+        Self { inner, kubeconfig }
     }
 
     /// A file with which clients find the server.

@@ -179,6 +179,11 @@ fn the_deployment_is_a_command_line_of_this_router() {
         .map(|arg| arg.as_str().unwrap());
     let line = CommandLine::from_args(["kvrouter"].into_iter().chain(args)).unwrap();
     assert_eq!(line.config.port, 8080);
+    let told = &line.config.gossip;
+    assert_eq!(
+        (told.port, container["ports"][1]["containerPort"].as_u64()),
+        (Some(8081), Some(8081))
+    );
     let grace = pod["spec"]["terminationGracePeriodSeconds"]
         .as_u64()
         .unwrap();

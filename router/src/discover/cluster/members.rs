@@ -211,7 +211,7 @@ fn of_pod<'a>(
     let port_of = |name: &'static str| pod.port(name).map_err(|text| (name, text));
     let own_port = port_of(PORT_ANNOTATION)?;
     let bootstrap_port = port_of(BOOTSTRAP_PORT_ANNOTATION)?;
-    let telemetry_port = port_of(TELEMETRY_PORT_ANNOTATION)?.or(scope.telemetry_port);
+    let telemetry_port = port_of(TELEMETRY_PORT_ANNOTATION)?;
     let ports = own_port.map_or_else(|| pool.ports.clone(), |port| vec![port]);
     let is_prefill = role == Role::Prefill;
     let zone = zone_of(scope, objects, pod);

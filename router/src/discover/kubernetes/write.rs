@@ -220,7 +220,7 @@ impl Scribe {
             kube::Error::Api(status) if status.code == 409 => {
                 tracing::debug!(%kind, name, "somebody else wrote this status first");
             }
-            kube::Error::Api(status) if matches!(status.code, 403 | 404 | 405) => {
+            kube::Error::Api(status) if matches!(status.code, 403..=405) => {
                 if self.refused.insert(kind) {
                     tracing::warn!(
                         %kind,
