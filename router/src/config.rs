@@ -360,6 +360,9 @@ pub enum ConfigError {
         /// What was given.
         text: String,
     },
+    /// A pool without the cluster it is in.
+    #[error("--pool needs --kubernetes, which takes the place of --prefill and --decode")]
+    PoolWithoutKubernetes,
     /// The pool's name is none.
     #[error("`{text}` names no InferencePool: write NAME or NAMESPACE/NAME")]
     PoolName {

@@ -81,9 +81,13 @@ impl SourceArguments {
             };
             return Ok(Source::RoleBasedGroup { path, ports });
         }
-        let Some(pool) = self.pool.filter(|_| self.kubernetes) else {
+        let Some(pool) = self.pool else {
             return Ok(Source::Flags);
         };
+        // clap does not ask for an option that the others rule out.
+        if !self.kubernetes {
+            return Err(ConfigError::PoolWithoutKubernetes);
+        }
         let (namespace, name) = match pool.split_once('/') {
             Some((namespace, name)) => (Some(namespace.to_owned()), name),
             None => (None, pool.as_str()),
