@@ -4,6 +4,7 @@
 mod command_line;
 pub mod gossip;
 pub mod scheduling;
+pub mod sources;
 pub mod telemetry;
 
 use std::collections::HashSet;
@@ -356,6 +357,12 @@ pub enum ConfigError {
     /// The bootstrap port is neither a port nor `none`.
     #[error("`{text}` is no bootstrap port: give a number from 1 to 65535, or `none`")]
     BootstrapPort {
+        /// What was given.
+        text: String,
+    },
+    /// The pool's name is none.
+    #[error("`{text}` names no InferencePool: write NAME or NAMESPACE/NAME")]
+    PoolName {
         /// What was given.
         text: String,
     },
