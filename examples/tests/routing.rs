@@ -92,6 +92,8 @@ impl Worker {
             role,
             url: self.url.parse().expect("a URL"),
             bootstrap_port: port(&plane["bootstrap"]),
+            bootstrap_port_assumed: None,
+            probes_bootstrap: role == Role::Prefill,
             telemetry_port: Some(port(&plane["telemetry"]).expect("telemetry")),
             zone: None,
             draining: false,
@@ -134,7 +136,7 @@ fn fleet(members: &[&Member]) -> FleetWatch {
     let members = members.iter().map(|member| (*member).clone()).collect();
     let fleet = Fleet {
         members,
-        models: Vec::new(),
+        ..Fleet::default()
     };
     tokio::sync::watch::channel(Arc::new(fleet)).1
 }

@@ -168,6 +168,8 @@ fn placements(criterion: &mut Criterion) {
             .parse()
             .expect("a URL"),
         bootstrap_port: None,
+        bootstrap_port_assumed: None,
+        probes_bootstrap: false,
         telemetry_port: None,
         zone: None,
         draining: false,
@@ -178,7 +180,7 @@ fn placements(criterion: &mut Criterion) {
         members: of_role(pool::Role::Prefill, 'p')
             .chain(of_role(pool::Role::Decode, 'd'))
             .collect(),
-        models: Vec::new(),
+        ..Members::default()
     });
     for worker in pool.now().workers() {
         worker.mark_ready(true);
