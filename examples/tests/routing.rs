@@ -92,6 +92,8 @@ impl Worker {
             role,
             url: self.url.parse().expect("a URL"),
             bootstrap_port: port(&plane["bootstrap"]),
+            bootstrap_port_assumed: None,
+            probes_bootstrap: role == Role::Prefill,
             telemetry_port: Some(port(&plane["telemetry"]).expect("telemetry")),
             zone: None,
             draining: false,
@@ -134,7 +136,7 @@ fn fleet(members: &[&Member]) -> FleetWatch {
     let members = members.iter().map(|member| (*member).clone()).collect();
     let fleet = Fleet {
         members,
-        models: Vec::new(),
+        ..Fleet::default()
     };
     tokio::sync::watch::channel(Arc::new(fleet)).1
 }
@@ -226,14 +228,13 @@ async fn a_slow_link_is_avoided_by_a_router_that_never_used_it() {
     })
     .await;
     assert!(!long.is_finished(), "the slow link was busy meanwhile");
-    // Rooms in telemetry belong to bookings.
-    until("no room was joined to its booking", async || {
-        let made = decisions(&fresh, 1).await;
-        let actual = &made[0]["actual"];
-        (actual["ready_s"].is_f64() && actual["sent_s"].is_f64()).then_some(())
-    })
-    .await;
     long.await.expect("the long prompt is served too");
+    // Its room in the prefill's telemetry belongs to its booking: nobody else could tell when it was computed.
+    let made = decisions(&busy, 1).await;
+    let actual = &made[0]["actual"];
+    let seconds = |name: &str| actual[name].as_f64().expect("it was told");
+    assert!(seconds("ready_s") < seconds("sent_s"), "{actual}");
+    assert!(seconds("sent_s") <= seconds("ttft_s"), "{actual}");
     while let Some(served) = short.join_next().await {
         served.expect("a short prompt is served");
     }

@@ -90,29 +90,37 @@ async fn until_all_go_to(router: &Running, decode: &FakeWorker) {
 
 #[tokio::test]
 async fn bytes_before_a_wire_send_requests_elsewhere() {
-    let (prefill, left, right) = (
+    // The bytes before one prefill's wires delay all that it sends; the other one may choose.
+    let (prefill, idle, left, right) = (
+        FakeWorker::start().await,
         FakeWorker::start().await,
         FakeWorker::start().await,
         FakeWorker::start().await,
     );
     let token = BearerToken::new("secret").unwrap();
-    let (p, l, r) = (
+    let (p, q, l, r) = (
         Engine::start("p", &token),
+        Engine::start("q", &token),
         Engine::start("l", &token),
         Engine::start("r", &token),
     );
     r.picture.lock().unwrap().engines = vec!["r".to_owned(), "r1".to_owned()];
     let router = Running::start(Config {
         telemetry: Telemetry {
-            ports: vec![p.port(&prefill), l.port(&left), r.port(&right)],
+            ports: vec![
+                p.port(&prefill),
+                q.port(&idle),
+                l.port(&left),
+                r.port(&right),
+            ],
             token: Some(token),
             ..Telemetry::default()
         },
         scheduling: Scheduling::with(Policy::Fused),
-        ..config(&[&prefill.url], &[&left.url, &right.url])
+        ..config(&[&prefill.url, &idle.url], &[&left.url, &right.url])
     })
     .await;
-    router.ready(1, 2).await;
+    router.ready(2, 2).await;
     p.queue("l", 4 << 30);
     until_all_go_to(&router, &right).await;
     // The second engine of the other worker is known too.
