@@ -1,8 +1,13 @@
 //! The router's settings, with their defaults, units and costs, and the command line that fills them in.
 #![forbid(unsafe_code)]
 
+pub mod check;
 mod command_line;
+pub mod file;
 pub mod gossip;
+pub mod layers;
+pub mod ops;
+pub mod reload;
 pub mod scheduling;
 pub mod sources;
 pub mod telemetry;
@@ -15,6 +20,7 @@ use hyper::Uri;
 use hyper::http::uri::{Authority, Scheme};
 
 pub use command_line::CommandLine;
+pub use ops::TraceSettings;
 
 use crate::pool::breaker::BreakerLimits;
 use gossip::Gossip;
@@ -195,6 +201,12 @@ pub struct Config {
     pub probe_interval: Duration,
     /// How long live requests may go on after the stop signal, default 30 s.
     pub drain_timeout: Duration,
+    /// One log line per request to a worker. Default no: at 10 000 requests per second that is 3 MB per second.
+    pub access_log: bool,
+    /// Where spans of requests go. Default nowhere, which costs nothing.
+    pub traces: Option<TraceSettings>,
+    /// Serve `/ui` and `/debug/state`. Default yes. They name the workers, as `/metrics` does.
+    pub serves_pages: bool,
 }
 
 impl Config {
@@ -231,6 +243,9 @@ impl Config {
             api_key: None,
             probe_interval: PROBE_INTERVAL_DEFAULT,
             drain_timeout: DRAIN_TIMEOUT_DEFAULT,
+            access_log: false,
+            traces: None,
+            serves_pages: true,
         }
     }
 

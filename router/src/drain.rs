@@ -3,7 +3,7 @@
 
 use std::future::Future;
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
 /// Resolves on SIGTERM or SIGINT.
@@ -19,6 +19,14 @@ pub fn stop_signals() -> std::io::Result<impl Future<Output = ()> + Send> {
             _ = interrupt.recv() => tracing::info!("SIGINT: finishing live requests"),
         }
     })
+}
+
+/// SIGHUP, which asks for the settings to be read again instead of ending the process.
+///
+/// # Errors
+/// When the process may not install signal handlers.
+pub fn hangups() -> std::io::Result<Signal> {
+    signal(SignalKind::hangup())
 }
 
 /// A switch that is thrown once, when the drain begins.

@@ -14,7 +14,8 @@
 //! * `pick`: the scheduler, joined to the workers.
 //! * `proxy`: the HTTP front, the two legs, the stream back to the client.
 //! * `respond`: the only place that turns an error into a status code.
-//! * `metrics`, `drain`: what operators see, and how the router stops.
+//! * `metrics`, `observe`, `overview`, `ui`: what operators see: counters, requests one by one, the whole at a glance.
+//! * `drain`: how the router stops.
 #![forbid(unsafe_code)]
 
 pub mod config;
@@ -23,19 +24,24 @@ pub mod drain;
 pub mod fleet;
 pub mod gossip;
 pub mod metrics;
+pub mod observe;
+pub mod overview;
 pub mod pick;
 pub mod pool;
 pub mod proxy;
 pub mod respond;
 pub mod schedule;
 pub mod simulate;
+pub mod ui;
 
 use std::ffi::OsString;
 use std::future::Future;
+use std::sync::Arc;
 
 use anyhow::Context;
 
 pub use config::Config;
+use config::reload::Reloader;
 pub use proxy::server::{Router, RunError};
 
 /// Serves until `shutdown` resolves, then finishes live requests for at most `config.drain_timeout`.
@@ -81,16 +87,39 @@ pub fn main_from_args(
         args.remove(1);
         return simulate::command::main_from_args(args);
     }
-    let command_line = config::CommandLine::from_args(args).unwrap_or_else(|error| error.exit());
-    command_line.init_logs();
+    if args.get(1).is_some_and(|first| first == "check-config") {
+        args.remove(1);
+        let status = config::check::main_from_args(&args, &mut std::io::stdout().lock());
+        match status {
+            // Whoever reads it has seen enough.
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => return Ok(()),
+            status => std::process::exit(status?),
+        }
+    }
+    let started = config::CommandLine::from_args(args.iter().cloned());
+    let started = started.unwrap_or_else(|error| error.exit());
+    let logs = started.logs.init();
+    for warning in &started.warnings {
+        tracing::warn!("{warning}");
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .context("cannot start the async runtime")?;
     runtime.block_on(async {
         let signals = drain::stop_signals().context("cannot listen for signals")?;
-        run_with(command_line.config, command_line.source, signals)
+        let hangups = drain::hangups().context("cannot listen for signals")?;
+        let mut tasks = tokio::task::JoinSet::new();
+        let fleet = discover::source::follow(started.source.clone(), &started.config, &mut tasks)
             .await
-            .context("cannot serve")
+            .context("cannot serve")?;
+        let router = Router::bind_with(started.config.clone(), fleet)
+            .await
+            .context("cannot serve")?;
+        let reloader = Reloader::new(args, &started, logs, Arc::clone(router.front()));
+        let reloading = tokio::spawn(reloader.run(hangups));
+        router.serve(signals).await;
+        reloading.abort();
+        Ok(())
     })
 }

@@ -18,7 +18,7 @@ use worker::WorkerSettings;
 /// The workers, which come and go while the router runs.
 #[derive(Debug)]
 pub struct Pool {
-    settings: WorkerSettings,
+    settings: Mutex<WorkerSettings>,
     /// Replaced as a whole, so that readers keep what they have seen.
     workers: RwLock<Arc<Workers>>,
     /// Held by the one that prepares a replacement.
@@ -37,7 +37,7 @@ impl Pool {
     /// A pool without workers.
     pub fn new(settings: WorkerSettings) -> Self {
         Self {
-            settings,
+            settings: Mutex::new(settings),
             workers: RwLock::default(),
             changing: Mutex::default(),
         }
@@ -49,10 +49,20 @@ impl Pool {
         Arc::clone(&workers)
     }
 
+    /// Other limits from now on, for workers that are here and for those that come.
+    pub fn limit(&self, settings: WorkerSettings) {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        *self.settings.lock().unwrap_or_else(PoisonError::into_inner) = settings;
+        for worker in self.now().workers() {
+            worker.limit(&settings);
+        }
+    }
+
     /// Makes the pool equal to `fleet`. A member that was there already keeps its state; one whose address or role changed
     /// is a new worker. What a removed worker holds may end.
     pub fn sync(&self, fleet: &Fleet) {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let settings = *self.settings.lock().unwrap_or_else(PoisonError::into_inner);
         let before = self.now();
         let known: HashMap<&str, &Arc<Worker>> = before
             .workers()
@@ -75,7 +85,7 @@ impl Pool {
                 }
                 _ => {
                     tracing::info!(role = %member.role, url = %member.url, name = member.name, "worker joins");
-                    Arc::new(Worker::new(member, &self.settings))
+                    Arc::new(Worker::new(member, &settings))
                 }
             };
             after.of_role_mut(member.role).push(worker);

@@ -20,16 +20,20 @@ pub mod shape;
 pub mod sse;
 pub mod stream;
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Mutex};
 
 use tokio::sync::Semaphore;
+use tokio::time::Instant;
 
 use crate::config::Config;
+use crate::config::reload::LiveConfig;
 use crate::discover::FleetWatch;
 use crate::drain::DrainSwitch;
 use crate::fleet::telemetry::Engines;
 use crate::metrics::Metrics;
+use crate::observe::Tracer;
+use crate::observe::export::{self, Exporter};
 use crate::pick::Picker;
 use crate::pick::hold::Hold;
 use crate::pool::Pool;
@@ -43,8 +47,16 @@ use admission::Admission;
 /// What all requests share.
 #[derive(Debug)]
 pub struct Front {
-    /// The settings.
+    /// The settings as the router started with them.
     pub config: Config,
+    /// The settings in effect: those that may change while the router runs are read here.
+    pub live: LiveConfig,
+    /// When this was made.
+    pub began: Instant,
+    /// Makes spans of requests, if anybody wants them.
+    pub tracer: Option<Tracer>,
+    /// Sends them, once somebody runs it.
+    pub exporter: Mutex<Option<Exporter>>,
     /// What the source of workers published last; [`crate::fleet`] makes the pool follow it.
     pub fleet: FleetWatch,
     /// The workers.
@@ -83,6 +95,14 @@ impl Front {
         let client = WorkerClient::new(&config)?;
         let pool = Pool::new(WorkerSettings::of(&config));
         pool.sync(&fleet.borrow());
+        let (tracer, exporter) = match &config.traces {
+            Some(settings) => {
+                let (queue, exporter) = export::channel(settings, &metrics)?;
+                let ratio = settings.ratio;
+                (Some(Tracer { queue, ratio }), Some(exporter))
+            }
+            None => (None, None),
+        };
         let picker = Arc::new(Picker::new(&config.scheduling));
         picker.sync(&pool.now());
         let (aborts, abort_runner) = Aborts::new(client.clone(), Arc::clone(&metrics));
@@ -102,8 +122,23 @@ impl Front {
                 config.buffered_bytes_max.div_ceil(request::KIB),
             )),
             drain: DrainSwitch::default(),
+            live: LiveConfig::new(config.clone()),
+            began: Instant::now(),
+            tracer,
+            exporter: Mutex::new(exporter),
             config,
         };
         Ok((Arc::new(front), abort_runner))
+    }
+
+    /// Other settings from now on. Only those that [`crate::config::reload`] lists may differ from the ones before.
+    pub fn apply(&self, config: Config) {
+        self.admission.resize(config.requests_max, config.queue_max);
+        self.hold.resize(config.queue_max);
+        self.pool.limit(WorkerSettings::of(&config));
+        self.picker.reset(config.scheduling.settings.clone());
+        self.live.replace(config);
+        // A worker may have room where there was none.
+        self.hold.ring();
     }
 }

@@ -3,10 +3,11 @@
 
 use bytes::Bytes;
 use http_body_util::Full;
-use hyper::header::{ALLOW, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::{Response, StatusCode};
 use serde_json::json;
 
+use crate::overview::Overview;
 use crate::pick::Picker;
 use crate::pick::notes::SHOWN_DEFAULT;
 use crate::pool::Role;
@@ -15,6 +16,7 @@ use crate::proxy::headers::strip_connection_headers;
 use crate::proxy::leg::{LegCause, LegFailure, WorkerError};
 use crate::proxy::shape::ShapeError;
 use crate::proxy::stream::ReplyBody;
+use crate::ui::{self, Asset};
 
 /// What a client turned away at the request bound is told to wait, in seconds: live requests end all the time.
 const RETRY_AFTER_SECONDS: &str = "1";
@@ -254,6 +256,30 @@ pub fn readiness(prefills: usize, decodes: usize, is_draining: bool) -> Response
         "draining": is_draining,
     });
     whole(status, "application/json", state.to_string())
+}
+
+/// A part of the page at `/ui`. It may load its own parts and nothing else, and nobody may frame it.
+pub fn asset(asset: Asset) -> Response<ReplyBody> {
+    let (kind, text) = asset.content();
+    let mut response = whole(StatusCode::OK, kind, text.to_owned());
+    let headers = response.headers_mut();
+    for (name, value) in ui::HEADERS {
+        headers.insert(name, HeaderValue::from_static(value));
+    }
+    response
+}
+
+/// The answer to `/debug/state`.
+pub fn state(overview: &Overview) -> Response<ReplyBody> {
+    match serde_json::to_string(overview) {
+        Ok(json) => {
+            let mut response = whole(StatusCode::OK, "application/json", json);
+            let fresh = HeaderValue::from_static("no-store");
+            response.headers_mut().insert(CACHE_CONTROL, fresh);
+            response
+        }
+        Err(error) => respond(RouteError::Broken(error.to_string())),
+    }
 }
 
 /// The answer to `/debug/decisions`, of which `query` may say how many are wanted (`limit=10`).

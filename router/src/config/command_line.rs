@@ -5,9 +5,13 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::error::ErrorKind;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser};
 
+use super::file::Problem;
 use super::gossip::GossipArguments;
+use super::layers::{self, Setting};
+use super::ops::{LogSettings, OpsArgs};
 use super::scheduling::SchedulingArguments;
 use super::sources::SourceArguments;
 use super::telemetry::TelemetryArguments;
@@ -33,6 +37,12 @@ Example: two prefill workers (bootstrap servers on port 8998) and one decode wor
 The workers are SGLang servers started with --disaggregation-mode prefill or decode. The port after a
 prefill URL is that worker's --disaggregation-bootstrap-port. Times are seconds, or 500ms, 10m, 2h.
 
+Every option can also stand in the environment (KVROUTER_ and its name: KVROUTER_QUEUE_SIZE=50) or in a TOML
+file (--config kvrouter.toml with lines like `queue-size = 50`). The command line wins over the environment,
+the environment over the file. `--flag=false` takes a flag back.
+
+`kvrouter check-config` with the same options: what is in effect and where it comes from, without serving.
+
 `kvrouter simulate --help`: replay a trace against a fleet described in a file.";
 
 /// Routes LLM requests to pairs of SGLang prefill and decode workers.
@@ -40,23 +50,22 @@ prefill URL is that worker's --disaggregation-bootstrap-port. Times are seconds,
 #[command(name = "kvrouter", version, after_help = EXAMPLE)]
 struct Arguments {
     /// Serve prefill/decode pairs. Accepted so that SGLang's command lines work; there is no other mode yet.
-    #[arg(long)]
+    #[arg(long, help_heading = "Workers")]
     pd_disaggregation: bool,
     /// A prefill worker and its bootstrap port (or `none`); repeat for more.
-    #[arg(long, num_args = 1..=2, value_names = ["URL", "BOOTSTRAP_PORT"],
-        required_unless_present_any = ["kubernetes", "fleet_file", "rbg_config"])]
+    #[arg(long, num_args = 1..=2, value_names = ["URL", "BOOTSTRAP_PORT"], help_heading = "Workers")]
     prefill: Vec<String>,
     /// A decode worker; repeat for more.
-    #[arg(long, value_name = "URL", required_unless_present_any = ["kubernetes", "fleet_file", "rbg_config"])]
+    #[arg(long, value_name = "URL", help_heading = "Workers")]
     decode: Vec<WorkerUrl>,
     /// A worker outside the pairs, for embeddings, rerank, score and classify; repeat for more.
-    #[arg(long, value_name = "URL")]
+    #[arg(long, value_name = "URL", help_heading = "Workers")]
     worker: Vec<WorkerUrl>,
     /// Address to listen on.
-    #[arg(long, default_value = "0.0.0.0")]
+    #[arg(long, default_value = "0.0.0.0", help_heading = "Listening")]
     host: String,
     /// Port to listen on; 0 picks a free one.
-    #[arg(long, default_value_t = 8080)]
+    #[arg(long, default_value_t = 8080, help_heading = "Listening")]
     port: u16,
     #[command(flatten)]
     scheduling: SchedulingArguments,
@@ -65,80 +74,81 @@ struct Arguments {
     #[command(flatten)]
     gossip: GossipArguments,
     /// Longest time for a whole request [default: none].
-    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    #[arg(long, value_name = "TIME", value_parser = parse_time, help_heading = "Time limits")]
     request_timeout: Option<Duration>,
     /// Longest wait for the first byte of an answer [default: none].
-    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    #[arg(long, value_name = "TIME", value_parser = parse_time, help_heading = "Time limits")]
     first_byte_timeout: Option<Duration>,
     /// Longest silence within an answer [default: none].
-    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    #[arg(long, value_name = "TIME", value_parser = parse_time, help_heading = "Time limits")]
     stall_timeout: Option<Duration>,
     /// Largest request body; larger ones get 413.
-    #[arg(long, value_name = "BYTES", default_value_t = BODY_BYTES_MAX_DEFAULT)]
+    #[arg(long, value_name = "BYTES", default_value_t = BODY_BYTES_MAX_DEFAULT, help_heading = "Load limits")]
     max_body_bytes: usize,
     /// Memory for the bodies of all requests that wait for an answer; more get 503 with Retry-After.
-    #[arg(long, value_name = "BYTES", default_value_t = BUFFERED_BYTES_MAX_DEFAULT)]
+    #[arg(long, value_name = "BYTES", default_value_t = BUFFERED_BYTES_MAX_DEFAULT, help_heading = "Load limits")]
     max_buffered_bytes: usize,
     /// Generation requests at one time; more wait in the queue.
-    #[arg(long, value_name = "COUNT", default_value_t = REQUESTS_MAX_DEFAULT)]
+    #[arg(long, value_name = "COUNT", default_value_t = REQUESTS_MAX_DEFAULT, help_heading = "Load limits")]
     max_concurrent_requests: usize,
     /// Requests that may wait; more get 429 with Retry-After, those of the lowest priority first.
-    #[arg(long, value_name = "COUNT", default_value_t = QUEUE_MAX_DEFAULT)]
+    #[arg(long, value_name = "COUNT", default_value_t = QUEUE_MAX_DEFAULT, help_heading = "Load limits")]
     queue_size: usize,
     /// Longest wait in the queue; then clients get 503 with Retry-After.
-    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_time)]
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_time, help_heading = "Load limits")]
     queue_timeout: Duration,
     /// Requests that one prefill worker computes or sends at a time [default: no limit].
-    #[arg(long, value_name = "COUNT")]
+    #[arg(long, value_name = "COUNT", help_heading = "Load limits")]
     max_requests_per_prefill: Option<usize>,
     /// Bytes of request bodies that one prefill worker computes or sends at a time [default: no limit].
-    #[arg(long, value_name = "BYTES")]
+    #[arg(long, value_name = "BYTES", help_heading = "Load limits")]
     max_bytes_per_prefill: Option<usize>,
     /// Requests that one decode worker holds at a time [default: no limit].
-    #[arg(long, value_name = "COUNT")]
+    #[arg(long, value_name = "COUNT", help_heading = "Load limits")]
     max_requests_per_decode: Option<usize>,
     /// Pairs a request may meet before its first byte.
-    #[arg(long, value_name = "COUNT", default_value_t = ATTEMPTS_MAX_DEFAULT)]
+    #[arg(long, value_name = "COUNT", default_value_t = ATTEMPTS_MAX_DEFAULT, help_heading = "Failures")]
     max_attempts: u32,
     /// Failures in a row after which a worker is left out; 0 never leaves one out.
-    #[arg(long, value_name = "COUNT", default_value_t = BreakerLimits::default().failures)]
+    #[arg(long, value_name = "COUNT", default_value_t = BreakerLimits::default().failures, help_heading = "Failures")]
     breaker_failures: u32,
     /// How long it is left out the first time.
-    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_time)]
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_time, help_heading = "Failures")]
     breaker_open: Duration,
     /// Data-parallel ranks of each prefill worker [default: what its /server_info says].
-    #[arg(long, value_name = "COUNT")]
+    #[arg(long, value_name = "COUNT", help_heading = "Workers")]
     prefill_dp_size: Option<u32>,
     /// Let clients choose data-parallel ranks (routed_dp_rank, X-Data-Parallel-Rank).
-    #[arg(long)]
+    #[arg(long, help_heading = "Choosing pairs")]
     trust_dp_rank: bool,
     /// All workers run with SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES=1: leave simple request bodies untouched.
-    #[arg(long)]
+    #[arg(long, help_heading = "Workers")]
     header_overrides: bool,
     /// Serve TLS with this certificate chain (PEM).
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = "Listening")]
     tls_certificate: Option<PathBuf>,
     /// The private key of the certificate (PEM).
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = "Listening")]
     tls_key: Option<PathBuf>,
     /// Who signs the certificates of https workers (PEM) [default: the system's authorities].
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = "Workers")]
     worker_authorities: Option<PathBuf>,
     /// Bearer token of the workers (their --api-key). Clients that send their own Authorization keep it.
-    #[arg(long, env = "KVROUTER_API_KEY", hide_env_values = true)]
+    #[arg(
+        long,
+        env = "KVROUTER_API_KEY",
+        hide_env_values = true,
+        help_heading = "Workers"
+    )]
     api_key: Option<String>,
     /// How often each worker is asked whether it is ready.
-    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_time)]
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_time, help_heading = "Workers")]
     probe_interval: Duration,
     /// How long live requests may go on after SIGTERM or SIGINT.
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_time)]
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_time, help_heading = "Listening")]
     drain_timeout: Duration,
-    /// What to log, on stderr: error, warn, info, debug, trace, or a filter such as kvrouter=debug.
-    #[arg(long, env = "KVROUTER_LOG", default_value = "info")]
-    log_level: tracing_subscriber::EnvFilter,
-    /// Log without colours.
-    #[arg(long)]
-    log_plain: bool,
+    #[command(flatten)]
+    ops: OpsArgs,
     #[command(flatten)]
     sources: SourceArguments,
 }
@@ -150,25 +160,75 @@ pub struct CommandLine {
     pub config: Config,
     /// Where workers come from.
     pub source: Source,
-    filter: tracing_subscriber::EnvFilter,
-    colours: bool,
+    /// What is logged, and how.
+    pub logs: LogSettings,
+    /// Every setting with its origin.
+    pub settings: Vec<Setting>,
+    /// What is odd without being wrong.
+    pub warnings: Vec<Problem>,
+    /// The configuration file.
+    pub file: Option<PathBuf>,
+}
+
+/// Settings with their types, not yet checked against each other.
+#[derive(Debug)]
+pub(super) struct Typed {
+    pub(super) config: Config,
+    pub(super) logs: LogSettings,
+    pub(super) source: Source,
+}
+
+impl Typed {
+    /// Checks them against each other.
+    pub(super) fn check(&self) -> Result<(), ConfigError> {
+        match self.source {
+            Source::Flags => self.config.check(),
+            _ => self.config.check_settings(),
+        }
+    }
+}
+
+/// The definition of all settings.
+pub(super) fn definition() -> clap::Command {
+    Arguments::command()
 }
 
 impl CommandLine {
-    /// Reads `args`, of which the first is the program's name.
+    /// Reads `args`, of which the first is the program's name, with the environment and the configuration file.
     ///
     /// # Errors
     /// clap's error, which is also how `--help` arrives: print it with its `exit()`.
     pub fn from_args(
         args: impl IntoIterator<Item = impl Into<OsString> + Clone>,
     ) -> Result<Self, clap::Error> {
-        let mut command = Arguments::command();
-        let matches = command.try_get_matches_from_mut(args)?;
-        let arguments = Arguments::from_arg_matches(&matches)?;
-        let refuse = |error: ConfigError| {
-            Arguments::command().error(clap::error::ErrorKind::ValueValidation, error)
-        };
-        let prefills = prefill_targets(&matches).map_err(refuse)?;
+        let args: Vec<OsString> = args.into_iter().map(Into::into).collect();
+        let layers = layers::read(definition(), &args)?;
+        let typed = Self::typed(&layers.matches)?;
+        let refuse = |error: ConfigError| definition().error(ErrorKind::ValueValidation, error);
+        typed.check().map_err(refuse)?;
+        let Typed {
+            config,
+            logs,
+            source,
+        } = typed;
+        Ok(Self {
+            config,
+            source,
+            logs,
+            settings: layers.settings,
+            warnings: layers.warnings,
+            file: layers.file,
+        })
+    }
+
+    /// Typed settings, not yet checked against each other.
+    ///
+    /// # Errors
+    /// clap's error when a value is unusable.
+    pub(super) fn typed(matches: &ArgMatches) -> Result<Typed, clap::Error> {
+        let arguments = Arguments::from_arg_matches(matches)?;
+        let refuse = |error: ConfigError| definition().error(ErrorKind::ValueValidation, error);
+        let prefills = prefill_targets(&arguments.prefill).map_err(refuse)?;
         let config = Config {
             host: arguments.host,
             port: arguments.port,
@@ -201,65 +261,50 @@ impl CommandLine {
             api_key: arguments.api_key,
             probe_interval: arguments.probe_interval,
             drain_timeout: arguments.drain_timeout,
+            access_log: arguments.ops.access_log,
+            traces: arguments.ops.traces(),
+            serves_pages: !arguments.ops.no_ui,
             ..Config::new(prefills, arguments.decode)
         };
         let source = arguments.sources.source().map_err(refuse)?;
-        match source {
-            Source::Flags => config.check(),
-            _ => config.check_settings(),
-        }
-        .map_err(refuse)?;
-        Ok(Self {
+        let logs = arguments.ops.into_logs();
+        Ok(Typed {
             config,
+            logs,
             source,
-            filter: arguments.log_level,
-            colours: !arguments.log_plain,
         })
-    }
-
-    /// Sends logs to stderr as the command line asks. Does nothing when the process already has a subscriber.
-    pub fn init_logs(&self) {
-        let colours = self.colours && std::io::IsTerminal::is_terminal(&std::io::stderr());
-        let subscriber = tracing_subscriber::fmt()
-            .with_env_filter(self.filter.to_string())
-            .with_writer(std::io::stderr)
-            .with_ansi(colours)
-            .finish();
-        if tracing::subscriber::set_global_default(subscriber).is_err() {
-            tracing::debug!("logs keep going where the process sent them before");
-        }
     }
 }
 
-fn prefill_targets(matches: &ArgMatches) -> Result<Vec<PrefillTarget>, ConfigError> {
-    let occurrences = matches
-        .get_occurrences::<String>("prefill")
-        .into_iter()
-        .flatten();
-    occurrences
-        .map(|mut values| {
-            let url = values
-                .next()
-                .map(String::as_str)
-                .unwrap_or_default()
-                .parse()?;
-            let bootstrap_port = match values.next().map(String::as_str) {
-                None | Some("none" | "None") => None,
-                Some(text) => match text.parse() {
-                    Ok(port) if port != 0 => Some(port),
-                    _ => {
-                        return Err(ConfigError::BootstrapPort {
-                            text: text.to_owned(),
-                        });
-                    }
-                },
+/// Prefill workers from their words: a URL, and behind it the port of its bootstrap server, as words of their own or in
+/// one text.
+fn prefill_targets(values: &[String]) -> Result<Vec<PrefillTarget>, ConfigError> {
+    let mut targets: Vec<(PrefillTarget, bool)> = Vec::new();
+    for word in values.iter().flat_map(|value| value.split_whitespace()) {
+        let is_port =
+            matches!(word, "none" | "None") || word.bytes().all(|byte| byte.is_ascii_digit());
+        if !is_port {
+            let target = PrefillTarget {
+                url: word.parse()?,
+                bootstrap_port: None,
             };
-            Ok(PrefillTarget {
-                url,
-                bootstrap_port,
-            })
-        })
-        .collect()
+            targets.push((target, false));
+            continue;
+        }
+        let bad = || ConfigError::BootstrapPort {
+            text: word.to_owned(),
+        };
+        let (target, has_port) = targets.last_mut().ok_or_else(bad)?;
+        if std::mem::replace(has_port, true) {
+            return Err(bad());
+        }
+        target.bootstrap_port = match word.parse() {
+            _ if word.eq_ignore_ascii_case("none") => None,
+            Ok(port) if port != 0 => Some(port),
+            _ => return Err(bad()),
+        };
+    }
+    Ok(targets.into_iter().map(|(target, _)| target).collect())
 }
 
 fn tls_files(

@@ -8,6 +8,7 @@
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::ops::Bound;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -78,7 +79,7 @@ impl State {
 /// See the module.
 #[derive(Debug)]
 pub struct Hold {
-    most: usize,
+    most: AtomicUsize,
     state: Mutex<State>,
 }
 
@@ -86,9 +87,14 @@ impl Hold {
     /// Room for `most` requests.
     pub fn new(most: usize) -> Self {
         Self {
-            most,
+            most: AtomicUsize::new(most),
             state: Mutex::default(),
         }
+    }
+
+    /// Room for `most` requests from now on; those who wait already may go on.
+    pub fn resize(&self, most: usize) {
+        self.most.store(most, Ordering::Relaxed);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -166,7 +172,7 @@ impl Hold {
 
     fn sit(&self, priority: i64) -> Result<Place<'_>, Full> {
         let mut state = self.lock();
-        if state.waiting.len() >= self.most {
+        if state.waiting.len() >= self.most.load(Ordering::Relaxed) {
             let last = state.waiting.last_entry().ok_or(Full)?;
             if last.key().0 <= Reverse(priority) {
                 return Err(Full);

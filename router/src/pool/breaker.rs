@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// How long a worker is left out after a failed trial, at most: a repaired worker should be found soon.
@@ -41,8 +41,9 @@ pub enum BreakerState {
     Trial,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Record {
+    limits: BreakerLimits,
     in_a_row: u32,
     opened: u32,
     trial_out: bool,
@@ -51,7 +52,6 @@ struct Record {
 /// The breaker of one worker.
 #[derive(Debug)]
 pub struct Breaker {
-    limits: BreakerLimits,
     /// Until when nobody may pass, in nanoseconds since zero; 0 when closed. Read on every request, so no lock.
     closed_to: AtomicU64,
     record: Mutex<Record>,
@@ -61,9 +61,23 @@ impl Breaker {
     /// A closed breaker.
     pub fn new(limits: BreakerLimits) -> Self {
         Self {
-            limits,
             closed_to: AtomicU64::new(0),
-            record: Mutex::default(),
+            record: Mutex::new(Record::new(limits)),
+        }
+    }
+
+    fn record(&self) -> MutexGuard<'_, Record> {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Other limits from now on; an open breaker stays open for as long as it was to be. One that never opens any more
+    /// closes.
+    pub fn set_limits(&self, limits: BreakerLimits) {
+        let mut record = self.record();
+        record.limits = limits;
+        if limits.failures == 0 {
+            *record = Record::new(limits);
+            self.closed_to.store(0, Ordering::Relaxed);
         }
     }
 
@@ -85,49 +99,59 @@ impl Breaker {
     /// breaker was open should it never end.
     pub fn sent(&self, now: Duration) {
         if self.state(now) == BreakerState::Trial {
-            let mut record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut record = self.record();
             record.trial_out = true;
-            let until = now.saturating_add(self.span(record.opened));
+            let until = now.saturating_add(record.span());
             self.closed_to.store(nanos(until), Ordering::Relaxed);
         }
     }
 
     /// Notes a failure of this worker's own. True when that opened the breaker.
     pub fn failed(&self, now: Duration) -> bool {
-        if self.limits.failures == 0 {
+        let mut record = self.record();
+        if record.limits.failures == 0 {
             return false;
         }
-        let mut record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
         let is_open = self.closed_to.load(Ordering::Relaxed) != 0;
         record.in_a_row = record.in_a_row.saturating_add(1);
         // While it is open only the trial counts: requests sent before it opened fail too, and prove nothing new.
         let decides = if is_open {
             std::mem::take(&mut record.trial_out)
         } else {
-            record.in_a_row >= self.limits.failures
+            record.in_a_row >= record.limits.failures
         };
         if !decides {
             return false;
         }
         record.opened = record.opened.saturating_add(1);
-        let until = now.saturating_add(self.span(record.opened));
+        let until = now.saturating_add(record.span());
         self.closed_to.store(nanos(until), Ordering::Relaxed);
         !is_open
     }
 
     /// Notes a success, which closes it. True when that was news.
     pub fn succeeded(&self) -> bool {
-        let mut record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
-        *record = Record::default();
+        let mut record = self.record();
+        *record = Record::new(record.limits);
         self.closed_to.swap(0, Ordering::Relaxed) != 0
     }
+}
 
-    fn span(&self, opened: u32) -> Duration {
-        let doublings = opened.saturating_sub(1).min(16);
-        self.limits
-            .open
-            .saturating_mul(1 << doublings)
-            .min(OPEN_MAX.max(self.limits.open))
+impl Record {
+    const fn new(limits: BreakerLimits) -> Self {
+        Self {
+            limits,
+            in_a_row: 0,
+            opened: 0,
+            trial_out: false,
+        }
+    }
+
+    /// How long the breaker stays open this time.
+    fn span(&self) -> Duration {
+        let doublings = self.opened.saturating_sub(1).min(16);
+        let open = self.limits.open;
+        open.saturating_mul(1 << doublings).min(OPEN_MAX.max(open))
     }
 }
 
@@ -208,6 +232,23 @@ mod tests {
             breaker.sent(now);
             breaker.failed(now);
         }
+    }
+
+    #[test]
+    fn its_limits_can_change() {
+        let breaker = breaker();
+        assert!(!breaker.failed(at(1)));
+        breaker.set_limits(BreakerLimits {
+            failures: 2,
+            open: at(20),
+        });
+        assert!(breaker.failed(at(1)));
+        assert_eq!(breaker.state(at(20)), BreakerState::Open);
+        breaker.set_limits(BreakerLimits {
+            failures: 0,
+            open: at(20),
+        });
+        assert_eq!(breaker.state(at(20)), BreakerState::Closed);
     }
 
     #[test]

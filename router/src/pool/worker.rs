@@ -178,7 +178,9 @@ pub struct Worker {
     probed: AtomicBool,
     ready: AtomicBool,
     breaker: Breaker,
-    limits: WorkerLimits,
+    /// `usize::MAX` is no limit.
+    requests_max: AtomicUsize,
+    bytes_max: AtomicUsize,
     live: AtomicUsize,
     live_bytes: AtomicUsize,
     born: Instant,
@@ -211,7 +213,8 @@ impl Worker {
             probed: AtomicBool::new(false),
             ready: AtomicBool::new(false),
             breaker: Breaker::new(settings.breaker),
-            limits: settings.limits(member.role),
+            requests_max: AtomicUsize::new(usize::MAX),
+            bytes_max: AtomicUsize::new(usize::MAX),
             live: AtomicUsize::new(0),
             live_bytes: AtomicUsize::new(0),
             born: Instant::now(),
@@ -219,7 +222,18 @@ impl Worker {
             failures: [const { AtomicU64::new(0) }; Blame::ALL.len()],
         };
         worker.learn(member);
+        worker.limit(settings);
         worker
+    }
+
+    /// Other limits from now on; what it holds beyond them may end.
+    pub fn limit(&self, settings: &WorkerSettings) {
+        let limits = settings.limits(self.role);
+        let most = |limit: Option<usize>| limit.unwrap_or(usize::MAX);
+        self.requests_max
+            .store(most(limits.requests), Ordering::Relaxed);
+        self.bytes_max.store(most(limits.bytes), Ordering::Relaxed);
+        self.breaker.set_limits(settings.breaker);
     }
 
     /// Whether `member` describes this worker and not another one in its place.
@@ -380,11 +394,8 @@ impl Worker {
         let live = self.live.load(Ordering::Relaxed);
         let live_bytes = self.live_bytes.load(Ordering::Relaxed);
         live == 0
-            || (self.limits.requests.is_none_or(|most| live < most)
-                && self
-                    .limits
-                    .bytes
-                    .is_none_or(|most| live_bytes.saturating_add(bytes) <= most))
+            || (live < self.requests_max.load(Ordering::Relaxed)
+                && live_bytes.saturating_add(bytes) <= self.bytes_max.load(Ordering::Relaxed))
     }
 
     /// Requests it holds.

@@ -29,8 +29,10 @@ struct Waiter {
     tell: oneshot::Sender<Result<Permit, Refused>>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
+    places: usize,
+    queue_max: usize,
     taken: usize,
     arrivals: u64,
     waiting: BTreeMap<Turn, Waiter>,
@@ -39,8 +41,6 @@ struct State {
 /// The places of one router.
 #[derive(Debug)]
 pub struct Admission {
-    places: usize,
-    queue_max: usize,
     state: Mutex<State>,
 }
 
@@ -71,10 +71,24 @@ impl Admission {
     /// `places` for requests, `queue_max` of which may wait.
     pub fn new(places: usize, queue_max: usize) -> Self {
         Self {
-            places,
-            queue_max,
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                places,
+                queue_max,
+                taken: 0,
+                arrivals: 0,
+                waiting: BTreeMap::new(),
+            }),
         }
+    }
+
+    /// So many places and so much of a queue from now on. Those who have a place keep it, and so do those who wait.
+    pub fn resize(self: &Arc<Self>, places: usize, queue_max: usize) {
+        {
+            let mut state = self.lock();
+            state.places = places;
+            state.queue_max = queue_max;
+        }
+        self.hand_out();
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -101,17 +115,17 @@ impl Admission {
         priority: i64,
         patience: Duration,
     ) -> Result<Permit, Refused> {
-        let places = places.clamp(1, self.places);
         let (turn, told, shed) = {
             let mut state = self.lock();
-            if state.waiting.is_empty() && state.taken + places <= self.places {
+            let places = places.clamp(1, state.places);
+            if state.waiting.is_empty() && state.taken + places <= state.places {
                 state.taken += places;
                 return Ok(Permit {
                     admission: Arc::clone(self),
                     places,
                 });
             }
-            let shed = if state.waiting.len() < self.queue_max {
+            let shed = if state.waiting.len() < state.queue_max {
                 None
             } else {
                 let last = state.waiting.last_entry().ok_or(Refused::QueueFull)?;
@@ -150,9 +164,10 @@ impl Admission {
             let Some(first) = state.waiting.first_entry() else {
                 return;
             };
-            let places = first.get().places;
-            let turn = *first.key();
-            if state.taken + places > self.places {
+            let (wanted, turn) = (first.get().places, *first.key());
+            // There may be fewer than when it began to wait.
+            let places = wanted.min(state.places);
+            if state.taken + places > state.places {
                 return;
             }
             state.taken += places;
@@ -268,6 +283,28 @@ mod tests {
         drop(permit);
         // More than there is becomes all there is.
         assert_eq!(admission.enter(99, 0, PATIENCE).await.unwrap().places, 2);
+        assert_eq!(admission.taken(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_number_of_places_can_change() {
+        let admission = admission(2, 4);
+        let first = admission.enter(2, 0, PATIENCE).await.unwrap();
+        let second = queued(&admission, 2, 0).await;
+        let third = queued(&admission, 1, 0).await;
+        admission.resize(4, 0);
+        let second = second.await.unwrap().unwrap();
+        assert_eq!((admission.taken(), admission.waiting()), (4, 1));
+        // The one who waits keeps its turn; nobody of its importance may join it.
+        let refused = admission.enter(1, 0, PATIENCE).await;
+        assert_eq!(refused.err(), Some(Refused::QueueFull));
+        admission.resize(1, 4);
+        let fourth = queued(&admission, 3, 0).await;
+        drop((first, second));
+        let third = third.await.unwrap().unwrap();
+        assert_eq!((admission.taken(), admission.waiting()), (1, 1));
+        drop(third);
+        assert_eq!(fourth.await.unwrap().unwrap().places, 1);
         assert_eq!(admission.taken(), 0);
     }
 

@@ -47,7 +47,7 @@ pub async fn serve(
     let (choices, streams) = (request.shape.choices, request.shape.streams);
     let body = Bytes::from(shape::single_choice(&request.body, &request.shape));
     let trust = Trust {
-        rank: front.config.trusts_dp_rank,
+        rank: front.live.now().trusts_dp_rank,
         rid: false,
     };
     let mut shape = shape::read(endpoint, &body, trust)?;

@@ -22,7 +22,8 @@ use super::abort::Aborts;
 use super::logprobs::{self, PromptLogprobs};
 use super::placement::Booking;
 use super::sse::{self, AbortWatch, Events, InbandAbort};
-use crate::pool::{Blame, Worker};
+use crate::observe::{Attempt, LegEnd};
+use crate::pool::{Blame, Role, Worker};
 
 /// After decode's answer is complete, the time the prefill answer has to end too, so that its connection can serve again.
 pub const PREFILL_LINGER: Duration = Duration::from_secs(5);
@@ -223,14 +224,21 @@ impl PrefillLeg {
         exchange: ResponseFuture,
         partner: Partner,
         booking: Booking,
+        attempt: Arc<Attempt>,
         wants_logprobs: bool,
     ) -> Self {
         // One Refused and one of Finished and Failed: the channel is never full.
         let (sender, news) = mpsc::channel(2);
         let (linger, lingering) = oneshot::channel();
         let task = tokio::spawn(async move {
-            let mut leg =
-                std::pin::pin!(watch(&worker, exchange, &sender, &partner, wants_logprobs));
+            let mut leg = std::pin::pin!(watch(
+                &worker,
+                exchange,
+                &sender,
+                &partner,
+                &attempt,
+                wants_logprobs
+            ));
             let end = tokio::select! {
                 end = &mut leg => end,
                 Ok(()) = lingering => match tokio::time::timeout(PREFILL_LINGER, leg).await {
@@ -241,10 +249,12 @@ impl PrefillLeg {
             let last = match end {
                 Ok(logprobs) => {
                     worker.succeeded();
+                    attempt.ended(Role::Prefill, &LegEnd::Complete);
                     booking.prefill_done();
                     PrefillNews::Finished(logprobs)
                 }
                 Err(failure) => {
+                    attempt.ended(Role::Prefill, &LegEnd::Failed(&failure));
                     booking.leg_failed(worker.role(), failure.cause.blame());
                     // Those that answered with a status have been dealt with before their explanation was read.
                     if !matches!(failure.cause, LegCause::Status(_)) {
@@ -298,11 +308,13 @@ async fn watch(
     exchange: ResponseFuture,
     news: &mpsc::Sender<PrefillNews>,
     partner: &Partner,
+    attempt: &Attempt,
     wants_logprobs: bool,
 ) -> Result<Option<Arc<PromptLogprobs>>, LegFailure> {
     let response = exchange
         .await
         .map_err(|error| LegFailure::unanswered(worker, &error))?;
+    attempt.status(Role::Prefill, response.status().as_u16());
     if !response.status().is_success() {
         partner.aborts.submit(&partner.worker, &partner.rids);
         // Nobody listens any more when decode has already finished.

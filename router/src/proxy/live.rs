@@ -24,7 +24,8 @@ use super::pair::PairRequest;
 use super::placement::{Booking, Placement};
 use super::sse::{self, InbandAbort};
 use crate::metrics::bump;
-use crate::pool::Worker;
+use crate::observe::{Attempt, LegEnd};
+use crate::pool::{Role, Worker};
 use crate::respond::RouteError;
 use crate::schedule::rooms::RoomLease;
 
@@ -125,6 +126,7 @@ pub struct LivePair {
     leg: PrefillLeg,
     exchange: Option<ResponseFuture>,
     booking: Booking,
+    attempt: Arc<Attempt>,
     sent_at: Instant,
     read_at: Instant,
     wants_logprobs: bool,
@@ -167,8 +169,12 @@ impl LivePair {
             rooms.rooms(),
             &rids,
         );
+        let attempt = request
+            .trail
+            .attempt(&prefill, &decode, rooms.rooms(), &rids);
         let post = |worker: &Worker, body| {
-            let (path, headers) = (request.path.clone(), headers.clone());
+            let (path, mut headers) = (request.path.clone(), headers.clone());
+            attempt.mark(worker.role(), &mut headers);
             front.client.send(worker, Method::POST, path, headers, body)
         };
         let exchange = post(&decode, body.clone());
@@ -182,6 +188,7 @@ impl LivePair {
             post(&prefill, body),
             partner,
             booking.clone(),
+            Arc::clone(&attempt),
             shape.wants_logprobs,
         );
         Self {
@@ -192,6 +199,7 @@ impl LivePair {
             leg,
             exchange: Some(exchange),
             booking,
+            attempt,
             sent_at: Instant::now(),
             read_at: request.read_at,
             wants_logprobs: shape.wants_logprobs,
@@ -253,6 +261,12 @@ impl LivePair {
             bump(&self.front.metrics.logprobs_unmerged);
         }
         self.booking.first_byte();
+        self.attempt.first_byte(first.is_event_stream);
+        if first.is_event_stream {
+            let parts = self.booking.note().decision.prediction.parts_s();
+            let took = self.sent_at.elapsed();
+            self.front.metrics.predicted(parts, took);
+        }
         let sending = self.sent_at.saturating_duration_since(self.read_at);
         // What the client itself made us wait for is not the router's time.
         let passing = if self.wants_logprobs {
@@ -284,6 +298,8 @@ impl LivePair {
                 stage = deadline.expired() => return Err(self.timed_out(stage)),
             }
         };
+        let status = response.status().as_u16();
+        self.attempt.status(Role::Decode, status);
         if response.status().is_success() {
             return Ok(response.into_parts());
         }
@@ -380,6 +396,7 @@ impl LivePair {
     pub fn decode_failed(&mut self, failure: LegFailure) -> LegFailure {
         self.decode_open = false;
         self.failed = true;
+        self.attempt.ended(Role::Decode, &LegEnd::Failed(&failure));
         self.booking
             .leg_failed(self.decode.role(), failure.cause.blame());
         failure
@@ -405,6 +422,7 @@ impl LivePair {
         self.decode_open = false;
         if !self.failed {
             self.decode.succeeded();
+            self.attempt.ended(Role::Decode, &LegEnd::Complete);
         }
         self.booking.ended();
         if self.prefill_open {

@@ -21,6 +21,7 @@ use super::placement::{self, Prompt, Wish};
 use super::shape::Shape;
 use super::stream::{PairBody, ReplyBody};
 use crate::metrics::bump;
+use crate::observe::Trail;
 use crate::pool::{Blame, Role, Worker};
 use crate::respond::RouteError;
 
@@ -45,6 +46,8 @@ pub struct PairRequest {
     pub shape: Shape,
     /// When the request was complete.
     pub read_at: Instant,
+    /// Is told what becomes of it.
+    pub trail: Arc<Trail>,
     /// The answer's headers shall say why it went where it went.
     pub explains: bool,
 }
@@ -93,7 +96,7 @@ impl Opened {
 /// # Errors
 /// See [`serve`].
 pub async fn open(front: &Arc<Front>, request: &PairRequest) -> Result<Opened, RouteError> {
-    let mut deadline = Deadline::new(&front.config, request.read_at);
+    let mut deadline = Deadline::new(&front.live.now(), request.read_at);
     let prompt = Prompt::of(&request.body, &request.shape);
     let mut plan = Plan::default();
     let mut retrying = None;
@@ -120,7 +123,7 @@ pub async fn open(front: &Arc<Front>, request: &PairRequest) -> Result<Opened, R
             Err(error) => return Err(error),
         };
         // A request with an id of the client's is not tried again: the abort of its first try could hit the second.
-        let may = attempt < front.config.attempts_max
+        let may = attempt < front.live.now().attempts_max
             && failure.cause.is_worth_another_try()
             && request.shape.client_rids.is_empty()
             && plan.go_on(front, &failure, &live);

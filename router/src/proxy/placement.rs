@@ -60,7 +60,7 @@ pub async fn wait(front: &Front, wish: &Wish<'_>) -> Result<Placement, RouteErro
         },
     };
     let waiting = front.hold.wait(wish.priority, ask);
-    match tokio::time::timeout(front.config.queue_timeout, waiting).await {
+    match tokio::time::timeout(front.live.now().queue_timeout, waiting).await {
         Ok(Ok(answer)) => answer,
         Ok(Err(_full)) => Err(RouteError::QueueFull),
         Err(_elapsed) => Err(RouteError::QueueTimeout),

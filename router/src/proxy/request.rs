@@ -19,6 +19,8 @@ use super::pair::PairRequest;
 use super::shape::{self, PairEndpoint, Shape, Trust};
 use super::{messages, models};
 use crate::config::scheduling::Explain;
+use crate::metrics::Route;
+use crate::observe::Trail;
 use crate::respond::RouteError;
 
 /// A client that sends nothing of its body for this long is given up: its connection and buffer are worth more.
@@ -52,6 +54,8 @@ pub async fn read(
     request: Request<Incoming>,
 ) -> Result<PairRequest, RouteError> {
     let (mut parts, body) = request.into_parts();
+    let trail = parts.extensions.remove::<Arc<Trail>>();
+    let trail = trail.unwrap_or_else(|| Trail::begin(front, Route::Other, &parts.headers));
     refuse_encoding(&parts.headers)?;
     let (mut body, memory) = read_body(front, body).await?;
     let read_at = Instant::now();
@@ -74,13 +78,14 @@ pub async fn read(
             PairEndpoint::Chat
         }
     };
-    let trusts_rank = front.config.trusts_dp_rank;
+    let config = front.live.now();
+    let trusts_rank = config.trusts_dp_rank;
     let fleet = Arc::clone(&front.fleet.borrow());
     let trust = Trust {
         rank: trusts_rank,
         rid: true,
     };
-    let may_be_opaque = front.config.header_overrides && !models::matter(&fleet);
+    let may_be_opaque = config.header_overrides && !models::matter(&fleet);
     let shape = if may_be_opaque && shape::is_plain(endpoint, &body) {
         Shape::opaque()
     } else {
@@ -112,6 +117,7 @@ pub async fn read(
         memory: Arc::new(memory),
         shape,
         read_at,
+        trail,
         explains,
     })
 }
@@ -137,7 +143,7 @@ pub async fn read_body(
     front: &Front,
     mut body: Incoming,
 ) -> Result<(Bytes, OwnedSemaphorePermit), RouteError> {
-    let limit = front.config.body_bytes_max;
+    let limit = front.live.now().body_bytes_max;
     let mut memory = reserve(front, 0)?;
     let too_large = RouteError::BodyTooLarge { limit };
     let announced = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);

@@ -3,7 +3,7 @@
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use hyper::body::Incoming;
@@ -15,6 +15,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 
 use super::abort::AbortRunner;
@@ -29,10 +30,13 @@ use crate::discover::source::SourceError;
 use crate::discover::{FleetWatch, flags};
 use crate::fleet;
 use crate::gossip;
-use crate::metrics::{Gauges, Route};
+use crate::metrics::Route;
+use crate::observe::{Trail, WatchedBody};
+use crate::overview::Overview;
 use crate::pool::Role;
 use crate::pool::tls::{self, TlsError};
 use crate::respond::{self, RouteError};
+use crate::ui;
 
 /// Connections beyond one per generation request, for probes, scrapes and idle clients. Above the sum the router stops
 /// accepting until one closes.
@@ -149,6 +153,11 @@ impl Router {
         })
     }
 
+    /// What its requests share, for those who watch or steer it.
+    pub fn front(&self) -> &Arc<Front> {
+        &self.front
+    }
+
     /// Where other replicas are told of this one's bookings, if they are.
     pub fn gossip_addr(&self) -> Option<SocketAddr> {
         self.gossip.as_ref()?.local_addr().ok()
@@ -185,12 +194,21 @@ impl Router {
             // An error means that the router was dropped, which closes the queue too.
             let _ = closing.await;
         }));
+        let (close_spans, spans_closing) = oneshot::channel::<()>();
+        let exporter = front.exporter.lock();
+        let exporter = exporter.unwrap_or_else(PoisonError::into_inner).take();
+        let exporting = exporter.map(|exporter| {
+            // An error means the same as above.
+            tokio::spawn(exporter.run(async {
+                let _ = spans_closing.await;
+            }))
+        });
         let mut connections = JoinSet::new();
         accept_until(shutdown, &listener, tls.as_ref(), &front, &mut connections).await;
         drop(listener);
         front.drain.throw();
         let finished = async { while connections.join_next().await.is_some() {} };
-        if tokio::time::timeout(front.config.drain_timeout, finished)
+        if tokio::time::timeout(front.live.now().drain_timeout, finished)
             .await
             .is_err()
         {
@@ -204,6 +222,12 @@ impl Router {
         drop(close_aborts);
         if let Err(error) = aborts.await {
             tracing::error!(%error, "the abort queue failed");
+        }
+        drop(close_spans);
+        if let Some(exporting) = exporting
+            && let Err(error) = exporting.await
+        {
+            tracing::error!(%error, "the export of spans failed");
         }
     }
 }
@@ -239,12 +263,12 @@ async fn accept_until(
     connections: &mut JoinSet<()>,
 ) {
     tokio::pin!(shutdown);
-    let most = front
-        .config
-        .requests_max
-        .saturating_add(front.config.queue_max)
-        .saturating_add(CONNECTIONS_SPARE);
     loop {
+        let config = front.live.now();
+        let most = config
+            .requests_max
+            .saturating_add(config.queue_max)
+            .saturating_add(CONNECTIONS_SPARE);
         tokio::select! {
             () = &mut shutdown => return,
             Some(_) = connections.join_next() => {}
@@ -312,6 +336,8 @@ enum Target {
     Health,
     Ready,
     Metrics,
+    Page(ui::Asset),
+    State,
     Decisions,
 }
 
@@ -327,6 +353,10 @@ impl Target {
             "/health" => Self::Health,
             "/ready" => Self::Ready,
             "/metrics" => Self::Metrics,
+            "/debug/state" => Self::State,
+            "/ui" | "/ui/" => Self::Page(ui::Asset::Page),
+            "/ui/app.js" => Self::Page(ui::Asset::Script),
+            "/ui/style.css" => Self::Page(ui::Asset::Style),
             "/debug/decisions" => Self::Decisions,
             // Known for the other method, the path is told apart from an unknown one.
             _ => Self::Pass(Asked::of(method, path).or_else(|| {
@@ -341,7 +371,12 @@ impl Target {
         match self {
             Self::Pair(_, route) => *route,
             Self::Pass(_) => Route::Pass,
-            Self::Health | Self::Ready | Self::Metrics | Self::Decisions => Route::Own,
+            Self::Health
+            | Self::Ready
+            | Self::Metrics
+            | Self::Decisions
+            | Self::Page(_)
+            | Self::State => Route::Own,
         }
     }
 
@@ -359,16 +394,19 @@ impl Target {
     }
 }
 
-async fn answer(front: &Arc<Front>, request: Request<Incoming>) -> Response<ReplyBody> {
+async fn answer(front: &Arc<Front>, mut request: Request<Incoming>) -> Response<WatchedBody> {
     let target = Target::of(request.method(), request.uri().path());
     let route = target.as_ref().map_or(Route::Other, Target::route);
+    let trail = Trail::begin(front, route, request.headers());
+    request.extensions_mut().insert(Arc::clone(&trail));
     let response = match serve_target(front, target, request).await {
         Ok(response) => response,
         Err(error) if route == Route::Messages => respond::respond_anthropic(error),
         Err(error) => respond::respond(error),
     };
     front.metrics.answered(route, response.status());
-    response
+    trail.answered(response.status());
+    response.map(|body| WatchedBody::new(body, trail))
 }
 
 async fn serve_target(
@@ -384,6 +422,7 @@ async fn serve_target(
     if let Some(allowed) = target.other_method(request.method(), path) {
         return Err(RouteError::Method { allowed });
     }
+    let serves_pages = front.live.now().serves_pages;
     match target {
         Target::Pair(dialect, _) => generate(front, dialect, request).await,
         Target::Pass(asked) => {
@@ -406,16 +445,16 @@ async fn serve_target(
         }
         Target::Decisions => Ok(respond::decisions(&front.picker, request.uri().query())),
         Target::Metrics => {
-            let gauges = Gauges {
-                live: front.admission.taken(),
-                queued: front.admission.waiting(),
-                waiting_for_room: front.hold.waiting(),
-                bookings: front.picker.bookings(),
-                rooms: front.rooms.live(),
-            };
-            Ok(respond::metrics(
-                front.metrics.render(&front.pool.now(), &gauges),
-            ))
+            let text = front
+                .metrics
+                .render(&front.pool.now(), &Overview::of(front));
+            Ok(respond::metrics(text))
+        }
+        Target::Page(asset) if serves_pages => Ok(respond::asset(asset)),
+        Target::State if serves_pages => Ok(respond::state(&Overview::of(front))),
+        Target::Page(_) | Target::State => {
+            let path = path.to_owned();
+            Err(RouteError::NoEndpoint { path })
         }
     }
 }
@@ -427,7 +466,8 @@ async fn generate(
 ) -> Result<Response<ReplyBody>, RouteError> {
     let request = request::read(front, dialect, request).await?;
     let shape = &request.shape;
-    let patience = front.config.queue_timeout;
+    let patience = front.live.now().queue_timeout;
+    let asked_at = Instant::now();
     let permit = front
         .admission
         .enter(shape.choices, shape.priority, patience)
@@ -436,6 +476,7 @@ async fn generate(
             Refused::QueueFull => RouteError::QueueFull,
             Refused::TooLate => RouteError::QueueTimeout,
         })?;
+    front.metrics.queue_wait.observe(asked_at.elapsed());
     match dialect {
         Dialect::Messages => messages::serve(front, request, permit).await,
         Dialect::Native(endpoint) if shape.choices > 1 => {

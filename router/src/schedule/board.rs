@@ -6,6 +6,7 @@
 //! * `roster`: workers that come and go.
 //! * `ledger`: bookings and the events that release them; `gossip`: those of sibling replicas.
 //! * `intake`: samples; `rates`: bandwidths learned from them.
+//! * `load`: what metrics and pages show of it.
 //! * `view`: what a request would meet at each worker (rules 1 to 5).
 //! * `pick`: gates (rules 5 and 7) and the choice.
 //! * `baselines`: the policies that `fused` is compared with.
@@ -15,13 +16,13 @@ mod baselines;
 mod gossip;
 mod intake;
 mod ledger;
+mod load;
 mod pick;
 mod rates;
 mod roster;
 mod view;
 
 use std::collections::HashMap;
-use std::time::Duration;
 
 use super::dice::mix;
 use super::facts::{Facts, Role, WORKERS_MAX, WorkerId};
@@ -34,6 +35,7 @@ use super::sample::{KvEvent, KvPool};
 pub use gossip::Record;
 pub use intake::IngestError;
 pub use ledger::{BOOKINGS_MAX, BookError, Event, Key, Leg};
+pub use load::{Load, PairState};
 
 /// Sticky keys that are remembered; about 2 MiB.
 pub const STICKY_MAX: usize = 1 << 15;
@@ -209,34 +211,6 @@ struct Pool {
     at: f64,
 }
 
-/// What a worker has to do, for metrics and pages.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Load {
-    /// Bookings: of a prefill until the transfer's end, of a decode until the request's end.
-    pub bookings: u64,
-    /// Prompt tokens that wait or are computed at a prefill.
-    pub queued_tokens: u64,
-    /// Bytes dispatched to a prefill that did not yet reach their decode.
-    pub egress_bytes: u64,
-    /// KV tokens taken at a decode.
-    pub kv_tokens: u64,
-}
-
-/// What is known of a pair, for metrics and pages.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct PairState {
-    /// Bytes that wait, by the last sample.
-    pub bytes_queued: u64,
-    /// Bytes on the wire, by the last sample.
-    pub bytes_in_flight: u64,
-    /// Bandwidth that the next decision counts with, in bytes per second.
-    pub bytes_per_s: f64,
-    /// Whether this pair itself was measured.
-    pub measured: bool,
-    /// What recent failures cost, in failures.
-    pub failures: f64,
-}
-
 impl Board {
     /// An empty board.
     pub fn new(settings: Settings) -> Self {
@@ -280,59 +254,6 @@ impl Board {
         if let Some((Role::Prefill, slot)) = self.ids.get(&id) {
             self.trie.report(*slot, event);
         }
-    }
-
-    /// What a worker has to do, as the next decision would see it.
-    pub fn load(&self, now: Duration, id: WorkerId) -> Option<Load> {
-        let now = now.as_secs_f64();
-        let (role, slot) = self.ids.get(&id)?;
-        Some(match role {
-            Role::Prefill => {
-                let prefill = &self.prefills[*slot];
-                Load {
-                    bookings: prefill.jobs.len() as u64,
-                    queued_tokens: self.queued(prefill, now).0,
-                    egress_bytes: self
-                        .egress(prefill, self.links_pictured(prefill, now), now)
-                        .0,
-                    kv_tokens: 0,
-                }
-            }
-            Role::Decode => {
-                let decode = &self.decodes[*slot];
-                Load {
-                    bookings: decode.booked_requests,
-                    kv_tokens: self.kv_tokens(decode, now).0,
-                    ..Load::default()
-                }
-            }
-        })
-    }
-
-    /// What is known of a pair.
-    pub fn pair(
-        &mut self,
-        now: Duration,
-        prefill: WorkerId,
-        decode: WorkerId,
-    ) -> Option<PairState> {
-        let now = now.as_secs_f64();
-        let (&(Role::Prefill, p), &(Role::Decode, d)) =
-            (self.ids.get(&prefill)?, self.ids.get(&decode)?)
-        else {
-            return None;
-        };
-        if self.prefills[p].row_at.is_none() {
-            self.refresh_row(p, now);
-        }
-        let link = &self.prefills[p].links[d];
-        Some(PairState {
-            bytes_queued: link.bytes_queued,
-            bytes_in_flight: link.bytes_in_flight,
-            bytes_per_s: 1.0 / self.prefills[p].seconds_per_byte[d],
-            measured: link.rate.value().is_some(),
-            failures: link.failures.score(now),
-        })
     }
 
     fn is_fresh(&self, at: f64, now: f64) -> bool {

@@ -25,6 +25,17 @@ pub struct Prediction {
 }
 
 impl Prediction {
+    /// The parts, in the order of their declaration.
+    pub const fn parts_s(&self) -> [f64; 5] {
+        [
+            self.wait_s,
+            self.compute_s,
+            self.wire_wait_s,
+            self.transfer_s,
+            self.admission_s,
+        ]
+    }
+
     /// The whole time to the first token.
     pub fn ttft_s(&self) -> f64 {
         self.wait_s + self.compute_s + self.wire_wait_s + self.transfer_s + self.admission_s
