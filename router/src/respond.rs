@@ -161,6 +161,23 @@ pub fn respond(error: RouteError) -> Response<ReplyBody> {
 /// The same for Anthropic's clients, in their form.
 pub fn respond_anthropic(error: RouteError) -> Response<ReplyBody> {
     let (status, _) = error.status();
+    let message = match &error {
+        RouteError::Leg(LegFailure {
+            cause: LegCause::Status(error),
+            ..
+        }) => words_of(error),
+        _ => None,
+    };
+    let message = message.unwrap_or_else(|| error.to_string());
+    let json = anthropic_json(status, &message);
+    let mut response = respond(error);
+    let headers = response.headers_mut();
+    headers.remove(CONTENT_LENGTH);
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response.map(|_| ReplyBody::Whole(Full::new(json.into())))
+}
+
+fn anthropic_json(status: StatusCode, message: &str) -> String {
     let kind = match status.as_u16() {
         400 | 405 | 415 | 422 => "invalid_request_error",
         401 => "authentication_error",
@@ -172,25 +189,22 @@ pub fn respond_anthropic(error: RouteError) -> Response<ReplyBody> {
         503 => "overloaded_error",
         _ => "api_error",
     };
-    let message = match &error {
-        RouteError::Leg(LegFailure {
-            cause: LegCause::Status(error),
-            ..
-        }) => words_of(error),
-        _ => None,
-    };
-    let message = message.unwrap_or_else(|| error.to_string());
-    let json = json!({"type": "error", "error": {"type": kind, "message": message}});
-    let mut response = respond(error);
-    let headers = response.headers_mut();
-    headers.remove(CONTENT_LENGTH);
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    response.map(|_| ReplyBody::Whole(Full::new(json.to_string().into())))
+    json!({"type": "error", "error": {"type": kind, "message": message}}).to_string()
+}
+
+/// A worker's error answer in the form of Anthropic's clients.
+pub fn anthropic_error(status: StatusCode, body: &[u8]) -> String {
+    let message = words_in(body).unwrap_or_else(|| format!("the worker answered {status}"));
+    anthropic_json(status, &message)
 }
 
 /// The message in a worker's error, in any of the forms SGLang uses.
 fn words_of(error: &WorkerError) -> Option<String> {
-    let json: serde_json::Value = serde_json::from_slice(error.body.as_ref()?).ok()?;
+    words_in(error.body.as_ref()?)
+}
+
+fn words_in(body: &[u8]) -> Option<String> {
+    let json: serde_json::Value = serde_json::from_slice(body).ok()?;
     let places = ["/error/message", "/message", "/detail", "/error"];
     let mut found = places
         .iter()
