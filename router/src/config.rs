@@ -241,6 +241,14 @@ impl Config {
                 });
             }
         }
+        self.check_settings()
+    }
+
+    /// Checks all but the workers, which may come from elsewhere.
+    ///
+    /// # Errors
+    /// [`ConfigError`] naming the first contradiction.
+    pub fn check_settings(&self) -> Result<(), ConfigError> {
         if !(1..=tokio::sync::Semaphore::MAX_PERMITS).contains(&self.requests_max) {
             return Err(ConfigError::RequestsMax);
         }

@@ -4,6 +4,8 @@
 //! a [`tokio::sync::watch`] channel; the pool makes what it has equal to the latest one. Sources never touch the pool.
 #![forbid(unsafe_code)]
 
+pub mod flags;
+
 use std::sync::Arc;
 
 use crate::config::WorkerUrl;

@@ -8,6 +8,7 @@
 //! * `schedule`: which pair serves a request, and under which rooms.
 //! * `simulate`: the same choice replayed against a fleet that exists only as arithmetic.
 //! * `discover`: where workers come from.
+//! * `fleet`: what follows the workers as they come and go.
 //! * `pool`: the workers, the connections to them, and whether they are ready.
 //! * `proxy`: the HTTP front, the two legs, the stream back to the client.
 //! * `respond`: the only place that turns an error into a status code.
@@ -17,6 +18,7 @@
 pub mod config;
 pub mod discover;
 pub mod drain;
+pub mod fleet;
 pub mod metrics;
 pub mod pool;
 pub mod proxy;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use hyper::StatusCode;
 
-use crate::pool::{Blame, Pool, Worker};
+use crate::pool::{Blame, Worker, Workers};
 
 /// What a request asked for, as a metric label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,7 +117,7 @@ impl Metrics {
     }
 
     /// The Prometheus text format, version 0.0.4.
-    pub fn render(&self, pool: &Pool, gauges: &Gauges) -> String {
+    pub fn render(&self, pool: &Workers, gauges: &Gauges) -> String {
         let mut text = Text {
             out: String::with_capacity(4096),
             family: "",
@@ -246,7 +246,7 @@ pub struct Gauges {
     pub rooms: usize,
 }
 
-fn render_workers(text: &mut Text, pool: &Pool) {
+fn render_workers(text: &mut Text, pool: &Workers) {
     text.family(
         "kvrouter_leg_failures_total",
         "counter",

@@ -5,45 +5,88 @@ pub mod health;
 pub mod tls;
 pub mod worker;
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 pub use worker::{Blame, Role, Worker};
 
-use crate::config::Config;
+use crate::discover::{Fleet, MEMBERS_MAX, Member};
 use breaker::BreakerState;
-use worker::WorkerLimits;
+use worker::WorkerSettings;
 
-/// All workers, by role. The lists do not change while the router runs; prefill and decode are never empty.
+/// The workers, which come and go while the router runs.
 #[derive(Debug)]
 pub struct Pool {
+    settings: WorkerSettings,
+    /// Replaced as a whole, so that readers keep what they have seen.
+    workers: RwLock<Arc<Workers>>,
+    /// Held by the one that prepares a replacement.
+    changing: Mutex<()>,
+}
+
+/// All workers of one moment, by role, in their source's order.
+#[derive(Clone, Debug, Default)]
+pub struct Workers {
     prefills: Vec<Arc<Worker>>,
     decodes: Vec<Arc<Worker>>,
     others: Vec<Arc<Worker>>,
 }
 
 impl Pool {
-    /// The workers of a checked configuration.
-    pub fn new(config: &Config) -> Self {
-        let prefill_limits = WorkerLimits {
-            requests: config.prefill_requests_max,
-            bytes: config.prefill_bytes_max,
-        };
-        let decode_limits = WorkerLimits {
-            requests: config.decode_requests_max,
-            bytes: None,
-        };
-        let (breaker, dp_size) = (config.breaker, config.prefill_dp_size);
-        let prefill = |target| Arc::new(Worker::prefill(target, dp_size, breaker, prefill_limits));
-        let decode = |url| Arc::new(Worker::new(Role::Decode, url, breaker, decode_limits));
-        let no_limits = WorkerLimits::default();
-        let other = |url| Arc::new(Worker::new(Role::Other, url, breaker, no_limits));
+    /// A pool without workers.
+    pub fn new(settings: WorkerSettings) -> Self {
         Self {
-            prefills: config.prefills.iter().map(prefill).collect(),
-            decodes: config.decodes.iter().map(decode).collect(),
-            others: config.others.iter().map(other).collect(),
+            settings,
+            workers: RwLock::default(),
+            changing: Mutex::default(),
         }
     }
 
+    /// The workers as they are now.
+    pub fn now(&self) -> Arc<Workers> {
+        let workers = self.workers.read().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(&workers)
+    }
+
+    /// Makes the pool equal to `fleet`. A member that was there already keeps its state; one whose address or role changed
+    /// is a new worker. What a removed worker holds may end.
+    pub fn sync(&self, fleet: &Fleet) {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = self.now();
+        let known: HashMap<&str, &Arc<Worker>> = before
+            .workers()
+            .map(|worker| (worker.name(), worker))
+            .collect();
+        let mut after = Workers::default();
+        let mut taken: HashMap<&str, &Member> = HashMap::new();
+        for member in fleet.members.iter().take(MEMBERS_MAX) {
+            if taken.insert(&member.name, member).is_some() {
+                tracing::warn!(name = member.name, "two workers have one name, leaving one out");
+                continue;
+            }
+            let worker = match known.get(member.name.as_str()) {
+                Some(worker) if worker.is(member) => {
+                    worker.learn(member);
+                    Arc::clone(worker)
+                }
+                _ => {
+                    tracing::info!(role = %member.role, url = %member.url, name = member.name, "worker joins");
+                    Arc::new(Worker::new(member, &self.settings))
+                }
+            };
+            after.of_role_mut(member.role).push(worker);
+        }
+        for (name, worker) in known {
+            if !taken.get(name).is_some_and(|member| worker.is(member)) {
+                tracing::info!(role = %worker.role(), url = %worker.url(), name, "worker leaves");
+            }
+        }
+        let mut workers = self.workers.write().unwrap_or_else(PoisonError::into_inner);
+        *workers = Arc::new(after);
+    }
+}
+
+impl Workers {
     /// Every worker, prefill first.
     pub fn workers(&self) -> impl Iterator<Item = &Arc<Worker>> {
         self.prefills
@@ -61,23 +104,32 @@ impl Pool {
         }
     }
 
-    /// How many workers of `role` are ready.
+    fn of_role_mut(&mut self, role: Role) -> &mut Vec<Arc<Worker>> {
+        match role {
+            Role::Prefill => &mut self.prefills,
+            Role::Decode => &mut self.decodes,
+            Role::Other => &mut self.others,
+        }
+    }
+
+    /// How many workers of `role` are ready and not going away.
     pub fn ready(&self, role: Role) -> usize {
         self.of_role(role)
             .iter()
-            .filter(|worker| worker.is_ready())
+            .filter(|worker| worker.is_ready() && !worker.is_draining())
             .count()
     }
 
     /// The workers of `role` that may be chosen, best kind first: ready ones whose breakers are not open; then ready ones;
-    /// then all, because a probe can be wrong and a refused request is no better than a failed one. `avoid` is left out
-    /// when another worker of the role exists at all.
+    /// then all, because a probe can be wrong and a refused request is no better than a failed one. Those that go away are
+    /// left out, and so is `avoid` when another worker of the role exists at all.
     pub fn candidates(&self, role: Role, avoid: &[Arc<Worker>]) -> Vec<&Arc<Worker>> {
-        let all = self.of_role(role);
+        let stays = |worker: &&Arc<Worker>| !worker.is_draining();
+        let all = || self.of_role(role).iter().filter(stays);
         let wanted = |worker: &&Arc<Worker>| !avoid.iter().any(|one| Arc::ptr_eq(one, worker));
-        let mut left: Vec<_> = all.iter().filter(wanted).collect();
+        let mut left: Vec<_> = all().filter(wanted).collect();
         if left.is_empty() {
-            left = all.iter().collect();
+            left = all().collect();
         }
         let tiers: [fn(&Worker) -> bool; 2] = [
             |worker| worker.is_ready() && worker.breaker_state() != BreakerState::Open,

@@ -25,11 +25,13 @@ use std::sync::atomic::AtomicUsize;
 use tokio::sync::{Notify, Semaphore};
 
 use crate::config::Config;
+use crate::discover::FleetWatch;
 use crate::drain::DrainSwitch;
 use crate::metrics::Metrics;
 use crate::pool::Pool;
 use crate::pool::client::WorkerClient;
 use crate::pool::tls::TlsError;
+use crate::pool::worker::WorkerSettings;
 use crate::schedule::pair::PairScheduler;
 use crate::schedule::rooms::Rooms;
 use abort::{AbortRunner, Aborts};
@@ -40,6 +42,8 @@ use admission::Admission;
 pub struct Front {
     /// The settings.
     pub config: Config,
+    /// What the source of workers published last; [`crate::fleet`] makes the pool follow it.
+    pub fleet: FleetWatch,
     /// The workers.
     pub pool: Pool,
     /// Chooses pairs; only [`placement`] asks it.
@@ -67,16 +71,19 @@ pub struct Front {
 }
 
 impl Front {
-    /// The state of a router that has served nothing yet, and the runner of its aborts.
+    /// The state of a router that has served nothing yet, and the runner of its aborts. The pool holds what `fleet` holds now.
     ///
     /// # Errors
     /// [`TlsError`] when workers are reached over TLS and nobody is trusted to sign their certificates.
-    pub fn new(config: Config) -> Result<(Arc<Self>, AbortRunner), TlsError> {
+    pub fn new(config: Config, fleet: FleetWatch) -> Result<(Arc<Self>, AbortRunner), TlsError> {
         let metrics = Arc::new(Metrics::default());
         let client = WorkerClient::new(&config)?;
+        let pool = Pool::new(WorkerSettings::of(&config));
+        pool.sync(&fleet.borrow());
         let (aborts, abort_runner) = Aborts::new(client.clone(), Arc::clone(&metrics));
         let front = Self {
-            pool: Pool::new(&config),
+            fleet,
+            pool,
             scheduler: PairScheduler::new(config.policy),
             rooms: Arc::new(Rooms::default()),
             client,

@@ -38,15 +38,18 @@ pub struct WorkerClient {
 }
 
 impl WorkerClient {
-    /// A client for the workers of a checked configuration.
+    /// A client for the workers of a checked configuration, or for those that come later if it names none.
     ///
     /// # Errors
-    /// [`TlsError`] when a worker is reached over TLS and no authority can be read.
+    /// [`TlsError`] when a named worker is reached over TLS and no authority can be read.
     pub fn new(config: &Config) -> Result<Self, TlsError> {
         let urls = config.prefills.iter().map(|target| &target.url);
         let mut urls = urls.chain(&config.decodes).chain(&config.others);
         let tls = if urls.any(|url| url.is_tls()) || config.worker_authorities.is_some() {
             Some(connector(config.worker_authorities.as_deref())?)
+        } else if config.prefills.is_empty() && config.decodes.is_empty() {
+            // Whether any is reached over TLS is not known yet; without authorities those that are will say so.
+            connector(None).ok()
         } else {
             None
         };

@@ -2,7 +2,8 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{PoisonError, RwLock};
 use std::time::Duration;
 
 use hyper::Uri;
@@ -10,7 +11,8 @@ use hyper::http::uri::{Authority, PathAndQuery};
 use tokio::time::Instant;
 
 use super::breaker::{Breaker, BreakerLimits, BreakerState};
-use crate::config::{PrefillTarget, WorkerUrl};
+use crate::config::{Config, WorkerUrl};
+use crate::discover::Member;
 
 /// More data-parallel ranks than this are no statement about a real worker.
 pub const DP_SIZE_MAX: u32 = 4096;
@@ -96,16 +98,61 @@ pub struct WorkerLimits {
     pub bytes: Option<usize>,
 }
 
+/// What all workers of a router have in common.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct WorkerSettings {
+    /// When a failing one is left out.
+    pub breaker: BreakerLimits,
+    /// What a prefill worker may hold.
+    pub prefill: WorkerLimits,
+    /// What a decode worker may hold.
+    pub decode: WorkerLimits,
+    /// Data-parallel ranks of each prefill worker; `None`: each is asked.
+    pub prefill_dp_size: Option<u32>,
+}
+
+impl WorkerSettings {
+    /// What a configuration says of workers.
+    pub fn of(config: &Config) -> Self {
+        Self {
+            breaker: config.breaker,
+            prefill: WorkerLimits {
+                requests: config.prefill_requests_max,
+                bytes: config.prefill_bytes_max,
+            },
+            decode: WorkerLimits {
+                requests: config.decode_requests_max,
+                bytes: None,
+            },
+            prefill_dp_size: config.prefill_dp_size,
+        }
+    }
+
+    fn limits(&self, role: Role) -> WorkerLimits {
+        match role {
+            Role::Prefill => self.prefill,
+            Role::Decode => self.decode,
+            Role::Other => WorkerLimits::default(),
+        }
+    }
+}
+
 /// A worker of the pool.
 #[derive(Debug)]
 pub struct Worker {
+    name: String,
     role: Role,
     url: WorkerUrl,
-    bootstrap_port: Option<u16>,
     dp_size: Option<u32>,
-    found_bootstrap_port: AtomicU32,
+    /// Ports as the worker's source tells them; 0: it does not.
+    told_bootstrap_port: AtomicU16,
+    telemetry_port: AtomicU16,
+    zone: RwLock<Option<String>>,
+    draining: AtomicBool,
+    found_bootstrap_port: AtomicU16,
     found_dp_size: AtomicU32,
     rank_turn: AtomicU32,
+    probed: AtomicBool,
     ready: AtomicBool,
     breaker: Breaker,
     limits: WorkerLimits,
@@ -117,39 +164,77 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// A prefill worker of `dp_size` data-parallel ranks, if that is known.
-    pub fn prefill(
-        target: &PrefillTarget,
-        dp_size: Option<u32>,
-        breaker: BreakerLimits,
-        limits: WorkerLimits,
-    ) -> Self {
-        Self {
-            bootstrap_port: target.bootstrap_port,
-            dp_size,
-            ..Self::new(Role::Prefill, &target.url, breaker, limits)
-        }
-    }
-
-    /// A worker of another role.
-    pub fn new(role: Role, url: &WorkerUrl, breaker: BreakerLimits, limits: WorkerLimits) -> Self {
-        Self {
-            role,
-            url: url.clone(),
-            bootstrap_port: None,
-            dp_size: None,
-            found_bootstrap_port: AtomicU32::new(0),
+    /// The worker that `member` describes. It is not ready yet.
+    pub fn new(member: &Member, settings: &WorkerSettings) -> Self {
+        let worker = Self {
+            name: member.name.clone(),
+            role: member.role,
+            url: member.url.clone(),
+            dp_size: settings
+                .prefill_dp_size
+                .filter(|_| member.role == Role::Prefill),
+            told_bootstrap_port: AtomicU16::new(0),
+            telemetry_port: AtomicU16::new(0),
+            zone: RwLock::default(),
+            draining: AtomicBool::new(false),
+            found_bootstrap_port: AtomicU16::new(0),
             found_dp_size: AtomicU32::new(0),
             rank_turn: AtomicU32::new(0),
+            probed: AtomicBool::new(false),
             ready: AtomicBool::new(false),
-            breaker: Breaker::new(breaker),
-            limits,
+            breaker: Breaker::new(settings.breaker),
+            limits: settings.limits(member.role),
             live: AtomicUsize::new(0),
             live_bytes: AtomicUsize::new(0),
             born: Instant::now(),
             served: AtomicU64::new(0),
             failures: [const { AtomicU64::new(0) }; Blame::ALL.len()],
+        };
+        worker.learn(member);
+        worker
+    }
+
+    /// Whether `member` describes this worker and not another one in its place.
+    pub fn is(&self, member: &Member) -> bool {
+        self.role == member.role && self.name == member.name && self.url == member.url
+    }
+
+    /// Takes over what may change of a worker that stays the same.
+    pub fn learn(&self, member: &Member) {
+        let port = |port: Option<u16>| port.unwrap_or(0);
+        self.told_bootstrap_port
+            .store(port(member.bootstrap_port), Ordering::Relaxed);
+        self.telemetry_port
+            .store(port(member.telemetry_port), Ordering::Relaxed);
+        if self.zone() != member.zone {
+            let mut zone = self.zone.write().unwrap_or_else(PoisonError::into_inner);
+            zone.clone_from(&member.zone);
         }
+        let was_draining = self.draining.swap(member.draining, Ordering::Relaxed);
+        if member.draining && !was_draining {
+            tracing::info!(role = %self.role, url = %self.url, "worker is going away, sending it nothing new");
+        }
+    }
+
+    /// Its name, the same on every replica.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Rack or availability zone.
+    pub fn zone(&self) -> Option<String> {
+        let zone = self.zone.read().unwrap_or_else(PoisonError::into_inner);
+        zone.clone()
+    }
+
+    /// The port of its telemetry stream, if its source knows one.
+    pub fn telemetry_port(&self) -> Option<u16> {
+        some_port(&self.telemetry_port)
+    }
+
+    /// Whether it is going away: what it holds may end, it gets nothing new.
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
     }
 
     /// What it does.
@@ -164,11 +249,7 @@ impl Worker {
 
     /// The port of a prefill worker's bootstrap server, if it was configured or found.
     pub fn bootstrap_port(&self) -> Option<u16> {
-        self.bootstrap_port.or_else(|| {
-            u16::try_from(self.found_bootstrap_port.load(Ordering::Relaxed))
-                .ok()
-                .filter(|port| *port != 0)
-        })
+        some_port(&self.told_bootstrap_port).or_else(|| some_port(&self.found_bootstrap_port))
     }
 
     /// How many data-parallel ranks it has, as far as was configured or found; at least 1.
@@ -186,8 +267,7 @@ impl Worker {
             self.found_dp_size.store(size, Ordering::Relaxed);
         }
         if let Some(port) = bootstrap_port.and_then(|port| u16::try_from(port).ok()) {
-            self.found_bootstrap_port
-                .store(u32::from(port), Ordering::Relaxed);
+            self.found_bootstrap_port.store(port, Ordering::Relaxed);
         }
     }
 
@@ -203,7 +283,15 @@ impl Worker {
 
     /// Records what the probes found; true if that is news.
     pub fn mark_ready(&self, ready: bool) -> bool {
-        self.ready.swap(ready, Ordering::Relaxed) != ready
+        let is_news = self.ready.swap(ready, Ordering::Relaxed) != ready;
+        // Whoever sees that it was probed sees the result.
+        self.probed.store(true, Ordering::Release);
+        is_news
+    }
+
+    /// Whether a probe has ended: before that, nobody knows whether it is ready.
+    pub fn is_probed(&self) -> bool {
+        self.probed.load(Ordering::Acquire)
     }
 
     fn age(&self) -> Duration {
@@ -282,4 +370,8 @@ impl Worker {
             .build()
             .expect("invariant: all three parts are present and parsed")
     }
+}
+
+fn some_port(port: &AtomicU16) -> Option<u16> {
+    Some(port.load(Ordering::Relaxed)).filter(|port| *port != 0)
 }

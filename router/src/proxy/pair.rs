@@ -138,9 +138,11 @@ struct Plan {
 impl Plan {
     /// Learns from a failure; false if no other worker is left to try.
     fn go_on(&mut self, front: &Front, failure: &LegFailure, live: &LivePair) -> bool {
+        let now = front.pool.now();
         let mut exclude = |worker: &Arc<Worker>| {
-            let is_last = front.pool.of_role(worker.role()).iter().all(|other| {
+            let is_last = now.of_role(worker.role()).iter().all(|other| {
                 Arc::ptr_eq(other, worker)
+                    || other.is_draining()
                     || self.excluded.iter().any(|gone| Arc::ptr_eq(gone, other))
             });
             if !is_last {

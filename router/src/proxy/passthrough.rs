@@ -89,8 +89,9 @@ pub async fn forward(
 ) -> Result<Response<ReplyBody>, RouteError> {
     let (mut parts, body) = request.into_parts();
     let roles = asked.roles().iter();
+    let now = front.pool.now();
     let workers: Vec<_> = roles
-        .flat_map(|role| front.pool.candidates(*role, &[]))
+        .flat_map(|role| now.candidates(*role, &[]))
         .collect();
     if workers.is_empty() {
         let path = parts.uri.path().to_owned();

@@ -55,13 +55,15 @@ pub struct NoRoom;
 /// # Errors
 /// [`NoRoom`] when every worker of a role holds as much as it may: ask again when [`Front::room`] rings.
 pub fn place(front: &Front, wish: &Wish<'_>) -> Result<Placement, NoRoom> {
+    let now = front.pool.now();
     let of_role = |role| -> Result<Vec<&Arc<Worker>>, NoRoom> {
         if let Some(kept) = wish.kept
             && kept.role() == role
+            && !kept.is_draining()
         {
             return Ok(vec![kept]);
         }
-        let mut found = front.pool.candidates(role, wish.excluded);
+        let mut found = now.candidates(role, wish.excluded);
         found.retain(|worker| worker.has_room(wish.prompt_bytes));
         if found.is_empty() {
             Err(NoRoom)

@@ -26,9 +26,11 @@ use super::shape::PairEndpoint;
 use super::stream::ReplyBody;
 use super::{Front, fanout, messages, pair, request};
 use crate::config::{Config, ConfigError};
+use crate::discover::{FleetWatch, flags};
+use crate::fleet;
 use crate::metrics::{Gauges, Route};
 use crate::pool::tls::{self, TlsError};
-use crate::pool::{Role, health};
+use crate::pool::Role;
 use crate::respond::{self, RouteError};
 
 /// Connections beyond one per generation request, for probes, scrapes and idle clients. Above the sum the router stops
@@ -93,12 +95,22 @@ impl std::fmt::Debug for Router {
 }
 
 impl Router {
-    /// Checks the settings and opens the listener.
+    /// Checks the settings and opens the listener. The workers are those that the settings name.
     ///
     /// # Errors
     /// [`RunError`]
     pub async fn bind(config: Config) -> Result<Self, RunError> {
         config.check()?;
+        let fleet = flags::watch(&config);
+        Self::bind_with(config, fleet).await
+    }
+
+    /// The same with the workers that `fleet` publishes, now none perhaps, instead of those in the settings.
+    ///
+    /// # Errors
+    /// [`RunError`]
+    pub async fn bind_with(config: Config, fleet: FleetWatch) -> Result<Self, RunError> {
+        config.check_settings()?;
         let listen = |source| RunError::Listen {
             host: config.host.clone(),
             port: config.port,
@@ -110,7 +122,7 @@ impl Router {
             .map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
         let tls = config.tls.as_ref().map(tls::acceptor).transpose()?;
-        let (front, abort_runner) = Front::new(config)?;
+        let (front, abort_runner) = Front::new(config, fleet)?;
         Ok(Self {
             listener,
             address,
@@ -135,21 +147,15 @@ impl Router {
             front,
             abort_runner,
         } = self;
+        let workers = front.pool.now();
         let (prefills, decodes) = (
-            front.pool.of_role(Role::Prefill).len(),
-            front.pool.of_role(Role::Decode).len(),
+            workers.of_role(Role::Prefill).len(),
+            workers.of_role(Role::Decode).len(),
         );
         let scheme = if tls.is_some() { "https" } else { "http" };
         tracing::info!(prefills, decodes, "listening on {scheme}://{address}");
-        let mut probes = JoinSet::new();
-        for worker in front.pool.workers() {
-            let interval = front.config.probe_interval;
-            probes.spawn(health::watch(
-                Arc::clone(worker),
-                front.client.clone(),
-                interval,
-            ));
-        }
+        let mut background = JoinSet::new();
+        background.spawn(fleet::follow(Arc::clone(&front), front.fleet.clone()));
         let (close_aborts, closing) = oneshot::channel::<()>();
         let aborts = tokio::spawn(abort_runner.run(async {
             // An error means that the router was dropped, which closes the queue too.
@@ -333,11 +339,14 @@ async fn serve_target(
         Target::Pair(dialect, _) => generate(front, dialect, request).await,
         Target::Pass(asked) => passthrough::forward(front, asked, request).await,
         Target::Health => Ok(respond::alive()),
-        Target::Ready => Ok(respond::readiness(
-            front.pool.ready(Role::Prefill),
-            front.pool.ready(Role::Decode),
-            front.drain.is_thrown(),
-        )),
+        Target::Ready => {
+            let workers = front.pool.now();
+            Ok(respond::readiness(
+                workers.ready(Role::Prefill),
+                workers.ready(Role::Decode),
+                front.drain.is_thrown(),
+            ))
+        }
         Target::Metrics => {
             let gauges = Gauges {
                 live: front.admission.taken(),
@@ -345,7 +354,7 @@ async fn serve_target(
                 waiting_for_room: front.waiting_for_room.load(Ordering::Relaxed),
                 rooms: front.rooms.live(),
             };
-            Ok(respond::metrics(front.metrics.render(&front.pool, &gauges)))
+            Ok(respond::metrics(front.metrics.render(&front.pool.now(), &gauges)))
         }
     }
 }
