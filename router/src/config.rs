@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod command_line;
+pub mod epp;
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -183,6 +184,8 @@ pub struct Config {
     pub probe_interval: Duration,
     /// How long live requests may go on after the stop signal, default 30 s.
     pub drain_timeout: Duration,
+    /// Serve Envoy's external processing too. Default no; `kvrouter epp` does.
+    pub epp: Option<epp::EppConfig>,
 }
 
 impl Config {
@@ -216,6 +219,7 @@ impl Config {
             api_key: None,
             probe_interval: PROBE_INTERVAL_DEFAULT,
             drain_timeout: DRAIN_TIMEOUT_DEFAULT,
+            epp: None,
         }
     }
 
@@ -312,6 +316,9 @@ pub enum ConfigError {
     /// One half of what TLS needs.
     #[error("--tls-certificate and --tls-key belong together")]
     HalfTls,
+    /// More endpoints than gateways look at.
+    #[error("--fallback-endpoints may be {} at most", epp::FALLBACKS_MAX)]
+    Fallbacks,
     /// The key cannot stand in a header.
     #[error("the --api-key may hold visible ASCII characters only")]
     ApiKey,

@@ -11,6 +11,7 @@
 //! * `fleet`: what follows the workers as they come and go.
 //! * `pool`: the workers, the connections to them, and whether they are ready.
 //! * `proxy`: the HTTP front, the two legs, the stream back to the client.
+//! * `epp`: Envoy's external processing: the same pairs for requests that Envoy carries.
 //! * `respond`: the only place that turns an error into a status code.
 //! * `metrics`, `drain`: what operators see, and how the router stops.
 #![forbid(unsafe_code)]
@@ -18,6 +19,7 @@
 pub mod config;
 pub mod discover;
 pub mod drain;
+pub mod epp;
 pub mod fleet;
 pub mod metrics;
 pub mod pool;

@@ -61,7 +61,10 @@ impl Pool {
         let mut taken: HashMap<&str, &Member> = HashMap::new();
         for member in fleet.members.iter().take(MEMBERS_MAX) {
             if taken.insert(&member.name, member).is_some() {
-                tracing::warn!(name = member.name, "two workers have one name, leaving one out");
+                tracing::warn!(
+                    name = member.name,
+                    "two workers have one name, leaving one out"
+                );
                 continue;
             }
             let worker = match known.get(member.name.as_str()) {

@@ -56,6 +56,8 @@ pub struct Front {
     pub aborts: Aborts,
     /// Counters.
     pub metrics: Arc<Metrics>,
+    /// Counters of the Envoy picker.
+    pub epp: crate::epp::counters::Counters,
     /// One place per choice of a generation request.
     pub admission: Arc<Admission>,
     /// Rings when a worker has room again.
@@ -89,6 +91,7 @@ impl Front {
             client,
             aborts,
             metrics,
+            epp: crate::epp::counters::Counters::default(),
             admission: Arc::new(Admission::new(config.requests_max, config.queue_max)),
             room: Arc::new(Notify::new()),
             waiting_for_room: AtomicUsize::new(0),

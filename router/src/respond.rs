@@ -68,6 +68,23 @@ pub enum RouteError {
         /// The path.
         path: String,
     },
+    /// Served by the router's own front, but not through Envoy.
+    #[error("{what} cannot be served through Envoy; {fix}")]
+    NotThroughEnvoy {
+        /// What the request asks for.
+        what: &'static str,
+        /// What the operator can do.
+        fix: &'static str,
+    },
+    /// No worker that may be chosen is ready.
+    #[error("no ready pair of workers may serve this request; try again")]
+    NoneEligible,
+    /// Envoy is set up so that the picker cannot work.
+    #[error("Envoy's request_body_mode is {mode}; set it to FULL_DUPLEX_STREAMED or BUFFERED")]
+    EnvoyMode {
+        /// What it is set to.
+        mode: &'static str,
+    },
     /// The path is served for another method.
     #[error("this endpoint takes {allowed} requests only")]
     Method {
@@ -91,7 +108,7 @@ impl RouteError {
             Self::BodySilent => (StatusCode::REQUEST_TIMEOUT, "invalid_request_error"),
             Self::Encoding => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error"),
             Self::QueueFull => (StatusCode::TOO_MANY_REQUESTS, "overloaded_error"),
-            Self::QueueTimeout | Self::BuffersFull { .. } => {
+            Self::QueueTimeout | Self::BuffersFull { .. } | Self::NoneEligible => {
                 (StatusCode::SERVICE_UNAVAILABLE, "overloaded_error")
             }
             Self::Broken(_) => (StatusCode::BAD_GATEWAY, "worker_error"),
@@ -107,7 +124,10 @@ impl RouteError {
                 LegCause::Stall => (StatusCode::GATEWAY_TIMEOUT, "timeout_error"),
             },
             Self::Timeout(_) | Self::Silent => (StatusCode::GATEWAY_TIMEOUT, "timeout_error"),
-            Self::NoEndpoint { .. } => (StatusCode::NOT_IMPLEMENTED, "unsupported_endpoint"),
+            Self::NoEndpoint { .. } | Self::NotThroughEnvoy { .. } => {
+                (StatusCode::NOT_IMPLEMENTED, "unsupported_endpoint")
+            }
+            Self::EnvoyMode { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "configuration_error"),
             Self::Method { .. } => (StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error"),
         }
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser};
 
+use super::epp::EppArguments;
 use super::{
     ATTEMPTS_MAX_DEFAULT, BODY_BYTES_MAX_DEFAULT, BUFFERED_BYTES_MAX_DEFAULT, Config, ConfigError,
     PrefillTarget, QUEUE_MAX_DEFAULT, REQUESTS_MAX_DEFAULT, TlsFiles, WorkerUrl,
@@ -29,6 +30,7 @@ Example: two prefill workers (bootstrap servers on port 8998) and one decode wor
 The workers are SGLang servers started with --disaggregation-mode prefill or decode. The port after a
 prefill URL is that worker's --disaggregation-bootstrap-port. Times are seconds, or 500ms, 10m, 2h.
 
+`kvrouter epp …`, with the same options, also serves Envoy's external processing: see router/deploy/envoy.
 `kvrouter simulate --help`: replay a trace against a fleet described in a file.";
 
 /// Routes LLM requests to pairs of SGLang prefill and decode workers.
@@ -131,6 +133,8 @@ struct Arguments {
     /// Log without colours.
     #[arg(long)]
     log_plain: bool,
+    #[command(flatten)]
+    epp: EppArguments,
 }
 
 /// A parsed command line.
@@ -150,6 +154,11 @@ impl CommandLine {
     pub fn from_args(
         args: impl IntoIterator<Item = impl Into<OsString> + Clone>,
     ) -> Result<Self, clap::Error> {
+        let mut args: Vec<OsString> = args.into_iter().map(Into::into).collect();
+        let is_epp = args.get(1).is_some_and(|first| first == "epp");
+        if is_epp {
+            args.remove(1);
+        }
         let mut command = Arguments::command();
         let matches = command.try_get_matches_from_mut(args)?;
         let arguments = Arguments::from_arg_matches(&matches)?;
@@ -186,6 +195,10 @@ impl CommandLine {
             api_key: arguments.api_key,
             probe_interval: arguments.probe_interval,
             drain_timeout: arguments.drain_timeout,
+            epp: is_epp
+                .then(|| arguments.epp.into_config())
+                .transpose()
+                .map_err(refuse)?,
             ..Config::new(prefills, arguments.decode)
         };
         config.check().map_err(refuse)?;

@@ -7,6 +7,8 @@
 
 mod response;
 
+use std::sync::Arc;
+
 use bytes::{Bytes, BytesMut};
 use hyper::{HeaderMap, StatusCode};
 
@@ -17,9 +19,11 @@ use super::protocol::ext_proc::processing_request::Request;
 use super::protocol::ext_proc::{
     HttpBody, HttpHeaders, ProcessingRequest, ProcessingResponse, ProtocolConfiguration,
 };
+use crate::proxy::logprobs::PromptLogprobs;
 use crate::proxy::sse::InbandAbort;
-pub use response::{AnswerHead, Rewrite};
+use crate::respond::RouteError;
 use response::ResponseSide;
+pub use response::{AnswerHead, Rewrite};
 
 /// A request without a body in it is complete with fewer messages than this; more of them are an attack.
 const EMPTY_PIECES_MAX: usize = 1024;
@@ -390,9 +394,15 @@ impl Exchange {
         out.push(Effect::End(Ok(())));
     }
 
-    /// Ends an answer that has begun with these last bytes; false if the mode does not allow it.
-    pub fn finish_answer(&mut self, last: Bytes, out: &mut Vec<Effect>) -> bool {
-        self.response.finish_with(last, out)
+    /// Ends an answer that has begun with an event that tells of `error`; false if its form has no place for one.
+    pub fn finish_answer(&mut self, error: &RouteError, out: &mut Vec<Effect>) -> bool {
+        self.response.finish_with(error, out)
+    }
+
+    /// Learns what prefill told, in time before the answer's head.
+    pub fn learn_logprobs(&mut self, known: &Arc<PromptLogprobs>) {
+        self.response
+            .set_rewrite(Rewrite::Logprobs(Arc::clone(known)));
     }
 
     /// Envoy has closed the stream.
@@ -421,8 +431,10 @@ impl Gathering {
             return;
         }
         if self.joined.is_empty() {
-            self.joined.reserve(BODY_RESERVE_BYTES.max(self.whole.len() + data.len()));
-            self.joined.extend_from_slice(&std::mem::take(&mut self.whole));
+            self.joined
+                .reserve(BODY_RESERVE_BYTES.max(self.whole.len() + data.len()));
+            self.joined
+                .extend_from_slice(&std::mem::take(&mut self.whole));
         }
         self.joined.extend_from_slice(&data);
     }

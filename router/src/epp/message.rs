@@ -7,6 +7,7 @@ use hyper::{HeaderMap, StatusCode};
 use prost_types::value::Kind;
 use prost_types::{Struct, Value};
 
+use super::protocol::HttpStatus;
 use super::protocol::core::header_value_option::HeaderAppendAction;
 use super::protocol::core::{self, HeaderValueOption};
 use super::protocol::ext_proc::body_mutation::Mutation;
@@ -15,7 +16,6 @@ use super::protocol::ext_proc::{
     BodyMutation, BodyResponse, CommonResponse, HeaderMutation, HeadersResponse, ImmediateResponse,
     ProcessingRequest, ProcessingResponse, StreamedBodyResponse, TrailersResponse,
 };
-use super::protocol::HttpStatus;
 
 /// Where the picker tells Envoy the endpoints, as a header and in the metadata of [`DESTINATION_NAMESPACE`].
 pub const DESTINATION: &str = "x-gateway-destination-endpoint";
@@ -245,11 +245,7 @@ pub fn trailers_reply(way: Way) -> ProcessingResponse {
 }
 
 /// The pieces in which a body is streamed to Envoy; `ends` says that nothing follows, not even trailers.
-pub fn streamed(
-    way: Way,
-    mut body: Bytes,
-    ends: bool,
-) -> impl Iterator<Item = ProcessingResponse> {
+pub fn streamed(way: Way, mut body: Bytes, ends: bool) -> impl Iterator<Item = ProcessingResponse> {
     let mut is_over = false;
     std::iter::from_fn(move || {
         if is_over {

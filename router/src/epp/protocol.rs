@@ -4,6 +4,7 @@
     clippy::allow_attributes_without_reason,
     clippy::cast_possible_truncation,
     clippy::use_self,
+    dead_code,
     elided_lifetimes_in_paths,
     missing_docs,
     unreachable_pub,

@@ -130,9 +130,11 @@ pub async fn open(front: &Arc<Front>, request: &PairRequest) -> Result<Opened, R
 
 /// Which workers the next try should meet.
 #[derive(Debug, Default)]
-struct Plan {
-    excluded: Vec<Arc<Worker>>,
-    kept: Option<Arc<Worker>>,
+pub struct Plan {
+    /// Not these, if there are others.
+    pub excluded: Vec<Arc<Worker>>,
+    /// This one again.
+    pub kept: Option<Arc<Worker>>,
 }
 
 impl Plan {
@@ -166,7 +168,10 @@ impl Plan {
 }
 
 /// Asks for a pair, and again whenever a worker has room.
-async fn find_pair(
+///
+/// # Errors
+/// [`RouteError`] when too many wait already, or none came free in time.
+pub async fn find_pair(
     front: &Front,
     request: &PairRequest,
     plan: &Plan,

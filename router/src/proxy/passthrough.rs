@@ -64,7 +64,8 @@ impl Asked {
         }
     }
 
-    fn roles(self) -> &'static [Role] {
+    /// The kinds of workers to ask, in this order.
+    pub fn roles(self) -> &'static [Role] {
         match self {
             Self::Anyone => &ANYONE,
             Self::Others => &[Role::Other],
@@ -90,9 +91,7 @@ pub async fn forward(
     let (mut parts, body) = request.into_parts();
     let roles = asked.roles().iter();
     let now = front.pool.now();
-    let workers: Vec<_> = roles
-        .flat_map(|role| now.candidates(*role, &[]))
-        .collect();
+    let workers: Vec<_> = roles.flat_map(|role| now.candidates(*role, &[])).collect();
     if workers.is_empty() {
         let path = parts.uri.path().to_owned();
         return Err(RouteError::NoEndpoint { path });

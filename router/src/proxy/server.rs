@@ -19,18 +19,19 @@ use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 
 use super::abort::AbortRunner;
-use super::admission::Refused;
+use super::admission::{Permit, Refused};
 use super::passthrough::{self, Asked};
 use super::request::Dialect;
-use super::shape::PairEndpoint;
+use super::shape::{PairEndpoint, Shape};
 use super::stream::ReplyBody;
 use super::{Front, fanout, messages, pair, request};
 use crate::config::{Config, ConfigError};
 use crate::discover::{FleetWatch, flags};
+use crate::epp::serve::{Picker, PickerError};
 use crate::fleet;
 use crate::metrics::{Gauges, Route};
-use crate::pool::tls::{self, TlsError};
 use crate::pool::Role;
+use crate::pool::tls::{self, TlsError};
 use crate::respond::{self, RouteError};
 
 /// Connections beyond one per generation request, for probes, scrapes and idle clients. Above the sum the router stops
@@ -63,6 +64,9 @@ pub enum RunError {
     /// TLS cannot be set up.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// The Envoy picker cannot start.
+    #[error(transparent)]
+    Picker(#[from] PickerError),
     /// The address cannot be listened on.
     #[error("cannot listen on {host}:{port}")]
     Listen {
@@ -82,6 +86,7 @@ pub struct Router {
     tls: Option<TlsAcceptor>,
     front: Arc<Front>,
     abort_runner: AbortRunner,
+    picker: Option<Picker>,
 }
 
 impl std::fmt::Debug for Router {
@@ -122,6 +127,10 @@ impl Router {
             .map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
         let tls = config.tls.as_ref().map(tls::acceptor).transpose()?;
+        let picker = match &config.epp {
+            Some(epp) => Some(Picker::bind(epp.clone()).await?),
+            None => None,
+        };
         let (front, abort_runner) = Front::new(config, fleet)?;
         Ok(Self {
             listener,
@@ -129,12 +138,18 @@ impl Router {
             tls,
             front,
             abort_runner,
+            picker,
         })
     }
 
     /// Where it listens.
     pub fn local_addr(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Where Envoy's external processing is served, if it is.
+    pub fn grpc_addr(&self) -> Option<SocketAddr> {
+        self.picker.as_ref().map(Picker::local_addr)
     }
 
     /// Serves until `shutdown` resolves, then finishes live requests for at most the drain timeout; what is left is
@@ -146,6 +161,7 @@ impl Router {
             tls,
             front,
             abort_runner,
+            picker,
         } = self;
         let workers = front.pool.now();
         let (prefills, decodes) = (
@@ -162,6 +178,9 @@ impl Router {
             let _ = closing.await;
         }));
         let mut connections = JoinSet::new();
+        if let Some(picker) = picker {
+            connections.spawn(picker.serve(Arc::clone(&front)));
+        }
         accept_until(shutdown, &listener, tls.as_ref(), &front, &mut connections).await;
         drop(listener);
         front.drain.throw();
@@ -259,16 +278,23 @@ async fn serve_connection(
 }
 
 /// Where a path leads.
-enum Target {
+#[derive(Clone, Copy, Debug)]
+pub enum Target {
+    /// To a pair.
     Pair(Dialect, Route),
+    /// To one worker.
     Pass(Asked),
+    /// The router answers that it lives.
     Health,
+    /// The router answers whether a pair can be formed.
     Ready,
+    /// The router answers with its counters.
     Metrics,
 }
 
 impl Target {
-    fn of(method: &Method, path: &str) -> Option<Self> {
+    /// Where `path` leads, if anywhere.
+    pub fn of(method: &Method, path: &str) -> Option<Self> {
         let native = |endpoint, route| Self::Pair(Dialect::Native(endpoint), route);
         Some(match path {
             "/generate" => native(PairEndpoint::Generate, Route::Generate),
@@ -288,7 +314,8 @@ impl Target {
         })
     }
 
-    fn route(&self) -> Route {
+    /// Its label in metrics.
+    pub fn route(&self) -> Route {
         match self {
             Self::Pair(_, route) => *route,
             Self::Pass(_) => Route::Pass,
@@ -297,7 +324,7 @@ impl Target {
     }
 
     /// The method it takes, if that is not `method`.
-    fn other_method(&self, method: &Method, path: &str) -> Option<&'static str> {
+    pub fn other_method(&self, method: &Method, path: &str) -> Option<&'static str> {
         let (fits, wanted) = match self {
             Self::Pair(..) => (method == Method::POST, "POST"),
             Self::Pass(_) if passthrough::is_question(path) => {
@@ -354,7 +381,11 @@ async fn serve_target(
                 waiting_for_room: front.waiting_for_room.load(Ordering::Relaxed),
                 rooms: front.rooms.live(),
             };
-            Ok(respond::metrics(front.metrics.render(&front.pool.now(), &gauges)))
+            let mut text = front.metrics.render(&front.pool.now(), &gauges);
+            if front.config.epp.is_some() {
+                front.epp.render(&mut text);
+            }
+            Ok(respond::metrics(text))
         }
     }
 }
@@ -366,15 +397,7 @@ async fn generate(
 ) -> Result<Response<ReplyBody>, RouteError> {
     let request = request::read(front, dialect, request).await?;
     let shape = &request.shape;
-    let patience = front.config.queue_timeout;
-    let permit = front
-        .admission
-        .enter(shape.choices, shape.priority, patience)
-        .await
-        .map_err(|refused| match refused {
-            Refused::QueueFull => RouteError::QueueFull,
-            Refused::TooLate => RouteError::QueueTimeout,
-        })?;
+    let permit = admit(front, shape).await?;
     match dialect {
         Dialect::Messages => messages::serve(front, request, permit).await,
         Dialect::Native(endpoint) if shape.choices > 1 => {
@@ -382,4 +405,19 @@ async fn generate(
         }
         Dialect::Native(_) => pair::serve(front, request, permit).await,
     }
+}
+
+/// Waits for the places that a request takes.
+///
+/// # Errors
+/// [`RouteError`] when there are too many others.
+pub async fn admit(front: &Front, shape: &Shape) -> Result<Permit, RouteError> {
+    let patience = front.config.queue_timeout;
+    let entering = front
+        .admission
+        .enter(shape.choices, shape.priority, patience);
+    entering.await.map_err(|refused| match refused {
+        Refused::QueueFull => RouteError::QueueFull,
+        Refused::TooLate => RouteError::QueueTimeout,
+    })
 }

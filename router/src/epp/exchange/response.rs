@@ -17,7 +17,7 @@ use crate::proxy::logprobs::PromptLogprobs;
 use crate::proxy::logprobs::merge::Merge;
 use crate::proxy::messages::answer::{self, StreamTranslator};
 use crate::proxy::sse::{self, AbortWatch, Events, InbandAbort};
-use crate::respond;
+use crate::respond::{self, RouteError};
 
 /// Most of a first event that is read before the answer begins: an abort is shorter.
 const FIRST_EVENT_BYTES_MAX: usize = 64 << 10;
@@ -97,6 +97,8 @@ pub(super) struct ResponseSide {
     has_begun: bool,
     /// Errors can be told in an event.
     is_event_stream: bool,
+    /// How the last bytes sent end, to know whether an event is still open.
+    tail: [u8; 2],
 }
 
 impl ResponseSide {
@@ -114,6 +116,8 @@ impl ResponseSide {
             words: BytesMut::new(),
             has_begun: false,
             is_event_stream: false,
+            // Before any byte no event is open.
+            tail: *b"\n\n",
         }
     }
 
@@ -166,8 +170,8 @@ impl ResponseSide {
             own: message::own_answer(message),
         })));
         // An event stream's head says nothing yet: its first event may still be an abort.
-        let holds = matches!(self.transform, Transform::Whole(_))
-            || (self.is_event_stream && is_success);
+        let holds =
+            matches!(self.transform, Transform::Whole(_)) || (self.is_event_stream && is_success);
         if holds && self.is_duplex() {
             self.phase = Phase::Held;
             return Ok(());
@@ -227,7 +231,11 @@ impl ResponseSide {
                     return self.give_up(out);
                 }
                 whole.extend_from_slice(&data);
-                return if ends { self.translate(out) } else { Ok(()) };
+                return if ends {
+                    self.translate(true, out)
+                } else {
+                    Ok(())
+                };
             }
             _ if self.phase == Phase::Held => match self.first_event(data, ends, out) {
                 Some(data) => data,
@@ -314,6 +322,11 @@ impl ResponseSide {
         if ends {
             changed = self.with_last(changed);
         }
+        if let Some(tail) = changed.last_chunk() {
+            self.tail = *tail;
+        } else if let [last] = changed[..] {
+            self.tail = [self.tail[1], last];
+        }
         if ends || !changed.is_empty() {
             out.extend(message::streamed(Way::Response, changed, ends).map(send));
         }
@@ -342,7 +355,7 @@ impl ResponseSide {
     }
 
     /// The whole answer is here and becomes another one.
-    fn translate(&mut self, out: &mut Vec<Effect>) -> Result<(), Violation> {
+    fn translate(&mut self, ends: bool, out: &mut Vec<Effect>) -> Result<(), Violation> {
         let Transform::Whole(whole) = std::mem::take(&mut self.transform) else {
             return Ok(());
         };
@@ -359,7 +372,10 @@ impl ResponseSide {
         let json = HeaderValue::from_static("application/json");
         self.edit.set(CONTENT_TYPE.as_str(), json);
         self.open(out);
-        out.extend(message::streamed(Way::Response, told.into(), true).map(send));
+        out.extend(message::streamed(Way::Response, told.into(), ends).map(send));
+        if !ends {
+            out.push(send(message::trailers_reply(Way::Response)));
+        }
         self.end(out);
         Ok(())
     }
@@ -376,8 +392,7 @@ impl ResponseSide {
             Phase::Waiting | Phase::Over => return Err(Violation::AnswerOutOfOrder),
             Phase::Cut => return Ok(()),
             Phase::Held if matches!(self.transform, Transform::Whole(_)) => {
-                // Its body is complete; what is made of it has no trailers.
-                return self.translate(out);
+                return self.translate(false, out);
             }
             Phase::Held => {
                 self.open(out);
@@ -400,11 +415,20 @@ impl ResponseSide {
         out.push(Effect::Complete(self.words.split().freeze()));
     }
 
-    pub(super) fn finish_with(&mut self, last: Bytes, out: &mut Vec<Effect>) -> bool {
+    pub(super) fn finish_with(&mut self, error: &RouteError, out: &mut Vec<Effect>) -> bool {
         if self.phase != Phase::Open || !self.is_duplex() || !self.is_event_stream {
             return false;
         }
         self.phase = Phase::Cut;
+        let last = match &mut self.transform {
+            Transform::Translate(_, translator) => {
+                let mut told = BytesMut::new();
+                translator.fail(&error.to_string(), &mut told);
+                told.freeze()
+            }
+            // An event that was cut in the middle must be closed first, or it would swallow ours.
+            _ => respond::error_event(error, self.tail != *b"\n\n"),
+        };
         out.extend(message::streamed(Way::Response, last, true).map(send));
         true
     }
