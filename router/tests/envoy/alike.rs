@@ -57,7 +57,7 @@ const CASES: [(&str, &str); 14] = [
     ("/generate", r#"{"text":["a","b"],"rid":["x","y"]}"#),
     (
         "/generate",
-        r#"{"text":"a","kv_hints":{"a":1e400},"zzz":"\u00e9\ud83d","priority":7}"#,
+        r#"{"text":"a","kv_hints":{"a":1.500E+02},"zzz":"\u00e9\t","priority":7}"#,
     ),
     (
         "/generate",

@@ -35,7 +35,7 @@ fn now() -> Instant {
 #[ignore = "needs envoy: router/tests/envoy/run.sh"]
 async fn a_failed_prefill_answers_the_client_at_once() {
     for (body, decode_begins) in [(WHOLE, false), (STREAM, false), (STREAM, true)] {
-        let (prefill, mut decode) = (FakeWorker::start().await, FakeWorker::start().await);
+        let (mut prefill, mut decode) = (FakeWorker::start().await, FakeWorker::start().await);
         let gateway = Gateway::between(&prefill, &decode).await;
         prefill.then(Script::Reply(500, r#"{"message":"boom"}"#));
         let (chunks, script) = event_stream();
@@ -49,8 +49,9 @@ async fn a_failed_prefill_answers_the_client_at_once() {
             "{decode_begins}"
         );
         assert!(begin.elapsed() < BOUND, "{:?}", begin.elapsed());
-        let request = decode.request().await;
-        assert_cancelled(&mut decode, &request).await;
+        // Whether Envoy had sent decode's request by then or not, decode is told.
+        let request = prefill.request().await;
+        assert_eq!(decode.abort().await, json!({"rid": request.json()["rid"]}));
         let front = &gateway.picker.front;
         assert_eq!(front.failures(&prefill).await, 1);
         assert_eq!(front.failures(&decode).await, 0);
@@ -61,19 +62,25 @@ async fn a_failed_prefill_answers_the_client_at_once() {
 #[tokio::test]
 #[ignore = "needs envoy: router/tests/envoy/run.sh"]
 async fn a_prefill_that_breaks_off_becomes_502() {
-    let (prefill, mut decode) = (FakeWorker::start().await, FakeWorker::start().await);
-    let gateway = Gateway::between(&prefill, &decode).await;
-    let (chunks, script) = event_stream();
-    prefill.then(script);
-    decode.then(Script::Hang);
-    chunks.send(breakage()).await.unwrap();
-    let begin = now();
-    let (status, text) = gateway.ask("/generate", WHOLE).await;
-    assert_eq!(status, 502, "{text}");
-    assert!(text.contains("worker_error"), "{text}");
-    assert!(begin.elapsed() < BOUND, "{:?}", begin.elapsed());
-    let request = decode.request().await;
-    assert_cancelled(&mut decode, &request).await;
+    for (body, decode_begins) in [(WHOLE, false), (STREAM, true)] {
+        let (prefill, mut decode) = (FakeWorker::start().await, FakeWorker::start().await);
+        let gateway = Gateway::between(&prefill, &decode).await;
+        let (chunks, script) = event_stream();
+        prefill.then(script);
+        let (_head_only, script) = event_stream();
+        decode.then(if decode_begins { script } else { Script::Hang });
+        let ask = gateway.ask("/generate", body);
+        let fail = async {
+            let request = decode.request().await;
+            chunks.send(breakage()).await.unwrap();
+            (request, now())
+        };
+        let ((status, text), (request, begin)) = tokio::join!(ask, fail);
+        assert_eq!(status, 502, "{text}");
+        assert!(text.contains("worker_error"), "{text}");
+        assert!(begin.elapsed() < BOUND, "{:?}", begin.elapsed());
+        assert_cancelled(&mut decode, &request).await;
+    }
 }
 
 #[tokio::test]

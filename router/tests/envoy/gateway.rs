@@ -9,7 +9,7 @@ use hyper::{Method, Response};
 use kvrouter::config::epp::EppConfig;
 use kvrouter::{Config, Router};
 use serde_json::{Value as Json, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
 use tokio::sync::oneshot;
@@ -157,14 +157,12 @@ impl Setup {
 
     fn config(&self, picker: &str) -> Json {
         let any = json!({"address": "127.0.0.1", "port_value": 0});
-        let route = json!({
-            "match": {"prefix": "/"},
-            "route": {
-                "cluster": "workers",
-                "timeout": "0s",
-                "retry_policy": {"retry_on": "connect-failure", "num_retries": 2},
-            },
-        });
+        let mut route =
+            json!({"match": {"prefix": "/"}, "route": {"cluster": "workers", "timeout": "0s"}});
+        if !self.endpoints.is_empty() {
+            let retry = json!({"retry_on": "connect-failure", "num_retries": 2});
+            route["route"]["retry_policy"] = retry;
+        }
         let manager = typed(
             "envoy.filters.network.http_connection_manager",
             "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
@@ -206,7 +204,6 @@ impl Setup {
 /// A running Envoy. It ends when this is dropped.
 pub struct Envoy {
     pub url: String,
-    pub admin: Running,
     _child: Child,
     _home: Home,
 }
@@ -266,7 +263,6 @@ impl Envoy {
         .await;
         Self {
             url,
-            admin,
             _child: child,
             _home: home,
         }
@@ -307,11 +303,68 @@ impl Picker {
     pub async fn ended(self) {
         soon(self.served).await.unwrap();
     }
+}
 
-    /// Ends it at once, as a crash does.
-    pub async fn crash(self) {
-        self.served.abort();
-        let _ = self.served.await;
+/// A picker that is a process of its own, and can be killed like one.
+pub struct Binary {
+    pub child: Child,
+    pub address: String,
+    pub front: Running,
+}
+
+impl Binary {
+    /// Starts it on `port` for Envoy, 0 for a free one, and waits until it can pick.
+    pub async fn start(prefill: &FakeWorker, decode: &FakeWorker, port: &str) -> Self {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_kvrouter"))
+            .args([
+                "epp",
+                "--prefill",
+                &prefill.url,
+                "8998",
+                "--decode",
+                &decode.url,
+            ])
+            .args(["--host", "127.0.0.1", "--port", "0", "--log-plain"])
+            .args(["--grpc-host", "127.0.0.1", "--grpc-port", port])
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let (mut front, mut address) = (None, None);
+        soon(async {
+            while front.is_none() || address.is_none() {
+                let line = lines.next_line().await.unwrap();
+                let line = line.expect("it ended without serving");
+                let Some(at) = line.find("http://127.0.0.1:") else {
+                    continue;
+                };
+                let url = line[at..].split_whitespace().next().unwrap().to_owned();
+                if line.contains("external processing on") {
+                    address = url.strip_prefix("http://").map(str::to_owned);
+                } else if line.contains("listening on") {
+                    front = Some(Running::elsewhere(&url));
+                }
+            }
+        })
+        .await;
+        // Reads on, so that the child never meets a closed or full pipe.
+        tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
+        let front = front.unwrap();
+        front.ready(1, 1).await;
+        Self {
+            child,
+            address: address.unwrap(),
+            front,
+        }
+    }
+
+    pub fn port(&self) -> &str {
+        self.address.rsplit_once(':').unwrap().1
+    }
+
+    pub async fn kill(mut self) {
+        self.child.kill().await.unwrap();
     }
 }
 

@@ -109,7 +109,7 @@ async fn messages_and_logprobs_come_back_as_from_the_front() {
         crate::fakes::whole(gateway.picker.front.post("/v1/messages", ask(false)).await).await;
     assert_eq!(through, native);
     let events = [
-        r#"{"id":"x","choices":[{"index":0,"delta":{"content":"hi"}}]}"#,
+        r#"{"id":"x","choices":[{"index":0,"delta":{"content":"hi"},"finish_reason":"stop"}]}"#,
         "[DONE]",
     ];
     decode.then(whole_stream(&events).await);

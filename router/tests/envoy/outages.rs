@@ -2,22 +2,16 @@
 
 use serde_json::json;
 
-use crate::fakes::{FakeWorker, Script, chunk, event_stream, next_piece, soon, whole};
-use crate::gateway::{Gateway, Picker, Setup, config, endpoint, with_epp};
+use crate::fakes::{FakeWorker, Running, Script, chunk, event_stream, next_piece, soon, whole};
+use crate::gateway::{Binary, Envoy, Gateway, Setup, config, endpoint};
 
 const GENERATE: &str = r#"{"text":"a"}"#;
 const STREAM: &str = r#"{"text":"a","stream":true}"#;
 
-fn on_port(config: kvrouter::Config, address: &str) -> kvrouter::Config {
-    with_epp(config, |epp| {
-        epp.port = address.rsplit_once(':').unwrap().1.parse().unwrap()
-    })
-}
-
-/// Asks until the gateway serves again: Envoy makes a new connection when it is asked.
-async fn served_again(gateway: &Gateway) {
+/// What a request gets, asked until `accepts` likes it: Envoy makes a new connection when it is asked.
+async fn until(client: &Running, accepts: impl Fn(u16) -> bool) {
     soon(async {
-        while gateway.ask("/generate", GENERATE).await.0 != 200 {
+        while !accepts(whole(client.post("/generate", GENERATE).await).await.0) {
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
     })
@@ -28,52 +22,62 @@ async fn served_again(gateway: &Gateway) {
 #[ignore = "needs envoy: router/tests/envoy/run.sh"]
 async fn closed_failure_refuses_until_the_picker_is_back() {
     let (prefill, mut decode) = (FakeWorker::start().await, FakeWorker::start().await);
-    let settings = config(&[&prefill.url], &[&decode.url]);
-    let mut gateway = Gateway::start(Setup::default(), settings.clone()).await;
-    assert_eq!(gateway.ask("/generate", GENERATE).await.0, 200);
+    let picker = Binary::start(&prefill, &decode, "0").await;
+    let envoy = Envoy::start(&Setup::default(), &picker.address).await;
+    let client = Running::elsewhere(&envoy.url);
+    assert_eq!(whole(client.post("/generate", GENERATE).await).await.0, 200);
     decode.request().await;
-    let address = gateway.picker.address.clone();
-    let spare = Picker::start(settings.clone()).await;
-    std::mem::replace(&mut gateway.picker, spare).crash().await;
-    let (status, _) = gateway.ask("/generate", GENERATE).await;
-    assert!((500..505).contains(&status), "{status}");
+    let port = picker.port().to_owned();
+    picker.kill().await;
+    for _ in 0..3 {
+        let (status, _) = whole(client.post("/generate", GENERATE).await).await;
+        assert!((500..505).contains(&status), "{status}");
+    }
     assert!(decode.request_now().is_none());
-    gateway.picker = Picker::start(on_port(settings, &address)).await;
-    gateway.picker.front.ready(1, 1).await;
-    served_again(&gateway).await;
+    let _back = Binary::start(&prefill, &decode, &port).await;
+    until(&client, |status| status == 200).await;
+    assert!(decode.request().await.json()["bootstrap_room"].is_u64());
 }
 
 #[tokio::test]
 #[ignore = "needs envoy: router/tests/envoy/run.sh"]
 async fn open_failure_lets_requests_pass_without_a_pair() {
-    let (prefill, mut decode) = (FakeWorker::start().await, FakeWorker::start().await);
-    let settings = config(&[&prefill.url], &[&decode.url]);
-    let setup = Setup {
-        failure_mode_allow: true,
-        endpoints: vec![endpoint(&decode)],
-        ..Setup::default()
-    };
-    let mut gateway = Gateway::start(setup, settings.clone()).await;
-    assert_eq!(gateway.ask("/generate", GENERATE).await.0, 200);
-    assert!(decode.request().await.json()["bootstrap_room"].is_u64());
-    let address = gateway.picker.address.clone();
-    let spare = Picker::start(settings.clone()).await;
-    std::mem::replace(&mut gateway.picker, spare).crash().await;
-    // Its own policy chooses, and the worker gets the client's bytes: right only for workers that can serve alone.
-    assert_eq!(gateway.ask("/generate", GENERATE).await.0, 200);
-    assert_eq!(decode.request().await.body, GENERATE);
-    gateway.picker = Picker::start(on_port(settings, &address)).await;
-    gateway.picker.front.ready(1, 1).await;
-    soon(async {
-        loop {
-            assert_eq!(gateway.ask("/generate", GENERATE).await.0, 200);
-            if decode.request().await.json()["bootstrap_room"].is_u64() {
-                return;
-            }
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    for request_mode in ["FULL_DUPLEX_STREAMED", "BUFFERED"] {
+        let (prefill, mut decode) = (FakeWorker::start().await, FakeWorker::start().await);
+        let setup = Setup {
+            request_mode,
+            failure_mode_allow: true,
+            endpoints: vec![endpoint(&decode)],
+            ..Setup::default()
+        };
+        let picker = Binary::start(&prefill, &decode, "0").await;
+        let envoy = Envoy::start(&setup, &picker.address).await;
+        let client = Running::elsewhere(&envoy.url);
+        assert_eq!(whole(client.post("/generate", GENERATE).await).await.0, 200);
+        assert!(decode.request().await.json()["bootstrap_room"].is_u64());
+        let port = picker.port().to_owned();
+        picker.kill().await;
+        // Its own policy chooses, and the worker gets the client's bytes: right only for workers that can serve alone.
+        let (status, _) = whole(client.send(hyper::Method::GET, "/v1/models", &[], "").await).await;
+        assert_eq!(status, 200, "{request_mode}");
+        let (status, _) = whole(client.post("/generate", GENERATE).await).await;
+        println!("{request_mode}: {status}");
+        if request_mode == "BUFFERED" {
+            assert_eq!(status, 200);
+            assert_eq!(decode.request().await.body, GENERATE);
         }
-    })
-    .await;
+        let _back = Binary::start(&prefill, &decode, &port).await;
+        soon(async {
+            loop {
+                assert_eq!(whole(client.post("/generate", GENERATE).await).await.0, 200);
+                if decode.request().await.json()["bootstrap_room"].is_u64() {
+                    return;
+                }
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            }
+        })
+        .await;
+    }
 }
 
 #[tokio::test]
@@ -81,38 +85,34 @@ async fn open_failure_lets_requests_pass_without_a_pair() {
 async fn a_picker_that_crashes_in_a_stream_leaves_nobody_waiting() {
     for failure_mode_allow in [false, true] {
         let (mut prefill, mut decode) = (FakeWorker::start().await, FakeWorker::start().await);
-        let settings = config(&[&prefill.url], &[&decode.url]);
         let setup = Setup {
             failure_mode_allow,
             ..Setup::default()
         };
-        let mut gateway = Gateway::start(setup, settings.clone()).await;
+        let picker = Binary::start(&prefill, &decode, "0").await;
+        let envoy = Envoy::start(&setup, &picker.address).await;
+        let client = Running::elsewhere(&envoy.url);
         prefill.then(Script::Hang);
         let (chunks, script) = event_stream();
         decode.then(script);
         chunks.send(chunk("data: 1\n\n")).await.unwrap();
-        let mut body = gateway.post("/generate", STREAM).await.into_body();
+        let mut body = client.post("/generate", STREAM).await.into_body();
         next_piece(&mut body).await.unwrap().unwrap();
-        let (left, _right) = (prefill.request().await, decode.request().await);
-        let spare = Picker::start(settings).await;
-        std::mem::replace(&mut gateway.picker, spare).crash().await;
+        prefill.request().await;
+        decode.request().await;
+        picker.kill().await;
         // The prefill leg was the picker's: its connection is gone with it.
         prefill.dropped().await;
-        assert!(left.json()["rid"].is_string());
         let _ = chunks.send(chunk("data: 2\n\n")).await;
         drop(chunks);
         // Cut off or, when Envoy may go on alone, finished: in both cases it ends.
-        let mut ended_well = true;
-        loop {
+        let ended_well = loop {
             match next_piece(&mut body).await {
                 Ok(Some(_)) => {}
-                Ok(None) => break,
-                Err(_) => {
-                    ended_well = false;
-                    break;
-                }
+                Ok(None) => break true,
+                Err(_) => break false,
             }
-        }
+        };
         assert!(
             failure_mode_allow || !ended_well,
             "a cut answer was taken for whole"

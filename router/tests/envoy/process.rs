@@ -1,18 +1,15 @@
 //! The binary as a picker, and its health service. These need no Envoy.
 
-use std::process::Stdio;
-
 use kvrouter::config::epp::{EppConfig, GrpcTls};
 use kvrouter::epp::protocol::ext_proc::external_processor_client::ExternalProcessorClient;
 use kvrouter::epp::protocol::health::HealthCheckRequest;
 use kvrouter::epp::protocol::health::health_check_response::ServingStatus;
 use kvrouter::epp::protocol::health::health_client::HealthClient;
-use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::Command;
 use tonic::transport::Channel;
 
 use crate::fakes::{FakeWorker, soon};
-use crate::gateway::{Picker, config, with_epp};
+use crate::gateway::{Binary, Picker, config, with_epp};
 
 async fn status(
     health: &mut HealthClient<Channel>,
@@ -78,45 +75,14 @@ async fn health_follows_the_workers_and_the_drain() {
 #[tokio::test]
 async fn the_binary_picks_until_sigterm() {
     let (prefill, decode) = (FakeWorker::start().await, FakeWorker::start().await);
-    let mut child = Command::new(env!("CARGO_BIN_EXE_kvrouter"))
-        .args([
-            "epp",
-            "--prefill",
-            &prefill.url,
-            "8998",
-            "--decode",
-            &decode.url,
-        ])
-        .args(["--host", "127.0.0.1", "--port", "0", "--log-plain"])
-        .args(["--grpc-host", "127.0.0.1", "--grpc-port", "0"])
-        .stderr(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .unwrap();
-    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-    let url = soon(async {
-        loop {
-            let line = lines
-                .next_line()
-                .await
-                .unwrap()
-                .expect("it ended without serving");
-            if line.contains("external processing on")
-                && let Some(at) = line.find("http://")
-            {
-                return line[at..].split_whitespace().next().unwrap().to_owned();
-            }
-        }
-    })
-    .await;
-    tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
+    let Binary {
+        mut child,
+        address,
+        front: _front,
+    } = Binary::start(&prefill, &decode, "0").await;
+    let url = format!("http://{address}");
     let mut health = HealthClient::connect(url.clone()).await.unwrap();
-    soon(async {
-        while status(&mut health, "").await != Ok(ServingStatus::Serving) {
-            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-        }
-    })
-    .await;
+    assert_eq!(status(&mut health, "").await, Ok(ServingStatus::Serving));
     // A stream without messages ends when its sender does.
     let mut process = ExternalProcessorClient::connect(url).await.unwrap();
     let none = tokio_stream::empty();

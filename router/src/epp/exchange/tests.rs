@@ -632,7 +632,7 @@ fn messages_are_translated_whole_and_in_events() {
     let pieces = [
         answer_head("200", "text/event-stream", false),
         answer_body(
-            "data: {\"id\":\"x\",\"choices\":[{\"delta\":{\"content\":\"hi\"}}]}\n\n",
+            "data: {\"id\":\"x\",\"choices\":[{\"delta\":{\"content\":\"hi\"},\"finish_reason\":\"stop\"}]}\n\n",
             false,
         ),
         answer_body("data: [DONE]\n\n", true),
