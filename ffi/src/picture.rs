@@ -144,6 +144,7 @@ fn room(room: &RoomStat) -> Value {
         "peer": room.peer,
         "enqueued_ns": room.enqueued_ns,
         "first_byte_ns": room.first_byte_ns,
+        "pushed_ns": room.pushed_ns,
         "done_ns": room.done_ns,
         "bytes": room.bytes,
         "failure": room.failure,

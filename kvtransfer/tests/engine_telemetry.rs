@@ -140,6 +140,7 @@ fn a_watcher_sees_rails_and_rooms() {
     assert_eq!(room.role, RoomRole::Sender);
     assert_eq!((room.state.as_str(), room.bytes), ("success", PAGE * PAGES));
     assert!(room.enqueued_ns <= room.first_byte_ns && room.first_byte_ns <= room.done_ns);
+    assert!(room.enqueued_ns <= room.pushed_ns && room.pushed_ns <= room.done_ns);
     assert_eq!(picture.instance, prefill.instance().to_string());
     let moved: u64 = picture.rails.iter().map(|rail| rail.bytes_total).sum();
     assert_eq!(moved, PAGE * PAGES);

@@ -5,9 +5,17 @@
 )]
 
 use std::hint::black_box;
+use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use kvrouter::config::scheduling::Scheduling;
+use kvrouter::discover::{Fleet as Members, Member};
+use kvrouter::pick::booking::Booking;
+use kvrouter::pick::hold::Hold;
+use kvrouter::pick::{Picker, Wish};
+use kvrouter::pool::worker::WorkerSettings;
+use kvrouter::pool::{self, Pool};
 use kvrouter::schedule::board::Event;
 use kvrouter::schedule::dice::Dice;
 use kvrouter::schedule::facts::{Facts, Role};
@@ -151,5 +159,51 @@ fn samples(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, decisions, samples);
+/// The same choice with all that the front does around it: gates, the lock, the booking and its events.
+fn placements(criterion: &mut Criterion) {
+    let member = |role, letter: char, index: usize| Member {
+        name: format!("{letter}{index}"),
+        role,
+        url: format!("http://10.0.0.{index}:3000")
+            .parse()
+            .expect("a URL"),
+        bootstrap_port: None,
+        telemetry_port: None,
+        zone: None,
+        draining: false,
+    };
+    let of_role = |role, letter| (0..WORKERS).map(move |index| member(role, letter, index));
+    let pool = Pool::new(WorkerSettings::default());
+    pool.sync(&Members {
+        members: of_role(pool::Role::Prefill, 'p')
+            .chain(of_role(pool::Role::Decode, 'd'))
+            .collect(),
+        models: Vec::new(),
+    });
+    for worker in pool.now().workers() {
+        worker.mark_ready(true);
+    }
+    let picker = Arc::new(Picker::new(&Scheduling::default()));
+    picker.sync(&pool.now());
+    let hold = Arc::new(Hold::new(1000));
+    let wish = Wish {
+        prompt_bytes: 32 << 10,
+        ..Wish::default()
+    };
+    let place = || {
+        let picked = picker.pick(&wish).expect("all are ready");
+        Booking::new(&picker, &hold, &picked, wish.prompt_bytes)
+    };
+    let _live: Vec<Booking> = (0..JOBS * WORKERS).map(|_| place()).collect();
+    criterion.bench_function("placement at 64P x 64D, with its events", |bencher| {
+        bencher.iter(|| {
+            let booking = place();
+            booking.prefill_done();
+            booking.first_byte();
+            booking.ended();
+        });
+    });
+}
+
+criterion_group!(benches, decisions, samples, placements);
 criterion_main!(benches);

@@ -3,6 +3,9 @@
 
 mod command_line;
 pub mod epp;
+pub mod gossip;
+pub mod scheduling;
+pub mod telemetry;
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -14,7 +17,9 @@ use hyper::http::uri::{Authority, Scheme};
 pub use command_line::CommandLine;
 
 use crate::pool::breaker::BreakerLimits;
-use crate::schedule::pair::Policy;
+use gossip::Gossip;
+use scheduling::{Explain, Scheduling};
+use telemetry::Telemetry;
 
 /// Default of [`Config::body_bytes_max`]: what SGLang's own router allows, enough for a batch of images in base64.
 pub const BODY_BYTES_MAX_DEFAULT: usize = 512 << 20;
@@ -135,8 +140,14 @@ pub struct Config {
     pub decodes: Vec<WorkerUrl>,
     /// Workers that are not part of pairs: they serve what a pair cannot (embeddings, rerank, score, classify).
     pub others: Vec<WorkerUrl>,
-    /// How pairs are chosen, default round robin.
-    pub policy: Policy,
+    /// How pairs are chosen.
+    pub scheduling: Scheduling,
+    /// What replicas tell each other.
+    pub gossip: Gossip,
+    /// Whether answers explain themselves. Default never.
+    pub explain: Explain,
+    /// How workers are listened to.
+    pub telemetry: Telemetry,
     /// From the whole request read to the last byte sent. Default none: generations may take hours.
     pub request_timeout: Option<Duration>,
     /// From the dispatch to decode's first body byte. Default none.
@@ -197,7 +208,10 @@ impl Config {
             prefills,
             decodes,
             others: Vec::new(),
-            policy: Policy::default(),
+            scheduling: Scheduling::default(),
+            gossip: Gossip::default(),
+            explain: Explain::default(),
+            telemetry: Telemetry::default(),
             request_timeout: None,
             first_byte_timeout: None,
             stall_timeout: None,
@@ -276,7 +290,7 @@ impl Config {
         if !self.api_key.as_ref().is_none_or(key_fits) {
             return Err(ConfigError::ApiKey);
         }
-        Ok(())
+        self.scheduling.check()
     }
 }
 
@@ -310,12 +324,39 @@ pub enum ConfigError {
         /// The option.
         option: &'static str,
     },
+    /// A number of the scheduler's that makes no sense.
+    #[error("{option} is out of range: sizes and speeds are positive, shares from 0 to 1")]
+    Scheduling {
+        /// The option.
+        option: &'static str,
+    },
+    /// The telemetry port is no port.
+    #[error("`--telemetry {text}` needs a port from 1 to 65535 behind the URL")]
+    TelemetryPort {
+        /// The worker's URL.
+        text: String,
+    },
+    /// The token cannot stand in a header.
+    #[error("the --telemetry-token must be visible ASCII characters")]
+    TelemetryToken,
+    /// Another replica's address is none.
+    #[error("`{text}` is no gossip address: write host:port")]
+    GossipPeer {
+        /// What was given.
+        text: String,
+    },
+    /// The token cannot stand in a header.
+    #[error("the --gossip-token must be visible ASCII characters")]
+    GossipToken,
     /// No attempt at all, or too many.
     #[error("--max-attempts must be from 1 to {ATTEMPTS_MAX}")]
     Attempts,
     /// One half of what TLS needs.
     #[error("--tls-certificate and --tls-key belong together")]
     HalfTls,
+    /// One half of what TLS for Envoy needs.
+    #[error("--grpc-tls-certificate and --grpc-tls-key belong together")]
+    HalfGrpcTls,
     /// More endpoints than gateways look at.
     #[error("--fallback-endpoints may be {} at most", epp::FALLBACKS_MAX)]
     Fallbacks,

@@ -1,13 +1,16 @@
 //! What follows the workers: the pool, their probes, and what they tell of themselves.
 #![forbid(unsafe_code)]
 
+pub mod loads;
+pub mod telemetry;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use tokio::task::JoinSet;
 
 use crate::discover::FleetWatch;
-use crate::pool::{Worker, health};
+use crate::pool::{Role, Worker, health};
 use crate::proxy::Front;
 
 /// Keeps the pool equal to the latest fleet, and looks after every worker for as long as it is there. Runs until it is
@@ -18,6 +21,7 @@ pub async fn follow(front: Arc<Front>, mut fleet: FleetWatch) {
         let latest = Arc::clone(&fleet.borrow_and_update());
         front.pool.sync(&latest);
         let now = front.pool.now();
+        front.picker.sync(&now);
         let here: HashMap<_, _> = now
             .workers()
             .map(|worker| (worker.name(), worker))
@@ -32,7 +36,7 @@ pub async fn follow(front: Arc<Front>, mut fleet: FleetWatch) {
                 .or_insert_with(|| Attended::begin(&front, worker));
         }
         // A worker may have room where there was none.
-        front.room.notify_waiters();
+        front.hold.ring();
         if fleet.changed().await.is_err() {
             // This was the last fleet of its source.
             std::future::pending::<()>().await;
@@ -54,7 +58,17 @@ impl Attended {
             Arc::clone(worker),
             front.client.clone(),
             front.config.probe_interval,
+            {
+                let hold = Arc::clone(&front.hold);
+                move || hold.ring()
+            },
         ));
+        if worker.role() != Role::Other {
+            tasks.spawn(telemetry::watch(Arc::clone(front), Arc::clone(worker)));
+            if let Some(interval) = front.config.telemetry.loads_interval {
+                tasks.spawn(loads::poll(Arc::clone(front), Arc::clone(worker), interval));
+            }
+        }
         Self {
             worker: Arc::clone(worker),
             _tasks: tasks,

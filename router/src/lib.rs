@@ -10,6 +10,8 @@
 //! * `discover`: where workers come from.
 //! * `fleet`: what follows the workers as they come and go.
 //! * `pool`: the workers, the connections to them, and whether they are ready.
+//! * `gossip`: what replicas tell each other.
+//! * `pick`: the scheduler, joined to the workers.
 //! * `proxy`: the HTTP front, the two legs, the stream back to the client.
 //! * `epp`: Envoy's external processing: the same pairs for requests that Envoy carries.
 //! * `respond`: the only place that turns an error into a status code.
@@ -21,7 +23,9 @@ pub mod discover;
 pub mod drain;
 pub mod epp;
 pub mod fleet;
+pub mod gossip;
 pub mod metrics;
+pub mod pick;
 pub mod pool;
 pub mod proxy;
 pub mod respond;

@@ -153,6 +153,16 @@ impl Metrics {
                 gauges.waiting_for_room,
             ),
             ("kvrouter_live_rooms", "Rooms in use.", gauges.rooms),
+            (
+                "kvrouter_bookings",
+                "Requests that the scheduler counts on.",
+                gauges.bookings.0,
+            ),
+            (
+                "kvrouter_sibling_bookings",
+                "Requests of other replicas that the scheduler counts on.",
+                gauges.bookings.1,
+            ),
         ] {
             text.gauge(name, help, value as u64);
         }
@@ -244,6 +254,8 @@ pub struct Gauges {
     pub waiting_for_room: usize,
     /// Rooms in use.
     pub rooms: usize,
+    /// The scheduler's bookings: this router's, its siblings'.
+    pub bookings: (usize, usize),
 }
 
 fn render_workers(text: &mut Text, pool: &Workers) {

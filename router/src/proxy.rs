@@ -22,17 +22,19 @@ pub mod stream;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Semaphore;
 
 use crate::config::Config;
 use crate::discover::FleetWatch;
 use crate::drain::DrainSwitch;
+use crate::fleet::telemetry::Engines;
 use crate::metrics::Metrics;
+use crate::pick::Picker;
+use crate::pick::hold::Hold;
 use crate::pool::Pool;
 use crate::pool::client::WorkerClient;
 use crate::pool::tls::TlsError;
 use crate::pool::worker::WorkerSettings;
-use crate::schedule::pair::PairScheduler;
 use crate::schedule::rooms::Rooms;
 use abort::{AbortRunner, Aborts};
 use admission::Admission;
@@ -47,7 +49,7 @@ pub struct Front {
     /// The workers.
     pub pool: Pool,
     /// Chooses pairs; only [`placement`] asks it.
-    pub scheduler: PairScheduler,
+    pub picker: Arc<Picker>,
     /// The rooms in use.
     pub rooms: Arc<Rooms>,
     /// Connections to the workers.
@@ -60,10 +62,10 @@ pub struct Front {
     pub epp: crate::epp::counters::Counters,
     /// One place per choice of a generation request.
     pub admission: Arc<Admission>,
-    /// Rings when a worker has room again.
-    pub room: Arc<Notify>,
+    /// Which worker the engines in telemetry belong to.
+    pub engines: Engines,
     /// Requests that wait for a worker with room.
-    pub waiting_for_room: AtomicUsize,
+    pub hold: Arc<Hold>,
     /// Requests on their second or later pair.
     pub retrying: AtomicUsize,
     /// One permit per KiB of request bodies in memory.
@@ -82,19 +84,21 @@ impl Front {
         let client = WorkerClient::new(&config)?;
         let pool = Pool::new(WorkerSettings::of(&config));
         pool.sync(&fleet.borrow());
+        let picker = Arc::new(Picker::new(&config.scheduling));
+        picker.sync(&pool.now());
         let (aborts, abort_runner) = Aborts::new(client.clone(), Arc::clone(&metrics));
         let front = Self {
             fleet,
             pool,
-            scheduler: PairScheduler::new(config.policy),
+            picker,
+            engines: Engines::default(),
             rooms: Arc::new(Rooms::default()),
             client,
             aborts,
             metrics,
             epp: crate::epp::counters::Counters::default(),
             admission: Arc::new(Admission::new(config.requests_max, config.queue_max)),
-            room: Arc::new(Notify::new()),
-            waiting_for_room: AtomicUsize::new(0),
+            hold: Arc::new(Hold::new(config.queue_max)),
             retrying: AtomicUsize::new(0),
             body_memory: Arc::new(Semaphore::new(
                 config.buffered_bytes_max.div_ceil(request::KIB),

@@ -7,6 +7,9 @@ use hyper::header::{ALLOW, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue, RETRY_AFTE
 use hyper::{Response, StatusCode};
 use serde_json::json;
 
+use crate::pick::Picker;
+use crate::pick::notes::SHOWN_DEFAULT;
+use crate::pool::Role;
 use crate::proxy::deadline::Stage;
 use crate::proxy::headers::strip_connection_headers;
 use crate::proxy::leg::{LegCause, LegFailure, WorkerError};
@@ -44,6 +47,12 @@ pub enum RouteError {
     /// A request waited as long as it may.
     #[error("no worker became free in time; try again")]
     QueueTimeout,
+    /// No worker of a role is there, or none of them is ready.
+    #[error("no {role} worker is ready; try again")]
+    NoWorker {
+        /// The role.
+        role: Role,
+    },
     /// Too many bytes of request bodies are waiting.
     #[error("the router holds its limit of {limit} bytes of waiting request bodies; try again")]
     BuffersFull {
@@ -108,9 +117,10 @@ impl RouteError {
             Self::BodySilent => (StatusCode::REQUEST_TIMEOUT, "invalid_request_error"),
             Self::Encoding => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error"),
             Self::QueueFull => (StatusCode::TOO_MANY_REQUESTS, "overloaded_error"),
-            Self::QueueTimeout | Self::BuffersFull { .. } | Self::NoneEligible => {
-                (StatusCode::SERVICE_UNAVAILABLE, "overloaded_error")
-            }
+            Self::QueueTimeout
+            | Self::NoWorker { .. }
+            | Self::BuffersFull { .. }
+            | Self::NoneEligible => (StatusCode::SERVICE_UNAVAILABLE, "overloaded_error"),
             Self::Broken(_) => (StatusCode::BAD_GATEWAY, "worker_error"),
             Self::Leg(failure) => match &failure.cause {
                 LegCause::Status(error) => (worker_status(error.status), "worker_error"),
@@ -279,6 +289,20 @@ pub fn readiness(prefills: usize, decodes: usize, is_draining: bool) -> Response
         "draining": is_draining,
     });
     whole(status, "application/json", state.to_string())
+}
+
+/// The answer to `/debug/decisions`, of which `query` may say how many are wanted (`limit=10`).
+pub fn decisions(picker: &Picker, query: Option<&str>) -> Response<ReplyBody> {
+    let limit = query.and_then(|query| {
+        let mut pairs = query.split('&').filter_map(|pair| pair.split_once('='));
+        let (_, limit) = pairs.find(|(name, _)| *name == "limit")?;
+        limit.parse().ok()
+    });
+    let notes = picker.notes(limit.unwrap_or(SHOWN_DEFAULT));
+    let now = picker.now();
+    let decisions: Vec<_> = notes.iter().map(|note| note.json(now)).collect();
+    let text = json!({ "decisions": decisions }).to_string();
+    whole(StatusCode::OK, "application/json", text)
 }
 
 /// The answer to `/metrics`.

@@ -1,6 +1,6 @@
 //! Which workers serve a request, and under which room numbers.
 //!
-//! Everything but [`rooms`] and [`pair`] is pure: no clock, no socket, no thread. Time comes in as a [`Duration`] since a
+//! Everything but [`rooms`] is pure: no clock, no socket, no thread. Time comes in as a [`Duration`] since a
 //! zero that the caller chooses once, chance comes in as a seed. The router, the Envoy picker and the simulator decide
 //! with the same code.
 //!
@@ -18,7 +18,6 @@ pub mod decision;
 pub mod dice;
 pub mod facts;
 pub mod model;
-pub mod pair;
 pub mod policy;
 pub mod prefix;
 pub mod recent;

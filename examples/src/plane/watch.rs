@@ -226,6 +226,7 @@ fn merge(pictures: Vec<Snapshot>) -> Snapshot {
     let mut merged = Snapshot::default();
     let mut rooms = BTreeMap::<(u64, RoomRole), RoomStat>::new();
     for (rank, picture) in pictures.into_iter().enumerate() {
+        merged.engines.push(picture.instance.clone());
         if rank == 0 {
             merged.instance = picture.instance;
             merged.epoch = picture.epoch;
@@ -270,10 +271,10 @@ fn join(room: &mut RoomStat, other: &RoomStat) {
     }
     room.enqueued_ns = earliest(room.enqueued_ns, other.enqueued_ns);
     room.first_byte_ns = earliest(room.first_byte_ns, other.first_byte_ns);
-    room.done_ns = match (room.done_ns, other.done_ns) {
-        (0, _) | (_, 0) => 0,
-        (a, b) => a.max(b),
-    };
+    // What is not true of every rank is not true of the room.
+    let latest = |a: u64, b: u64| if a == 0 || b == 0 { 0 } else { a.max(b) };
+    room.pushed_ns = latest(room.pushed_ns, other.pushed_ns);
+    room.done_ns = latest(room.done_ns, other.done_ns);
     room.bytes += other.bytes;
 }
 
@@ -335,6 +336,7 @@ mod tests {
             picture("b", rail(2), room("transferring", 50, 30, 0)),
         ]);
         assert_eq!((merged.instance.as_str(), merged.epoch), ("a", 3));
+        assert_eq!(merged.engines, ["a", "b"]);
         let names: Vec<_> = merged
             .rails
             .iter()

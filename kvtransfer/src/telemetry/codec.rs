@@ -12,7 +12,7 @@ use tonic::Status;
 use tonic::codec::{Codec, DecodeBuf, Decoder};
 use tonic_prost::{ProstCodec, ProstEncoder};
 
-use super::snapshot::{RAILS_MAX, REASONS_MAX, ROOMS_MAX};
+use super::snapshot::{ENGINES_MAX, RAILS_MAX, REASONS_MAX, ROOMS_MAX};
 
 /// Protocol buffers, with [`check`] before decoding.
 #[derive(Debug)]
@@ -164,7 +164,7 @@ impl<'a> Fields<'a> {
 }
 
 /// Entries of a message's lists together: a delta may change and remove as many as a picture holds.
-pub const ENTRIES_MAX: usize = 2 * (RAILS_MAX + ROOMS_MAX) + REASONS_MAX;
+pub const ENTRIES_MAX: usize = 2 * (RAILS_MAX + ROOMS_MAX) + REASONS_MAX + ENGINES_MAX;
 
 /// Texts and failure counts of one entry; twice what today's have, for those of later versions.
 pub const FIELDS_MAX: usize = 2 * (REASONS_MAX + 5);

@@ -171,6 +171,7 @@ pub(crate) mod tests {
             let (instance, epoch, monotonic_ns, wall_ns) = identity;
             let mut picture = Snapshot {
                 instance,
+                engines: Vec::new(),
                 epoch,
                 monotonic_ns,
                 wall_ns,

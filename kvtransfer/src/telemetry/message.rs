@@ -3,8 +3,8 @@
 
 use super::delta::Delta;
 use super::snapshot::{
-    Keyed, RAILS_MAX, REASONS_MAX, ROOMS_MAX, RailKey, RailStat, RoomKey, RoomRole, RoomStat,
-    Snapshot, TEXT_BYTES_MAX,
+    ENGINES_MAX, Keyed, RAILS_MAX, REASONS_MAX, ROOMS_MAX, RailKey, RailStat, RoomKey, RoomRole,
+    RoomStat, Snapshot, TEXT_BYTES_MAX,
 };
 use super::v1;
 use super::v1::watch_response::Picture;
@@ -63,6 +63,13 @@ pub enum Malformed {
 pub fn snapshot_message(stamp: Stamp, picture: &Snapshot) -> v1::WatchResponse {
     let snapshot = v1::Snapshot {
         instance: picture.instance.clone(),
+        engines: picture
+            .engines
+            .iter()
+            .map(|instance| v1::Engine {
+                instance: instance.clone(),
+            })
+            .collect(),
         rails: picture.rails.iter().map(rail_message).collect(),
         rooms: picture.rooms.iter().map(room_message).collect(),
         failures: failures_message(&picture.failures),
@@ -116,6 +123,10 @@ pub fn stamp(message: &v1::WatchResponse) -> Stamp {
 pub fn read_snapshot(stamp: Stamp, message: v1::Snapshot) -> Result<Snapshot, Malformed> {
     Ok(Snapshot {
         instance: text(message.instance)?,
+        engines: within("engines", message.engines, ENGINES_MAX)?
+            .into_iter()
+            .map(|engine| text(engine.instance))
+            .collect::<Result<_, _>>()?,
         epoch: stamp.epoch,
         monotonic_ns: stamp.monotonic_ns,
         wall_ns: stamp.wall_ns,
@@ -228,6 +239,7 @@ fn room_message(room: &RoomStat) -> v1::RoomStat {
         peer: room.peer.clone(),
         enqueued_ns: room.enqueued_ns,
         first_byte_ns: room.first_byte_ns,
+        pushed_ns: room.pushed_ns,
         done_ns: room.done_ns,
         bytes: room.bytes,
         failure: room.failure.clone(),
@@ -242,6 +254,7 @@ fn read_room(room: v1::RoomStat) -> Result<RoomStat, Malformed> {
         peer: text(room.peer)?,
         enqueued_ns: room.enqueued_ns,
         first_byte_ns: room.first_byte_ns,
+        pushed_ns: room.pushed_ns,
         done_ns: room.done_ns,
         bytes: room.bytes,
         failure: text(room.failure)?,

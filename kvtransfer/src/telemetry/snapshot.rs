@@ -11,6 +11,9 @@ use std::cmp::Ordering;
 pub struct Snapshot {
     /// The engine's instance id.
     pub instance: String,
+    /// Instance ids of all engines of which this is the sum, such as the ranks of one worker; empty: `instance` alone. They
+    /// stay the same for as long as `instance` and `epoch` do.
+    pub engines: Vec<String>,
     /// Which start of the engine this is.
     pub epoch: u64,
     /// The engine's monotonic clock, nanoseconds since an arbitrary start. Other `_ns` times are on it.
@@ -99,6 +102,8 @@ pub struct RoomStat {
     pub enqueued_ns: u64,
     /// When its first byte moved; 0: not yet.
     pub first_byte_ns: u64,
+    /// When the sender was given the last of its pages; 0: not yet, or this is the receiver.
+    pub pushed_ns: u64,
     /// When it ended; 0: not yet.
     pub done_ns: u64,
     /// Bytes moved.
@@ -193,6 +198,8 @@ impl Snapshot {
     /// into 0 (consumers refuse it, and one that is not a number would differ from itself at every look).
     pub fn normalise(&mut self) -> Clipped {
         clip(&mut self.instance);
+        self.engines.iter_mut().for_each(clip);
+        self.engines.truncate(ENGINES_MAX);
         for rail in &mut self.rails {
             rail.normalise();
         }
@@ -279,6 +286,9 @@ fn clip(text: &mut String) {
 
 /// Rails in a picture: 256 peers with 4 rails each is the largest deployment we plan for.
 pub const RAILS_MAX: usize = 1_024;
+
+/// Engines in a picture: the ranks of one worker.
+pub const ENGINES_MAX: usize = 256;
 
 /// Rooms in a picture: a rank runs some hundred requests at a time; finished rooms linger a while.
 pub const ROOMS_MAX: usize = 8_192;

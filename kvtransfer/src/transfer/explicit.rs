@@ -56,6 +56,7 @@ impl Node {
                 legs: Vec::new(),
                 pushed: Vec::new(),
                 closed: false,
+                closed_at: None,
                 bytes: 0,
                 explicit: Some((peer, pairing)),
             },

@@ -73,6 +73,7 @@ impl Node {
             *pushed += count;
         }
         room.closed = chunk.last;
+        room.closed_at = chunk.last.then_some(now);
         let number = room.room.number();
         for leg in room.legs.iter().filter(|leg| !leg.dummy) {
             let pairing = Arc::clone(pairing_to(room, &self.peers, leg)?);

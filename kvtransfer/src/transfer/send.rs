@@ -93,6 +93,8 @@ pub(super) struct SendRoom {
     pub(super) pushed: Vec<usize>,
     /// The last chunk has been pushed.
     pub(super) closed: bool,
+    /// When that was.
+    pub(super) closed_at: Option<Time>,
     pub(super) bytes: u64,
     /// For a room of explicit blocks: who receives them, and which they are.
     pub(super) explicit: Option<(PeerId, Arc<Pairing>)>,

@@ -8,12 +8,14 @@ use std::time::Duration;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser};
 
 use super::epp::EppArguments;
+use super::gossip::GossipArguments;
+use super::scheduling::SchedulingArguments;
+use super::telemetry::TelemetryArguments;
 use super::{
     ATTEMPTS_MAX_DEFAULT, BODY_BYTES_MAX_DEFAULT, BUFFERED_BYTES_MAX_DEFAULT, Config, ConfigError,
     PrefillTarget, QUEUE_MAX_DEFAULT, REQUESTS_MAX_DEFAULT, TlsFiles, WorkerUrl,
 };
 use crate::pool::breaker::BreakerLimits;
-use crate::schedule::pair::Policy;
 
 const EXAMPLE: &str = "\
 Example: two prefill workers (bootstrap servers on port 8998) and one decode worker:
@@ -55,9 +57,12 @@ struct Arguments {
     /// Port to listen on; 0 picks a free one.
     #[arg(long, default_value_t = 8080)]
     port: u16,
-    /// How pairs are chosen.
-    #[arg(long, value_enum, default_value_t)]
-    policy: Policy,
+    #[command(flatten)]
+    scheduling: SchedulingArguments,
+    #[command(flatten)]
+    telemetry: TelemetryArguments,
+    #[command(flatten)]
+    gossip: GossipArguments,
     /// Longest time for a whole request [default: none].
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     request_timeout: Option<Duration>,
@@ -169,7 +174,10 @@ impl CommandLine {
         let config = Config {
             host: arguments.host,
             port: arguments.port,
-            policy: arguments.policy,
+            explain: arguments.scheduling.explain,
+            scheduling: arguments.scheduling.into(),
+            telemetry: arguments.telemetry.try_into().map_err(refuse)?,
+            gossip: arguments.gossip.try_into().map_err(refuse)?,
             request_timeout: arguments.request_timeout,
             first_byte_timeout: arguments.first_byte_timeout,
             stall_timeout: arguments.stall_timeout,
@@ -265,7 +273,7 @@ fn tls_files(
     }
 }
 
-fn parse_time(text: &str) -> Result<Duration, ConfigError> {
+pub(super) fn parse_time(text: &str) -> Result<Duration, ConfigError> {
     let bad = || ConfigError::Time {
         text: text.to_owned(),
     };
@@ -290,6 +298,7 @@ fn parse_time(text: &str) -> Result<Duration, ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::schedule::Policy;
 
     fn parse(text: &str) -> Result<Config, String> {
         CommandLine::from_args(text.split_whitespace())
@@ -313,7 +322,7 @@ mod tests {
         assert_eq!(ports, [Some(8998), None, None]);
         assert_eq!(config.prefills[1].url.host(), "[::1]");
         assert_eq!(config.decodes[1].to_string(), "http://e:3");
-        assert_eq!(config.policy, Policy::Random);
+        assert_eq!(config.scheduling.settings.policy, Policy::Random);
         assert_eq!(config.stall_timeout, Some(Duration::from_millis(500)));
         assert_eq!((config.host.as_str(), config.port), ("0.0.0.0", 8080));
         assert_eq!(config.request_timeout, None);
@@ -356,6 +365,8 @@ mod tests {
             (&format!("{both} --max-requests-per-decode 0"), "at least 1"),
             (&format!("{both} --max-attempts 17"), "from 1 to 16"),
             (&format!("{both} --tls-key k.pem"), "belong together"),
+            (&format!("{both} --kv-share 1.5"), "--kv-share"),
+            (&format!("{both} --policy best"), "round_robin"),
             (&format!("{both} --worker http://b:2"), "named twice"),
         ] {
             let error = parse(line).unwrap_err();

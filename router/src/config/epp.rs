@@ -105,7 +105,7 @@ impl EppArguments {
         let files = match (self.grpc_tls_certificate, self.grpc_tls_key) {
             (Some(certificates), Some(key)) => Some(TlsFiles { certificates, key }),
             (None, None) => None,
-            _ => return Err(ConfigError::HalfTls),
+            _ => return Err(ConfigError::HalfGrpcTls),
         };
         if self.fallback_endpoints > FALLBACKS_MAX {
             return Err(ConfigError::Fallbacks);
@@ -122,5 +122,45 @@ impl EppArguments {
             front_endpoint: self.front_endpoint,
             conformance: self.conformance,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::config::{CommandLine, Config};
+
+    use super::*;
+
+    fn parse(options: &str) -> Result<Config, String> {
+        let line = format!("kvrouter {options} --prefill http://a:1 8998 --decode http://b:2");
+        CommandLine::from_args(line.split_whitespace())
+            .map(|line| line.config)
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn only_the_subcommand_serves_envoy() {
+        assert!(parse("").unwrap().epp.is_none());
+        assert!(parse("--grpc-port 1").unwrap().epp.is_none());
+        let config = parse("epp").unwrap().epp.unwrap();
+        assert_eq!((config.port, config.tls), (9002, GrpcTls::Off));
+        let config = parse(
+            "epp --grpc-tls self-signed --front-endpoint 10.0.0.9:8080 --fallback-endpoints 2",
+        );
+        let config = config.unwrap().epp.unwrap();
+        assert_eq!((config.tls, config.fallbacks), (GrpcTls::SelfSigned, 2));
+        assert_eq!(config.front_endpoint, Some(([10, 0, 0, 9], 8080).into()));
+    }
+
+    #[test]
+    fn mistakes_are_explained() {
+        for (options, part) in [
+            ("epp --grpc-tls-key k.pem", "belong together"),
+            ("epp --fallback-endpoints 17", "16 at most"),
+            ("epp --front-endpoint name:1", "--front-endpoint"),
+        ] {
+            let error = parse(options).unwrap_err();
+            assert!(error.contains(part), "{options}: {error}");
+        }
     }
 }

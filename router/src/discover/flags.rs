@@ -14,7 +14,7 @@ pub fn fleet(config: &Config) -> Fleet {
         role,
         url: url.clone(),
         bootstrap_port: None,
-        telemetry_port: None,
+        telemetry_port: config.telemetry.port_of(url),
         zone: None,
         draining: false,
     };

@@ -24,9 +24,9 @@ use crate::proxy::admission::Permit;
 use crate::proxy::deadline::Deadline;
 use crate::proxy::headers::strip_for_worker;
 use crate::proxy::live::LivePair;
-use crate::proxy::pair::{self, PairRequest};
+use crate::proxy::pair::PairRequest;
 use crate::proxy::passthrough::{ANSWER_TIMEOUT, Asked};
-use crate::proxy::placement::Placement;
+use crate::proxy::placement::{self, Placement, Prompt, Wish};
 use crate::proxy::request::{self, Dialect};
 use crate::proxy::server::{Target, admit};
 use crate::proxy::stream::ReplyBody;
@@ -74,6 +74,8 @@ pub struct Underway {
     pub deadline: Deadline,
     /// Places of the request; free when it ends.
     pub permit: Permit,
+    /// The answer's head tells the decision.
+    pub explains: bool,
 }
 
 /// What becomes of a request.
@@ -89,8 +91,9 @@ pub enum Verdict {
 pub fn target_of(method: &str, path: &str) -> (Option<Target>, Route) {
     let method = Method::from_bytes(method.as_bytes()).unwrap_or_default();
     let path = path.split('?').next().unwrap_or_default();
-    // The counters are the operator's, not the gateway's clients'.
-    let target = Target::of(&method, path).filter(|target| !matches!(target, Target::Metrics));
+    // What the operator sees is not for the gateway's clients.
+    let target = Target::of(&method, path)
+        .filter(|target| !matches!(target, Target::Metrics | Target::Decisions));
     (target, target.as_ref().map_or(Route::Other, Target::route))
 }
 
@@ -127,7 +130,9 @@ pub async fn decide(
             to_pair(&front, &config, &request, asked).await?
         }
         Target::Pass(asked) => to_one(&front, &config, asked, parts, request.body, &choice).await?,
-        Target::Health | Target::Metrics => return Ok(Verdict::Own(respond::alive())),
+        Target::Health | Target::Metrics | Target::Decisions => {
+            return Ok(Verdict::Own(respond::alive()));
+        }
         Target::Ready => {
             let now = front.pool.now();
             return Ok(Verdict::Own(respond::readiness(
@@ -181,6 +186,14 @@ impl Choice {
             }
         }
         found
+    }
+
+    /// The decode workers that may be chosen, by `host:port` of their URLs; `None` if all may.
+    async fn decodes(&self, now: &Workers) -> Option<Vec<String>> {
+        self.0.as_ref()?;
+        let found = self.of_role(now, Role::Decode).await;
+        let authority = |(worker, _): (Arc<Worker>, String)| worker.url().authority().to_string();
+        Some(found.into_iter().map(authority).collect())
     }
 
     fn holds(&self, worker: &Worker, endpoint: &str) -> bool {
@@ -323,6 +336,7 @@ async fn to_pair(
             live,
             deadline,
             permit,
+            explains: understood.explains,
         }),
     })
 }
@@ -335,39 +349,33 @@ async fn place(
     choice: &Choice,
 ) -> Result<(Placement, String), RouteError> {
     let now = front.pool.now();
-    let decodes = now.of_role(Role::Decode);
-    let mut excluded = Vec::new();
-    if choice.0.is_some() {
-        let eligible = choice.of_role(&now, Role::Decode).await;
-        let is_eligible = |one: &Arc<Worker>| eligible.iter().any(|(it, _)| Arc::ptr_eq(it, one));
-        excluded.extend(decodes.iter().filter(|one| !is_eligible(one)).cloned());
-    }
-    let may_serve = |worker: &Arc<Worker>| {
-        worker.is_ready()
-            && !worker.is_draining()
-            && !excluded.iter().any(|one| Arc::ptr_eq(one, worker))
-    };
-    // The protocol asks for 503 here, where the front would try even workers that look dead.
-    if now.ready(Role::Prefill) == 0 || !decodes.iter().any(may_serve) {
+    let shape = &request.shape;
+    let prompt = Prompt::of(&request.body, shape);
+    let subset = choice.decodes(&now).await;
+    if subset.as_ref().is_some_and(Vec::is_empty) {
         return Err(RouteError::NoneEligible);
     }
-    let wanted = pair::Plan {
-        excluded: excluded.clone(),
-        kept: None,
+    let wish = Wish {
+        prompt_bytes: request.body.len(),
+        prompt: Some(&prompt),
+        items: shape.batch.unwrap_or(1),
+        model: shape.model.as_deref(),
+        priority: shape.priority,
+        sticky: shape.sticky.as_deref(),
+        rank: shape.rank,
+        subset: subset.as_deref(),
+        ..Wish::default()
     };
-    let placement = pair::find_pair(front, request, &wanted).await?;
+    let placement = placement::wait(front, &wish).await?;
     let chosen = &placement.decode;
-    let endpoint = endpoint_of(chosen).await.ok_or(RouteError::NoneEligible)?;
-    // A worker may have become ineligible, or have come, since the list was made.
-    if !choice.holds(chosen, &endpoint) {
-        return Err(RouteError::NoneEligible);
-    }
-    let mut destination = endpoint;
-    let others = decodes
-        .iter()
-        .filter(|worker| may_serve(worker) && !Arc::ptr_eq(worker, chosen));
+    let mut destination = endpoint_of(chosen).await.ok_or(RouteError::NoneEligible)?;
+    let others = now.of_role(Role::Decode).iter().filter(|worker| {
+        worker.is_ready() && !worker.is_draining() && !Arc::ptr_eq(worker, chosen)
+    });
     for worker in others.take(config.fallbacks) {
-        if let Some(endpoint) = endpoint_of(worker).await {
+        if let Some(endpoint) = endpoint_of(worker).await
+            && choice.holds(worker, &endpoint)
+        {
             destination.push(',');
             destination.push_str(&endpoint);
         }

@@ -399,6 +399,11 @@ impl Exchange {
         self.response.finish_with(error, out)
     }
 
+    /// Puts headers into the answer's head, in time before it.
+    pub fn add_to_answer(&mut self, headers: &HeaderMap) {
+        self.response.add(headers);
+    }
+
     /// Learns what prefill told, in time before the answer's head.
     pub fn learn_logprobs(&mut self, known: &Arc<PromptLogprobs>) {
         self.response

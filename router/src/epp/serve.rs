@@ -52,7 +52,7 @@ const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A picker that listens but does not serve yet.
 #[derive(Debug)]
-pub struct Picker {
+pub struct ExternalPicker {
     listener: TcpListener,
     address: SocketAddr,
     tls: Option<Identity>,
@@ -62,7 +62,7 @@ pub struct Picker {
 /// Why the picker could not start.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum PickerError {
+pub enum ExternalPickerError {
     /// The address cannot be listened on.
     #[error("cannot listen on {host}:{port} for Envoy")]
     Listen {
@@ -81,14 +81,14 @@ pub enum PickerError {
     Certificate(#[from] rcgen::Error),
 }
 
-impl Picker {
+impl ExternalPicker {
     /// Opens the listener.
     ///
     /// # Errors
-    /// [`PickerError`]
-    pub async fn bind(config: EppConfig) -> Result<Self, PickerError> {
+    /// [`ExternalPickerError`]
+    pub async fn bind(config: EppConfig) -> Result<Self, ExternalPickerError> {
         let tls = identity(&config.tls)?;
-        let listen = |source| PickerError::Listen {
+        let listen = |source| ExternalPickerError::Listen {
             host: config.host.clone(),
             port: config.port,
             source,
@@ -179,7 +179,7 @@ fn streams_max(front: &Front) -> usize {
         .saturating_add(CONNECTIONS_SPARE)
 }
 
-fn identity(tls: &GrpcTls) -> Result<Option<Identity>, PickerError> {
+fn identity(tls: &GrpcTls) -> Result<Option<Identity>, ExternalPickerError> {
     Ok(match tls {
         GrpcTls::Off => None,
         GrpcTls::SelfSigned => {

@@ -1,19 +1,19 @@
 //! One stream of Envoy's: its messages, the decision, and the prefill leg, each as it comes.
 #![forbid(unsafe_code)]
 
-use std::collections::VecDeque;
+mod legs;
+
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::BodyExt;
 use hyper::{HeaderMap, Response};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
-use tokio::time::{Instant, Sleep};
+use tokio::time::Instant;
 use tonic::{Status, Streaming};
 
 use super::counters::Outcome;
@@ -28,10 +28,11 @@ use crate::metrics::{Route, bump};
 use crate::proxy::Front;
 use crate::proxy::deadline::Stage;
 use crate::proxy::leg::{LegCause, LegFailure, WorkerError};
-use crate::proxy::live::{LOGPROBS_WAIT, Outlook};
+use crate::proxy::live::LOGPROBS_WAIT;
 use crate::proxy::request::{self, KIB};
 use crate::proxy::stream::ReplyBody;
 use crate::respond::{self, RouteError};
+use legs::{Event, Held, cause_of, leg_event};
 
 /// Messages for Envoy that wait for its connection.
 pub const REPLIES_MAX: usize = 8;
@@ -54,27 +55,6 @@ pub struct Shared {
 
 /// The stream is over.
 struct Over;
-
-/// What happened next.
-enum Event {
-    Message(Box<ProcessingRequest>),
-    /// Envoy ended the stream, or its connection did.
-    Closed,
-    Decided(Result<Verdict, RouteError>),
-    /// Prefill refused; the reason follows.
-    Doomed,
-    Failed(LegFailure),
-    /// Prefill's log-probabilities are here, or are waited for no longer.
-    LogprobsKnown,
-    Late(Stage),
-    Cut,
-}
-
-/// An answer that waits for prefill's log-probabilities.
-struct Held {
-    messages: VecDeque<ProcessingRequest>,
-    patience: Pin<Box<Sleep>>,
-}
 
 struct Session {
     shared: Arc<Shared>,
@@ -205,6 +185,17 @@ impl Session {
             let bytes = body.body.len() as u64;
             let counter = &self.shared.front.epp.body_bytes;
             counter.fetch_add(bytes, Ordering::Relaxed);
+        }
+        if matches!(message.request, Some(Piece::ResponseHeaders(_)))
+            && let Some(Underway {
+                live,
+                explains: true,
+                ..
+            }) = &self.underway
+        {
+            let mut headers = HeaderMap::new();
+            live.booking().note().put_headers(&mut headers);
+            self.exchange.add_to_answer(&headers);
         }
         self.exchange.take(message, &mut self.effects);
     }
@@ -450,43 +441,6 @@ impl Session {
         }
         // A pair that is still underway is cancelled by its drop.
     }
-}
-
-/// What the prefill leg or a time limit has to say.
-async fn leg_event(underway: &mut Option<Underway>, held: &mut Option<Held>) -> Event {
-    let Some(Underway { live, deadline, .. }) = underway else {
-        return std::future::pending().await;
-    };
-    std::future::poll_fn(|cx| {
-        if live.is_prefill_open()
-            && let Poll::Ready(news) = live.poll_outlook(cx)
-        {
-            return Poll::Ready(match news {
-                Ok(Outlook::Fine | Outlook::Doomed) => Event::Doomed,
-                Err(failure) => Event::Failed(failure),
-            });
-        }
-        if let Some(held) = held
-            && (!live.is_prefill_open() || held.patience.as_mut().poll(cx).is_ready())
-        {
-            return Poll::Ready(Event::LogprobsKnown);
-        }
-        deadline.poll_expired(cx).map(Event::Late)
-    })
-    .await
-}
-
-/// What Envoy's details of an answer of its own say about the worker.
-fn cause_of(details: &str) -> Option<LegCause> {
-    if details.contains("connection_failure") || details.contains("connection_timeout") {
-        return Some(LegCause::Connect(details.to_owned()));
-    }
-    if details.starts_with("upstream_reset") || details.contains("connection_termination") {
-        return Some(LegCause::Reset(details.to_owned()));
-    }
-    details
-        .contains("response_timeout")
-        .then_some(LegCause::Stall)
 }
 
 fn mode_name(mode: BodySendMode) -> &'static str {

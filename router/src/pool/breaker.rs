@@ -67,6 +67,11 @@ impl Breaker {
         }
     }
 
+    /// Whether it is closed, at whatever time.
+    pub fn is_closed(&self) -> bool {
+        self.closed_to.load(Ordering::Relaxed) == 0
+    }
+
     /// Its state at `now`.
     pub fn state(&self, now: Duration) -> BreakerState {
         match self.closed_to.load(Ordering::Relaxed) {

@@ -11,8 +11,8 @@ use std::time::Duration;
 use http_body_util::{BodyExt, Limited};
 use hyper::StatusCode;
 
-use super::Worker;
 use super::client::WorkerClient;
+use super::{Worker, WorkerInfo};
 
 /// A worker that does not answer a probe within this time has failed it.
 pub const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -29,8 +29,14 @@ const PROBE_BODY_BYTES_MAX: usize = 64 << 10;
 /// Longest `/server_info` that is read: it lists every argument of the server, some tens of KiB.
 const INFO_BYTES_MAX: usize = 1 << 20;
 
-/// Probes one worker until the task is dropped.
-pub async fn watch(worker: Arc<Worker>, client: WorkerClient, interval: Duration) {
+/// Probes one worker until the task is dropped, and calls `on_news` when it is known for the first time, or has changed,
+/// whether it is ready.
+pub async fn watch(
+    worker: Arc<Worker>,
+    client: WorkerClient,
+    interval: Duration,
+    on_news: impl Fn(),
+) {
     let mut failures = 0;
     loop {
         let probe = tokio::time::timeout(PROBE_TIMEOUT, is_ready(&worker, &client));
@@ -44,7 +50,12 @@ pub async fn watch(worker: Arc<Worker>, client: WorkerClient, interval: Duration
         if ready && !worker.is_ready() {
             let _ = tokio::time::timeout(PROBE_TIMEOUT, describe(&worker, &client)).await;
         }
-        if worker.mark_ready(ready) {
+        let was_known = worker.is_probed();
+        let is_news = worker.mark_ready(ready);
+        if is_news || !was_known {
+            on_news();
+        }
+        if is_news {
             let (role, url) = (worker.role(), worker.url());
             if ready {
                 tracing::info!(%role, %url, "worker is ready");
@@ -87,6 +98,11 @@ async fn describe(worker: &Worker, client: &WorkerClient) -> Option<()> {
     let body = body.collect().await.ok()?.to_bytes();
     let info: serde_json::Value = serde_json::from_slice(&body).ok()?;
     let number = |name: &str| info.get(name)?.as_u64();
-    worker.describe(number("dp_size"), number("disaggregation_bootstrap_port"));
+    worker.describe(&WorkerInfo {
+        dp_size: number("dp_size"),
+        bootstrap_port: number("disaggregation_bootstrap_port"),
+        page_tokens: number("page_size"),
+        kv_tokens: number("max_total_num_tokens"),
+    });
     Some(())
 }

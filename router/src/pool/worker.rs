@@ -17,6 +17,22 @@ use crate::discover::Member;
 /// More data-parallel ranks than this are no statement about a real worker.
 pub const DP_SIZE_MAX: u32 = 4096;
 
+/// A KV cache of more tokens than this is no statement about a real worker either.
+pub const TOKENS_MAX: u64 = 1 << 40;
+
+/// What a worker says of itself.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct WorkerInfo {
+    /// Data-parallel ranks.
+    pub dp_size: Option<u64>,
+    /// The port of its bootstrap server.
+    pub bootstrap_port: Option<u64>,
+    /// Tokens per page of its KV cache.
+    pub page_tokens: Option<u64>,
+    /// Tokens that the KV cache of one data-parallel rank holds.
+    pub kv_tokens: Option<u64>,
+}
+
 /// What a worker does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -151,6 +167,11 @@ pub struct Worker {
     draining: AtomicBool,
     found_bootstrap_port: AtomicU16,
     found_dp_size: AtomicU32,
+    /// 0: unknown.
+    found_page_tokens: AtomicU64,
+    found_kv_tokens: AtomicU64,
+    /// Counts what was learned of it.
+    version: AtomicU32,
     rank_turn: AtomicU32,
     probed: AtomicBool,
     ready: AtomicBool,
@@ -179,6 +200,9 @@ impl Worker {
             draining: AtomicBool::new(false),
             found_bootstrap_port: AtomicU16::new(0),
             found_dp_size: AtomicU32::new(0),
+            found_page_tokens: AtomicU64::new(0),
+            found_kv_tokens: AtomicU64::new(0),
+            version: AtomicU32::new(0),
             rank_turn: AtomicU32::new(0),
             probed: AtomicBool::new(false),
             ready: AtomicBool::new(false),
@@ -209,6 +233,7 @@ impl Worker {
         if self.zone() != member.zone {
             let mut zone = self.zone.write().unwrap_or_else(PoisonError::into_inner);
             zone.clone_from(&member.zone);
+            self.version.fetch_add(1, Ordering::Release);
         }
         let was_draining = self.draining.swap(member.draining, Ordering::Relaxed);
         if member.draining && !was_draining {
@@ -260,15 +285,43 @@ impl Worker {
     }
 
     /// Takes note of what the worker says of itself; numbers out of range are not believed.
-    pub fn describe(&self, dp_size: Option<u64>, bootstrap_port: Option<u64>) {
-        if let Some(size) = dp_size.and_then(|size| u32::try_from(size).ok())
+    pub fn describe(&self, info: &WorkerInfo) {
+        if let Some(size) = info.dp_size.and_then(|size| u32::try_from(size).ok())
             && size <= DP_SIZE_MAX
         {
             self.found_dp_size.store(size, Ordering::Relaxed);
         }
-        if let Some(port) = bootstrap_port.and_then(|port| u16::try_from(port).ok()) {
+        if let Some(port) = info
+            .bootstrap_port
+            .and_then(|port| u16::try_from(port).ok())
+        {
             self.found_bootstrap_port.store(port, Ordering::Relaxed);
         }
+        for (found, said) in [
+            (&self.found_page_tokens, info.page_tokens),
+            (&self.found_kv_tokens, info.kv_tokens),
+        ] {
+            if let Some(said) = said.filter(|said| *said <= TOKENS_MAX) {
+                found.store(said, Ordering::Relaxed);
+            }
+        }
+        self.version.fetch_add(1, Ordering::Release);
+    }
+
+    /// Changes whenever something that the scheduler depends on was learned of it.
+    pub fn version(&self) -> u32 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    /// Tokens per page of its KV cache, if it told.
+    pub fn page_tokens(&self) -> Option<u64> {
+        Some(self.found_page_tokens.load(Ordering::Relaxed)).filter(|tokens| *tokens != 0)
+    }
+
+    /// Tokens that its KV cache holds over all data-parallel ranks, if it told.
+    pub fn kv_tokens(&self) -> Option<u64> {
+        let each = self.found_kv_tokens.load(Ordering::Relaxed);
+        Some(each.saturating_mul(u64::from(self.dp_size()))).filter(|tokens| *tokens != 0)
     }
 
     /// The rank whose turn it is.
@@ -300,6 +353,10 @@ impl Worker {
 
     /// What its breaker lets through now.
     pub fn breaker_state(&self) -> BreakerState {
+        if self.breaker.is_closed() {
+            // Nearly always; the clock need not be read for it.
+            return BreakerState::Closed;
+        }
         self.breaker.state(self.age())
     }
 

@@ -28,6 +28,9 @@ const OVERRIDE_PREFIX: &str = "x-override-";
 /// Requests with the same value prefer the same workers.
 pub const STICKY_HEADER: HeaderName = HeaderName::from_static("x-smg-routing-key");
 
+/// Asks for the scheduler's reasons in the answer's headers.
+pub const EXPLAIN_HEADER: HeaderName = HeaderName::from_static("x-kvrouter-explain");
+
 /// Picks the data-parallel rank of the worker that reads it, which on the prefill side must be `room % dp`.
 pub const RANK_HEADER: HeaderName = HeaderName::from_static("x-data-parallel-rank");
 

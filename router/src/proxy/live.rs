@@ -169,6 +169,7 @@ impl LivePair {
         let rooms = front
             .rooms
             .reserve(count, u64::from(rank), u64::from(dp_size));
+        booking.rooms(rooms.rooms());
         let rids: Arc<[String]> = if shape.client_rids.is_empty() {
             (0..count)
                 .map(|_| format!("\"{:032x}\"", rand::random::<u128>()))
@@ -390,6 +391,11 @@ impl LivePair {
             }
         }
         Poll::Pending
+    }
+
+    /// What the scheduler is told.
+    pub fn booking(&self) -> &Booking {
+        &self.booking
     }
 
     /// The decode worker.

@@ -17,7 +17,7 @@ use super::deadline::Deadline;
 use super::headers::strip_connection_headers;
 use super::leg::LegFailure;
 use super::live::{FirstBytes, LivePair};
-use super::placement::{self, Placement, Wish};
+use super::placement::{self, Prompt, Wish};
 use super::shape::Shape;
 use super::stream::{PairBody, ReplyBody};
 use crate::metrics::bump;
@@ -45,6 +45,8 @@ pub struct PairRequest {
     pub shape: Shape,
     /// When the request was complete.
     pub read_at: Instant,
+    /// The answer's headers shall say why it went where it went.
+    pub explains: bool,
 }
 
 /// Sends `request` to a pair and returns decode's answer as soon as it begins. `permit` is held until it ends.
@@ -92,16 +94,21 @@ impl Opened {
 /// See [`serve`].
 pub async fn open(front: &Arc<Front>, request: &PairRequest) -> Result<Opened, RouteError> {
     let mut deadline = Deadline::new(&front.config, request.read_at);
+    let prompt = Prompt::of(&request.body, &request.shape);
     let mut plan = Plan::default();
     let mut retrying = None;
     for attempt in 1.. {
+        let wish = plan.wish(request, &prompt);
         let placement = tokio::select! {
-            placement = find_pair(front, request, &plan) => placement?,
+            placement = placement::wait(front, &wish) => placement?,
             stage = deadline.expired() => return Err(RouteError::Timeout(stage)),
         };
         let mut live = LivePair::start(front, request, placement);
         let failure = match live.first_bytes(&mut deadline).await {
-            Ok((parts, first)) => {
+            Ok((mut parts, first)) => {
+                if request.explains {
+                    live.booking().note().put_headers(&mut parts.headers);
+                }
                 return Ok(Opened {
                     live,
                     parts,
@@ -130,14 +137,28 @@ pub async fn open(front: &Arc<Front>, request: &PairRequest) -> Result<Opened, R
 
 /// Which workers the next try should meet.
 #[derive(Debug, Default)]
-pub struct Plan {
-    /// Not these, if there are others.
-    pub excluded: Vec<Arc<Worker>>,
-    /// This one again.
-    pub kept: Option<Arc<Worker>>,
+struct Plan {
+    excluded: Vec<Arc<Worker>>,
+    kept: Option<Arc<Worker>>,
 }
 
 impl Plan {
+    fn wish<'a>(&'a self, request: &'a PairRequest, prompt: &'a Prompt) -> Wish<'a> {
+        let shape = &request.shape;
+        Wish {
+            prompt_bytes: request.body.len(),
+            prompt: Some(prompt),
+            items: shape.batch.unwrap_or(1),
+            model: shape.model.as_deref(),
+            priority: shape.priority,
+            sticky: shape.sticky.as_deref(),
+            rank: shape.rank,
+            excluded: &self.excluded,
+            kept: self.kept.as_ref(),
+            ..Wish::default()
+        }
+    }
+
     /// Learns from a failure; false if no other worker is left to try.
     fn go_on(&mut self, front: &Front, failure: &LegFailure, live: &LivePair) -> bool {
         let now = front.pool.now();
@@ -165,50 +186,6 @@ impl Plan {
         }));
         found
     }
-}
-
-/// Asks for a pair, and again whenever a worker has room.
-///
-/// # Errors
-/// [`RouteError`] when too many wait already, or none came free in time.
-pub async fn find_pair(
-    front: &Front,
-    request: &PairRequest,
-    plan: &Plan,
-) -> Result<Placement, RouteError> {
-    let shape = &request.shape;
-    let wish = Wish {
-        prompt_bytes: request.body.len(),
-        items: shape.batch.unwrap_or(1),
-        model: shape.model.as_deref(),
-        priority: shape.priority,
-        sticky: shape.sticky.as_deref(),
-        rank: shape.rank,
-        excluded: &plan.excluded,
-        kept: plan.kept.as_ref(),
-    };
-    if let Ok(placement) = placement::place(front, &wish) {
-        return Ok(placement);
-    }
-    let waiting = Counted::begin(&front.waiting_for_room);
-    if waiting.before >= front.config.queue_max {
-        return Err(RouteError::QueueFull);
-    }
-    let room = async {
-        loop {
-            let rings = front.room.notified();
-            tokio::pin!(rings);
-            // Listening begins before the question, so that no ring is missed in between.
-            rings.as_mut().enable();
-            if let Ok(placement) = placement::place(front, &wish) {
-                return placement;
-            }
-            rings.await;
-        }
-    };
-    tokio::time::timeout(front.config.queue_timeout, room)
-        .await
-        .map_err(|_| RouteError::QueueTimeout)
 }
 
 /// Counts something up for as long as it lives.

@@ -15,10 +15,11 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
 use super::Front;
-use super::headers::{RANK_HEADER, STICKY_HEADER, strip_for_worker};
+use super::headers::{EXPLAIN_HEADER, RANK_HEADER, STICKY_HEADER, strip_for_worker};
 use super::messages;
 use super::pair::PairRequest;
 use super::shape::{self, PairEndpoint, Shape, Trust};
+use crate::config::scheduling::Explain;
 use crate::respond::RouteError;
 
 /// A client that sends nothing of its body for this long is given up: its connection and buffer are worth more.
@@ -105,6 +106,12 @@ pub fn understand(
     if let Some(rank) = text(RANK_HEADER).filter(|_| trusts_rank) {
         shape.rank = rank.trim().parse().ok();
     }
+    let asked = parts.headers.remove(EXPLAIN_HEADER);
+    let explains = match front.config.explain {
+        Explain::Never => false,
+        Explain::Asked => asked.is_some_and(|value| value == "1" || value == "true"),
+        Explain::Always => true,
+    };
     strip_for_worker(&mut parts.headers, trusts_rank);
     let path = match (dialect, parts.uri.query()) {
         (Dialect::Native(_), Some(_)) => parts.uri.into_parts().path_and_query,
@@ -117,6 +124,7 @@ pub fn understand(
         memory: Arc::new(memory),
         shape,
         read_at,
+        explains,
     })
 }
 

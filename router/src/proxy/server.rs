@@ -4,7 +4,6 @@
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use hyper::body::Incoming;
@@ -27,8 +26,9 @@ use super::stream::ReplyBody;
 use super::{Front, fanout, messages, pair, request};
 use crate::config::{Config, ConfigError};
 use crate::discover::{FleetWatch, flags};
-use crate::epp::serve::{Picker, PickerError};
+use crate::epp::serve::{ExternalPicker, ExternalPickerError};
 use crate::fleet;
+use crate::gossip;
 use crate::metrics::{Gauges, Route};
 use crate::pool::Role;
 use crate::pool::tls::{self, TlsError};
@@ -66,7 +66,7 @@ pub enum RunError {
     Tls(#[from] TlsError),
     /// The Envoy picker cannot start.
     #[error(transparent)]
-    Picker(#[from] PickerError),
+    External(#[from] ExternalPickerError),
     /// The address cannot be listened on.
     #[error("cannot listen on {host}:{port}")]
     Listen {
@@ -84,9 +84,10 @@ pub struct Router {
     listener: TcpListener,
     address: SocketAddr,
     tls: Option<TlsAcceptor>,
+    gossip: Option<TcpListener>,
     front: Arc<Front>,
     abort_runner: AbortRunner,
-    picker: Option<Picker>,
+    external: Option<ExternalPicker>,
 }
 
 impl std::fmt::Debug for Router {
@@ -127,8 +128,19 @@ impl Router {
             .map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
         let tls = config.tls.as_ref().map(tls::acceptor).transpose()?;
-        let picker = match &config.epp {
-            Some(epp) => Some(Picker::bind(epp.clone()).await?),
+        let external = match &config.epp {
+            Some(epp) => Some(ExternalPicker::bind(epp.clone()).await?),
+            None => None,
+        };
+        let gossip = match config.gossip.port {
+            Some(port) => {
+                let listener = TcpListener::bind((host, port)).await;
+                Some(listener.map_err(|source| RunError::Listen {
+                    host: config.host.clone(),
+                    port,
+                    source,
+                })?)
+            }
             None => None,
         };
         let (front, abort_runner) = Front::new(config, fleet)?;
@@ -136,10 +148,16 @@ impl Router {
             listener,
             address,
             tls,
+            gossip,
             front,
             abort_runner,
-            picker,
+            external,
         })
+    }
+
+    /// Where other replicas are told of this one's bookings, if they are.
+    pub fn gossip_addr(&self) -> Option<SocketAddr> {
+        self.gossip.as_ref()?.local_addr().ok()
     }
 
     /// Where it listens.
@@ -149,7 +167,7 @@ impl Router {
 
     /// Where Envoy's external processing is served, if it is.
     pub fn grpc_addr(&self) -> Option<SocketAddr> {
-        self.picker.as_ref().map(Picker::local_addr)
+        self.external.as_ref().map(ExternalPicker::local_addr)
     }
 
     /// Serves until `shutdown` resolves, then finishes live requests for at most the drain timeout; what is left is
@@ -159,9 +177,10 @@ impl Router {
             listener,
             address,
             tls,
+            gossip,
             front,
             abort_runner,
-            picker,
+            external,
         } = self;
         let workers = front.pool.now();
         let (prefills, decodes) = (
@@ -172,14 +191,15 @@ impl Router {
         tracing::info!(prefills, decodes, "listening on {scheme}://{address}");
         let mut background = JoinSet::new();
         background.spawn(fleet::follow(Arc::clone(&front), front.fleet.clone()));
+        begin_gossip(&front, gossip, &mut background);
         let (close_aborts, closing) = oneshot::channel::<()>();
         let aborts = tokio::spawn(abort_runner.run(async {
             // An error means that the router was dropped, which closes the queue too.
             let _ = closing.await;
         }));
         let mut connections = JoinSet::new();
-        if let Some(picker) = picker {
-            connections.spawn(picker.serve(Arc::clone(&front)));
+        if let Some(external) = external {
+            connections.spawn(external.serve(Arc::clone(&front)));
         }
         accept_until(shutdown, &listener, tls.as_ref(), &front, &mut connections).await;
         drop(listener);
@@ -200,6 +220,29 @@ impl Router {
         if let Err(error) = aborts.await {
             tracing::error!(%error, "the abort queue failed");
         }
+    }
+}
+
+/// Tells other replicas, and listens to them.
+fn begin_gossip(front: &Arc<Front>, listener: Option<TcpListener>, background: &mut JoinSet<()>) {
+    let settings = &front.config.gossip;
+    let picker = &front.picker;
+    if let Some(listener) = listener {
+        let token = settings.token.clone();
+        background.spawn(gossip::serve(
+            Arc::clone(picker),
+            picker.replica(),
+            token,
+            listener,
+        ));
+    }
+    if settings.follows() {
+        let siblings = gossip::Siblings::default();
+        background.spawn(gossip::follow_all(
+            Arc::clone(picker),
+            settings.clone(),
+            siblings,
+        ));
     }
 }
 
@@ -290,6 +333,8 @@ pub enum Target {
     Ready,
     /// The router answers with its counters.
     Metrics,
+    /// The router answers with what it decided.
+    Decisions,
 }
 
 impl Target {
@@ -305,6 +350,7 @@ impl Target {
             "/health" => Self::Health,
             "/ready" => Self::Ready,
             "/metrics" => Self::Metrics,
+            "/debug/decisions" => Self::Decisions,
             // Known for the other method, the path is told apart from an unknown one.
             _ => Self::Pass(Asked::of(method, path).or_else(|| {
                 [Method::GET, Method::POST]
@@ -319,7 +365,7 @@ impl Target {
         match self {
             Self::Pair(_, route) => *route,
             Self::Pass(_) => Route::Pass,
-            Self::Health | Self::Ready | Self::Metrics => Route::Own,
+            Self::Health | Self::Ready | Self::Metrics | Self::Decisions => Route::Own,
         }
     }
 
@@ -374,11 +420,13 @@ async fn serve_target(
                 front.drain.is_thrown(),
             ))
         }
+        Target::Decisions => Ok(respond::decisions(&front.picker, request.uri().query())),
         Target::Metrics => {
             let gauges = Gauges {
                 live: front.admission.taken(),
                 queued: front.admission.waiting(),
-                waiting_for_room: front.waiting_for_room.load(Ordering::Relaxed),
+                waiting_for_room: front.hold.waiting(),
+                bookings: front.picker.bookings(),
                 rooms: front.rooms.live(),
             };
             let mut text = front.metrics.render(&front.pool.now(), &gauges);

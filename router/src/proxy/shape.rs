@@ -113,6 +113,8 @@ pub struct Shape {
     pub sticky: Option<String>,
     /// The data-parallel rank a trusted client chose.
     pub rank: Option<u32>,
+    /// Where the prompt stands, and whether it is a list of token ids.
+    pub prompt: Option<(Range<usize>, bool)>,
 }
 
 impl Shape {
@@ -187,6 +189,7 @@ pub fn read(endpoint: PairEndpoint, body: &[u8], trust: Trust) -> Result<Shape, 
             .unwrap_or(0),
         sticky: string(STICKY),
         rank: raw(RANK).and_then(|(text, _)| number(text)),
+        prompt: prompt(&scan),
         scan: Some(scan),
     })
 }
@@ -241,6 +244,19 @@ const MODEL: usize = 9;
 const PRIORITY: usize = 10;
 const STICKY: usize = 11;
 const RANK: usize = 12;
+const MESSAGES: usize = 13;
+const INPUT: usize = 14;
+
+/// Where the prompt stands, and whether it is a list of token ids (or of such lists).
+fn prompt(scan: &Scan) -> Option<(Range<usize>, bool)> {
+    let slots = [MESSAGES, PROMPT, TEXT, INPUT_IDS, INPUT];
+    let value = slots.iter().find_map(|slot| scan.noted(*slot))?;
+    let numbers = Some(Kind::Number);
+    Some((
+        value.range.clone(),
+        value.first == numbers || value.first_inner == numbers,
+    ))
+}
 
 fn judge(key: &[u8], value: &Value, trust: Trust) -> Disposition {
     match key {
@@ -259,6 +275,8 @@ fn judge(key: &[u8], value: &Value, trust: Trust) -> Disposition {
         b"input_ids" => Disposition::Note(INPUT_IDS),
         b"input_embeds" => Disposition::Note(INPUT_EMBEDS),
         b"prompt" => Disposition::Note(PROMPT),
+        b"messages" => Disposition::Note(MESSAGES),
+        b"input" => Disposition::Note(INPUT),
         b"stream" => Disposition::Note(STREAM),
         b"return_logprob" => Disposition::Note(LOGPROBS),
         b"model" => Disposition::Note(MODEL),

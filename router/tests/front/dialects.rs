@@ -194,7 +194,8 @@ async fn rooms_follow_the_rank_that_the_worker_tells_of() {
         assert_eq!(of[0], of[1], "one request, one rank");
         ranks.push(of[0]);
     }
-    assert_eq!(ranks, [0, 1, 2, 3, 0, 1, 2, 3]);
+    // All are idle, so chance decides.
+    assert!(ranks.iter().any(|rank| *rank != ranks[0]), "{ranks:?}");
 }
 
 #[tokio::test]

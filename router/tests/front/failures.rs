@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use kvrouter::Config;
 use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
 
 use crate::fakes::{
     FakeWorker, Received, Running, Script, breakage, chunk, config, event_stream, next_piece, whole,
@@ -202,16 +205,35 @@ async fn a_client_that_leaves_cancels_both_legs() {
     assert_eq!(router.metric("kvrouter_client_disconnects_total").await, 2);
 }
 
+/// The address of a worker that says it is ready and then is gone.
+async fn dies_after_its_probe() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        // The probe and the question what it is.
+        for _ in 0..2 {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut head = [0; 4096];
+            let _ = stream.read(&mut head).await.unwrap();
+            let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}";
+            stream.write_all(answer).await.unwrap();
+        }
+    });
+    url
+}
+
 #[tokio::test]
 async fn a_refused_connection_is_tried_with_another_pair_once() {
     let (mut prefill, mut decode) = (FakeWorker::start().await, FakeWorker::start().await);
-    // Port 1 of the loopback refuses.
-    let router = Running::start(config(
-        &["http://127.0.0.1:1", &prefill.url],
-        &[&decode.url],
-    ))
-    .await;
-    // Until the first probe is back both prefills are candidates, so some of these meet the dead one.
+    let decode_url = decode.url.clone();
+    let patient = |prefills: &[&str]| Config {
+        probe_interval: Duration::from_secs(3600),
+        ..config(prefills, &[&decode_url])
+    };
+    let dead = dies_after_its_probe().await;
+    let router = Running::start(patient(&[&dead, &prefill.url])).await;
+    router.ready(2, 1).await;
+    // Nobody has noticed yet, so some of these meet the dead one.
     for _ in 0..4 {
         assert_eq!(whole(router.post("/generate", PROMPT).await).await.0, 200);
         let served = prefill.request().await.json();
@@ -225,7 +247,9 @@ async fn a_refused_connection_is_tried_with_another_pair_once() {
         }
     }
 
-    let lonely = Running::start(config(&["http://127.0.0.1:1"], &[&decode.url])).await;
+    let dead = dies_after_its_probe().await;
+    let lonely = Running::start(patient(&[&dead])).await;
+    lonely.ready(1, 1).await;
     decode.then(Script::Hang);
     let (status, body) = whole(lonely.post("/generate", PROMPT).await).await;
     assert_eq!(status, 502, "{body}");
@@ -240,7 +264,7 @@ async fn a_refused_connection_is_tried_with_another_pair_once() {
 #[tokio::test]
 async fn time_limits_cancel_both_legs() {
     let (mut prefill, mut decode) = (FakeWorker::start().await, FakeWorker::start().await);
-    let router = Running::start(kvrouter::Config {
+    let router = Running::start(Config {
         first_byte_timeout: Some(Duration::from_millis(60)),
         stall_timeout: Some(Duration::from_millis(60)),
         ..config(&[&prefill.url], &[&decode.url])

@@ -17,7 +17,9 @@ use hyper::{HeaderMap, Method, StatusCode};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
+use kvrouter::config::scheduling::Scheduling;
 use kvrouter::config::{Config, PrefillTarget};
+use kvrouter::schedule::Policy;
 use kvrouter::{Router, RunError};
 use serde_json::Value as Json;
 use tokio::sync::{mpsc, oneshot};
@@ -83,6 +85,7 @@ struct Inner {
     default_status: AtomicU16,
     is_probe_silent: AtomicBool,
     info: Mutex<Option<String>>,
+    loads: Mutex<Option<String>>,
 }
 
 /// A worker on a port of its own.
@@ -127,6 +130,7 @@ impl FakeWorker {
             default_status: AtomicU16::new(200),
             is_probe_silent: AtomicBool::new(false),
             info: Mutex::default(),
+            loads: Mutex::default(),
         });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -174,6 +178,11 @@ impl FakeWorker {
     /// What `/server_info` says.
     pub fn set_info(&self, info: &Json) {
         *self.inner.info.lock().unwrap() = Some(info.to_string());
+    }
+
+    /// What `/v1/loads` says.
+    pub fn set_loads(&self, loads: &Json) {
+        *self.inner.loads.lock().unwrap() = Some(loads.to_string());
     }
 
     /// The next request, if one has come.
@@ -241,6 +250,11 @@ async fn answer(State(worker): State<Arc<Inner>>, request: Request) -> Response 
         && let Some(info) = worker.info.lock().unwrap().clone()
     {
         return info.into_response();
+    }
+    if parts.uri.path() == "/v1/loads"
+        && let Some(loads) = worker.loads.lock().unwrap().clone()
+    {
+        return loads.into_response();
     }
     if parts.method == Method::GET {
         return format!("worker answers {target}").into_response();
@@ -310,6 +324,8 @@ pub fn config(prefills: &[&str], decodes: &[&str]) -> Config {
         host: "127.0.0.1".to_owned(),
         port: 0,
         probe_interval: Duration::from_millis(20),
+        // Tests of the front know whose turn it is.
+        scheduling: Scheduling::with(Policy::RoundRobin),
         ..config
     }
 }
@@ -320,19 +336,28 @@ impl Running {
     }
 
     pub async fn try_start(config: Config) -> Result<Self, RunError> {
-        let router = Router::bind(config).await?;
+        Ok(Self::serve(Router::bind(config).await?))
+    }
+
+    /// A router whose workers the test publishes.
+    pub async fn start_with(config: Config, fleet: kvrouter::discover::FleetWatch) -> Self {
+        Self::serve(Router::bind_with(config, fleet).await.unwrap())
+    }
+
+    /// A router that was bound.
+    pub fn serve(router: Router) -> Self {
         let url = format!("http://{}", router.local_addr());
         let (stop, stopped) = oneshot::channel::<()>();
         let served = tokio::spawn(router.serve(async {
             let _ = stopped.await;
         }));
         let client = Client::builder(TokioExecutor::new()).build(HttpConnector::new());
-        Ok(Self {
+        Self {
             url,
             client,
             stop: Some(stop),
             served,
-        })
+        }
     }
 
     /// A client of a router that runs elsewhere.
@@ -421,6 +446,11 @@ impl Running {
         lines
             .map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap())
             .sum()
+    }
+
+    /// Ends it without a word.
+    pub fn kill(self) {
+        self.served.abort();
     }
 
     /// Begins the drain.

@@ -10,6 +10,7 @@ mod choices;
 mod contract;
 mod dialects;
 mod failures;
+#[allow(dead_code, reason = "the tests of the fleet use the rest")]
 mod fakes;
 mod faults;
 mod operation;

@@ -132,6 +132,7 @@ async fn the_request_bound_is_kept() {
         ..config(&[&prefill.url], &[&decode.url])
     })
     .await;
+    router.ready(1, 1).await;
     let (chunks, script) = event_stream();
     decode.then(script);
     chunks.send(chunk("data: 1\n\n")).await.unwrap();

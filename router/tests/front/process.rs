@@ -31,8 +31,8 @@ async fn start(prefill: &FakeWorker, decode: &FakeWorker) -> (Child, Running) {
                 .await
                 .unwrap()
                 .expect("it ended without listening");
-            if let Some(at) = line.find("http://127.0.0.1:") {
-                return line[at..].split_whitespace().next().unwrap().to_owned();
+            if let Some((_, url)) = line.split_once("listening on ") {
+                return url.split_whitespace().next().unwrap().to_owned();
             }
         }
     })

@@ -99,8 +99,8 @@ async fn clients_and_workers_are_reached_over_tls() {
     })
     .await;
     let (status, text) = whole(wary.post("/generate", r#"{"text":"a"}"#).await).await;
-    assert_eq!(status, 502, "{text}");
-    assert!(text.contains("cannot be reached"), "{text}");
+    assert_eq!(status, 503, "{text}");
+    assert!(text.contains("no decode worker is ready"), "{text}");
 }
 
 #[tokio::test]

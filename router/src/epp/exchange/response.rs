@@ -129,6 +129,12 @@ impl ResponseSide {
         self.rewrite = rewrite;
     }
 
+    pub(super) fn add(&mut self, headers: &HeaderMap) {
+        for (name, value) in headers {
+            self.edit.set(name.as_str(), value.clone());
+        }
+    }
+
     pub(super) fn is_open(&self) -> bool {
         !matches!(self.phase, Phase::Waiting | Phase::Held)
     }
@@ -152,7 +158,6 @@ impl ResponseSide {
         } = Head::of(head.headers);
         self.status = status.unwrap_or(StatusCode::BAD_GATEWAY);
         let served = message::served(message);
-        self.edit = HeadEdit::default();
         if self.tells_served {
             let told = served.as_deref().unwrap_or("fail: not told by the proxy");
             if let Ok(value) = HeaderValue::try_from(told) {

@@ -2,7 +2,6 @@
 #![forbid(unsafe_code)]
 
 use super::super::dice::Dice;
-use super::super::pair::turn_pair;
 use super::super::policy::Policy;
 use super::super::request::Request;
 use super::Board;
@@ -126,4 +125,44 @@ fn cached_prefill(scratch: &Scratch, request: &Request<'_>) -> Option<usize> {
     })?;
     let share = view.cached_tokens as f64 / request.prompt_tokens.max(1) as f64;
     (share >= MATCH_SHARE_MIN).then_some(index)
+}
+
+/// Two plain counters would move in lock-step: with as many prefills as decodes, prefill `i` would only ever meet one
+/// decode. The decode side therefore shifts by one each time the two cycles meet again.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "both results are below a usize argument"
+)]
+fn turn_pair(turn: u64, prefills: u64, decodes: u64) -> (usize, usize) {
+    let cycle = prefills / gcd(prefills, decodes) * decodes;
+    let decode = (turn % decodes + turn / cycle % decodes) % decodes;
+    ((turn % prefills) as usize, decode as usize)
+}
+
+fn gcd(a: u64, b: u64) -> u64 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::turn_pair;
+
+    #[test]
+    fn round_robin_meets_every_pair_equally() {
+        for (prefills, decodes) in [(1, 1), (2, 2), (3, 2), (4, 6), (4, 4), (1, 5)] {
+            let rounds = 5 * prefills * decodes * decodes;
+            let mut met = HashMap::new();
+            for turn in 0..rounds {
+                *met.entry(turn_pair(turn, prefills, decodes)).or_insert(0) += 1;
+            }
+            assert_eq!(met.len() as u64, prefills * decodes, "{prefills}x{decodes}");
+            let expected = rounds / (prefills * decodes);
+            assert!(
+                met.values().all(|count| *count == expected),
+                "{prefills}x{decodes}: {met:?}"
+            );
+        }
+    }
 }

@@ -45,6 +45,27 @@ impl Board {
         }
     }
 
+    /// A sibling lives: its bookings are believed for another while.
+    pub fn keep_replica(&mut self, now: Duration, replica: u64) {
+        let expires_at = now.as_secs_f64() + self.settings.sibling_ttl.as_secs_f64();
+        if replica == self.ledger.replica || self.ledger.siblings == 0 {
+            return;
+        }
+        for (key, booking) in &mut self.ledger.bookings {
+            if key.replica == replica {
+                booking.expires_at = expires_at;
+            }
+        }
+    }
+
+    /// The numbers of this router's own bookings.
+    pub fn own_bookings(&self) -> impl Iterator<Item = u64> {
+        let own = self.ledger.replica;
+        let keys = self.ledger.bookings.keys();
+        keys.filter(move |key| key.replica == own)
+            .map(|key| key.number)
+    }
+
     /// Ends siblings' bookings of which nothing was heard for [`sibling_ttl`](super::Settings::sibling_ttl).
     pub fn expire(&mut self, now: Duration) {
         let now = now.as_secs_f64();
