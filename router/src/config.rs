@@ -5,6 +5,7 @@ mod command_line;
 pub mod epp;
 pub mod gossip;
 pub mod scheduling;
+pub mod sources;
 pub mod telemetry;
 
 use std::collections::HashSet;
@@ -366,6 +367,12 @@ pub enum ConfigError {
     /// The bootstrap port is neither a port nor `none`.
     #[error("`{text}` is no bootstrap port: give a number from 1 to 65535, or `none`")]
     BootstrapPort {
+        /// What was given.
+        text: String,
+    },
+    /// The pool's name is none.
+    #[error("`{text}` names no InferencePool: write NAME or NAMESPACE/NAME")]
+    PoolName {
         /// What was given.
         text: String,
     },

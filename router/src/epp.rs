@@ -6,10 +6,11 @@
 //!
 //! * `protocol`, `message`: Envoy's messages, and what they say.
 //! * `exchange`: one request as a state machine, without sockets.
-//! * `decide`: where a request goes, and as what.
+//! * `decide`: where a request goes, and as what; `choice`: which workers may serve it.
 //! * `session`: one stream: the state machine, the decision and the prefill leg together.
 //! * `serve`, `health`: the gRPC server.
 //! * `counters`: what operators see.
+pub mod choice;
 pub mod counters;
 pub mod decide;
 pub mod exchange;

@@ -52,6 +52,24 @@ pub async fn run(
     Ok(())
 }
 
+/// The same with the workers of `source`, which is followed until the end.
+///
+/// # Errors
+/// [`RunError`] when the source cannot be followed or the address cannot be listened on.
+pub async fn run_with(
+    config: Config,
+    source: discover::source::Source,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), RunError> {
+    let mut tasks = tokio::task::JoinSet::new();
+    let fleet = discover::source::follow(source, &config, &mut tasks).await?;
+    Router::bind_with(config, fleet)
+        .await?
+        .serve(shutdown)
+        .await;
+    Ok(())
+}
+
 /// Does all that the `kvrouter` binary does, with `args` as its command line (the first one is the program's name).
 /// Help and mistakes in the arguments end the process, as command lines do.
 ///
@@ -73,7 +91,7 @@ pub fn main_from_args(
         .context("cannot start the async runtime")?;
     runtime.block_on(async {
         let signals = drain::stop_signals().context("cannot listen for signals")?;
-        run(command_line.config, signals)
+        run_with(command_line.config, command_line.source, signals)
             .await
             .context("cannot serve")
     })

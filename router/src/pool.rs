@@ -1,4 +1,5 @@
 //! The workers behind the router.
+pub mod bootstrap_probe;
 pub mod breaker;
 pub mod client;
 pub mod health;

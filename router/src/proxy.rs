@@ -10,6 +10,7 @@ pub mod leg;
 pub mod live;
 pub mod logprobs;
 pub mod messages;
+pub mod models;
 pub mod pair;
 pub mod passthrough;
 pub mod placement;

@@ -10,11 +10,13 @@ use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser};
 use super::epp::EppArguments;
 use super::gossip::GossipArguments;
 use super::scheduling::SchedulingArguments;
+use super::sources::SourceArguments;
 use super::telemetry::TelemetryArguments;
 use super::{
     ATTEMPTS_MAX_DEFAULT, BODY_BYTES_MAX_DEFAULT, BUFFERED_BYTES_MAX_DEFAULT, Config, ConfigError,
     PrefillTarget, QUEUE_MAX_DEFAULT, REQUESTS_MAX_DEFAULT, TlsFiles, WorkerUrl,
 };
+use crate::discover::source::Source;
 use crate::pool::breaker::BreakerLimits;
 
 const EXAMPLE: &str = "\
@@ -43,10 +45,11 @@ struct Arguments {
     #[arg(long)]
     pd_disaggregation: bool,
     /// A prefill worker and its bootstrap port (or `none`); repeat for more.
-    #[arg(long, num_args = 1..=2, value_names = ["URL", "BOOTSTRAP_PORT"], required = true)]
+    #[arg(long, num_args = 1..=2, value_names = ["URL", "BOOTSTRAP_PORT"],
+        required_unless_present_any = ["kubernetes", "fleet_file", "rbg_config"])]
     prefill: Vec<String>,
     /// A decode worker; repeat for more.
-    #[arg(long, value_name = "URL", required = true)]
+    #[arg(long, value_name = "URL", required_unless_present_any = ["kubernetes", "fleet_file", "rbg_config"])]
     decode: Vec<WorkerUrl>,
     /// A worker outside the pairs, for embeddings, rerank, score and classify; repeat for more.
     #[arg(long, value_name = "URL")]
@@ -140,6 +143,7 @@ struct Arguments {
     log_plain: bool,
     #[command(flatten)]
     epp: EppArguments,
+    sources: SourceArguments,
 }
 
 /// A parsed command line.
@@ -147,6 +151,8 @@ struct Arguments {
 pub struct CommandLine {
     /// The settings.
     pub config: Config,
+    /// Where workers come from.
+    pub source: Source,
     filter: tracing_subscriber::EnvFilter,
     colours: bool,
 }
@@ -209,9 +215,15 @@ impl CommandLine {
                 .map_err(refuse)?,
             ..Config::new(prefills, arguments.decode)
         };
-        config.check().map_err(refuse)?;
+        let source = arguments.sources.source().map_err(refuse)?;
+        match source {
+            Source::Flags => config.check(),
+            _ => config.check_settings(),
+        }
+        .map_err(refuse)?;
         Ok(Self {
             config,
+            source,
             filter: arguments.log_level,
             colours: !arguments.log_plain,
         })

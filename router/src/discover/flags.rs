@@ -14,6 +14,8 @@ pub fn fleet(config: &Config) -> Fleet {
         role,
         url: url.clone(),
         bootstrap_port: None,
+        bootstrap_port_assumed: None,
+        probes_bootstrap: false,
         telemetry_port: config.telemetry.port_of(url),
         zone: None,
         draining: false,
@@ -26,7 +28,7 @@ pub fn fleet(config: &Config) -> Fleet {
     let others = config.others.iter().map(|url| member(Role::Other, url));
     Fleet {
         members: prefills.chain(decodes).chain(others).collect(),
-        models: Vec::new(),
+        ..Fleet::default()
     }
 }
 

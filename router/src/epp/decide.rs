@@ -1,7 +1,6 @@
 //! Where a complete request goes, and as what.
 #![forbid(unsafe_code)]
 
-use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -10,20 +9,23 @@ use hyper::header::{
     TRANSFER_ENCODING, UPGRADE,
 };
 use hyper::http::request::Parts;
+use hyper::http::uri::PathAndQuery;
 use hyper::{HeaderMap, Method, Request, Response};
 use tokio::sync::OwnedSemaphorePermit;
 
+use super::choice::{Choice, endpoint_of};
 use super::counters::Outcome;
 use super::exchange::{ClientRequest, Plan, Rewrite};
-use super::message::{DESTINATION, HeadEdit, endpoints};
+use super::message::{DESTINATION, HeadEdit};
 use crate::config::epp::EppConfig;
 use crate::metrics::Route;
-use crate::pool::{Role, Worker, Workers};
+use crate::pool::{Role, Worker};
 use crate::proxy::Front;
 use crate::proxy::admission::Permit;
 use crate::proxy::deadline::Deadline;
-use crate::proxy::headers::strip_for_worker;
+use crate::proxy::headers::{strip_connection_headers, strip_for_worker};
 use crate::proxy::live::LivePair;
+use crate::proxy::models;
 use crate::proxy::pair::PairRequest;
 use crate::proxy::passthrough::{ANSWER_TIMEOUT, Asked};
 use crate::proxy::placement::{self, Placement, Prompt, Wish};
@@ -31,9 +33,6 @@ use crate::proxy::request::{self, Dialect};
 use crate::proxy::server::{Target, admit};
 use crate::proxy::stream::ReplyBody;
 use crate::respond::{self, RouteError};
-
-/// By which conformance tests choose a worker.
-const CONFORMANCE_CHOICE: &str = "test-epp-endpoint-selection";
 
 /// What the operator can do for requests that one upstream request cannot serve.
 const USE_FRONT: &str =
@@ -129,7 +128,15 @@ pub async fn decide(
             };
             to_pair(&front, &config, &request, asked).await?
         }
-        Target::Pass(asked) => to_one(&front, &config, asked, parts, request.body, &choice).await?,
+        Target::Pass(asked) => {
+            if path == "/v1/models"
+                && parts.method == Method::GET
+                && let Some(list) = model_list(&front, asked, &parts).await
+            {
+                return Ok(Verdict::Own(list));
+            }
+            to_one(&front, &config, asked, parts, request.body, &choice).await?
+        }
         Target::Health | Target::Metrics | Target::Decisions => {
             return Ok(Verdict::Own(respond::alive()));
         }
@@ -157,79 +164,6 @@ fn parts_of(request: &ClientRequest) -> Result<Parts, RouteError> {
         .into_parts();
     parts.headers = request.head.headers.clone();
     Ok(parts)
-}
-
-/// Which endpoints may be chosen: all, or those that are listed.
-#[derive(Debug, Default)]
-struct Choice(Option<Vec<String>>);
-
-impl Choice {
-    fn of(config: &EppConfig, request: &ClientRequest) -> Self {
-        let asked = request.head.headers.get(CONFORMANCE_CHOICE);
-        let asked = asked
-            .filter(|_| config.conformance)
-            .and_then(|list| list.to_str().ok())
-            .map(endpoints)
-            .filter(|list| !list.is_empty());
-        Self(asked.or_else(|| request.subset.clone()))
-    }
-
-    /// The workers of `role` that may be chosen, by their endpoints.
-    async fn of_role(&self, now: &Workers, role: Role) -> Vec<(Arc<Worker>, String)> {
-        let mut found = Vec::new();
-        for worker in now.of_role(role) {
-            // A name that cannot be resolved now is no endpoint now.
-            if let Some(endpoint) = endpoint_of(worker).await
-                && self.holds(worker, &endpoint)
-            {
-                found.push((Arc::clone(worker), endpoint));
-            }
-        }
-        found
-    }
-
-    /// The decode workers that may be chosen, by `host:port` of their URLs; `None` if all may.
-    async fn decodes(&self, now: &Workers) -> Option<Vec<String>> {
-        self.0.as_ref()?;
-        let found = self.of_role(now, Role::Decode).await;
-        let authority = |(worker, _): (Arc<Worker>, String)| worker.url().authority().to_string();
-        Some(found.into_iter().map(authority).collect())
-    }
-
-    fn holds(&self, worker: &Worker, endpoint: &str) -> bool {
-        let Some(list) = &self.0 else {
-            return true;
-        };
-        let ip = endpoint.rsplit_once(':').map_or(endpoint, |(ip, _)| ip);
-        list.iter()
-            .any(|one| one == endpoint || one == ip || one == worker.url().authority().as_str())
-    }
-}
-
-/// The worker that Envoy names by `endpoint`.
-pub async fn worker_at(front: &Front, endpoint: &str) -> Option<Arc<Worker>> {
-    let now = front.pool.now();
-    for worker in now.of_role(Role::Decode) {
-        if endpoint_of(worker).await.as_deref() == Some(endpoint) {
-            return Some(Arc::clone(worker));
-        }
-    }
-    None
-}
-
-/// Where Envoy reaches a worker: it wants an address, so names are looked up.
-async fn endpoint_of(worker: &Worker) -> Option<String> {
-    let url = worker.url();
-    let port = url
-        .authority()
-        .port_u16()
-        .unwrap_or(if url.is_tls() { 443 } else { 80 });
-    let host = url.host().trim_start_matches('[').trim_end_matches(']');
-    let address = match host.parse::<IpAddr>() {
-        Ok(ip) => SocketAddr::new(ip, port),
-        Err(_) => tokio::net::lookup_host((host, port)).await.ok()?.next()?,
-    };
-    Some(address.to_string())
 }
 
 /// Turns headers of a client into those for a worker.
@@ -408,9 +342,10 @@ async fn to_one(
     }
     if found.is_empty() {
         let path = parts.uri.path().to_owned();
-        return Err(match choice.0 {
-            Some(_) => RouteError::NoneEligible,
-            None => RouteError::NoEndpoint { path },
+        return Err(if choice.is_limited() {
+            RouteError::NoneEligible
+        } else {
+            RouteError::NoEndpoint { path }
         });
     }
     let mut headers = parts.headers.clone();
@@ -436,6 +371,31 @@ async fn to_one(
     })
 }
 
+/// The models that clients may ask for, where rules add some to those of the workers; `None` where a worker's own list will do.
+async fn model_list(front: &Front, asked: Asked, parts: &Parts) -> Option<Response<ReplyBody>> {
+    let fleet = Arc::clone(&front.fleet.borrow());
+    if fleet.models.is_empty() {
+        return None;
+    }
+    let mut headers = parts.headers.clone();
+    strip_for_worker(&mut headers, false);
+    let now = front.pool.now();
+    let roles = asked.roles().iter();
+    for worker in roles.flat_map(|role| now.candidates(*role, &[])) {
+        let path = PathAndQuery::from_static("/v1/models");
+        let asking = front
+            .client
+            .send(worker, Method::GET, path, headers.clone(), Bytes::new());
+        if let Ok(Ok(mut answer)) = tokio::time::timeout(ANSWER_TIMEOUT, asking).await
+            && answer.status().is_success()
+        {
+            strip_connection_headers(answer.headers_mut());
+            return Some(models::list(&fleet, answer.map(ReplyBody::Worker)).await);
+        }
+    }
+    None
+}
+
 /// Moves the decode worker that knows a stored response to the front, by asking each of them.
 async fn owner_first(
     front: &Front,
@@ -447,7 +407,7 @@ async fn owner_first(
     let Ok(path) = path.strip_suffix("/cancel").unwrap_or(path).parse() else {
         return found;
     };
-    let path: hyper::http::uri::PathAndQuery = path;
+    let path: PathAndQuery = path;
     for (at, (worker, _)) in found.iter().enumerate() {
         let asking = front.client.send(
             worker,

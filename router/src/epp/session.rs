@@ -10,12 +10,14 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::BodyExt;
+use http_body_util::{BodyExt, Limited};
+use hyper::header::CONTENT_LENGTH;
 use hyper::{HeaderMap, Response};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::Instant;
 use tonic::{Status, Streaming};
 
+use super::choice;
 use super::counters::Outcome;
 use super::decide::{self, Underway, Verdict};
 use super::exchange::{AnswerHead, ClientRequest, Closing, Early, Effect, Exchange, Violation};
@@ -27,6 +29,7 @@ use crate::drain::DrainSwitch;
 use crate::metrics::{Route, bump};
 use crate::proxy::Front;
 use crate::proxy::deadline::Stage;
+use crate::proxy::fanout::ANSWER_BYTES_MAX;
 use crate::proxy::leg::{LegCause, LegFailure, WorkerError};
 use crate::proxy::live::LOGPROBS_WAIT;
 use crate::proxy::request::{self, KIB};
@@ -330,7 +333,7 @@ impl Session {
             return;
         };
         if let Some(endpoint) = &head.served
-            && let Some(worker) = decide::worker_at(&self.shared.front, endpoint).await
+            && let Some(worker) = choice::worker_at(&self.shared.front, endpoint).await
         {
             live.decode_is(&worker);
         }
@@ -403,8 +406,10 @@ impl Session {
     async fn answer(&mut self, response: Response<ReplyBody>) {
         // What the pair still does is of no use: dropping it cancels both legs.
         (self.underway, self.deciding, self.held) = (None, None, None);
-        let (parts, body) = response.into_parts();
-        let body = match body.collect().await {
+        let (mut parts, body) = response.into_parts();
+        // Envoy counts by itself.
+        parts.headers.remove(CONTENT_LENGTH);
+        let body = match Limited::new(body, ANSWER_BYTES_MAX).collect().await {
             Ok(body) => body.to_bytes(),
             Err(_) => Bytes::new(),
         };

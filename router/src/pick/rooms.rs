@@ -92,6 +92,8 @@ mod tests {
             role,
             url: format!("http://{name}:1").parse().unwrap(),
             bootstrap_port: None,
+            bootstrap_port_assumed: None,
+            probes_bootstrap: false,
             telemetry_port: None,
             zone: None,
             draining: false,
@@ -99,7 +101,7 @@ mod tests {
         let pool = Pool::new(WorkerSettings::default());
         pool.sync(&Fleet {
             members: vec![member("p", Role::Prefill), member("d", Role::Decode)],
-            models: Vec::new(),
+            ..Fleet::default()
         });
         let picker = Picker::new(&Scheduling::default());
         picker.sync(&pool.now());

@@ -8,7 +8,7 @@ use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue};
 use hyper::http::uri::PathAndQuery;
-use hyper::{HeaderMap, Method, Request, Response};
+use hyper::{HeaderMap, Method, Request, Response, Uri};
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::client::legacy::{Client, ResponseFuture};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
@@ -98,6 +98,13 @@ impl WorkerClient {
         *request.method_mut() = method;
         *request.uri_mut() = worker.uri(path);
         *request.headers_mut() = headers;
+        self.http.request(request)
+    }
+
+    /// Asks a server beside the workers, which gets no key.
+    pub fn get_elsewhere(&self, uri: Uri) -> ResponseFuture {
+        let mut request = Request::new(Full::default());
+        *request.uri_mut() = uri;
         self.http.request(request)
     }
 

@@ -11,6 +11,7 @@ use std::time::Duration;
 use http_body_util::{BodyExt, Limited};
 use hyper::StatusCode;
 
+use super::bootstrap_probe::BootstrapProbe;
 use super::client::WorkerClient;
 use super::{Worker, WorkerInfo};
 
@@ -38,6 +39,7 @@ pub async fn watch(
     on_news: impl Fn(),
 ) {
     let mut failures = 0;
+    let mut bootstrap = BootstrapProbe::default();
     loop {
         let probe = tokio::time::timeout(PROBE_TIMEOUT, is_ready(&worker, &client));
         failures = if probe.await.unwrap_or(false) {
@@ -50,6 +52,7 @@ pub async fn watch(
         if ready && !worker.is_ready() {
             let _ = tokio::time::timeout(PROBE_TIMEOUT, describe(&worker, &client)).await;
         }
+        let ready = ready && bootstrap.allows(&worker, &client).await;
         let was_known = worker.is_probed();
         let is_news = worker.mark_ready(ready);
         if is_news || !was_known {

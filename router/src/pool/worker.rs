@@ -162,8 +162,10 @@ pub struct Worker {
     dp_size: Option<u32>,
     /// Ports as the worker's source tells them; 0: it does not.
     told_bootstrap_port: AtomicU16,
+    assumed_bootstrap_port: AtomicU16,
     telemetry_port: AtomicU16,
     zone: RwLock<Option<String>>,
+    probes_bootstrap: AtomicBool,
     draining: AtomicBool,
     found_bootstrap_port: AtomicU16,
     found_dp_size: AtomicU32,
@@ -195,8 +197,10 @@ impl Worker {
                 .prefill_dp_size
                 .filter(|_| member.role == Role::Prefill),
             told_bootstrap_port: AtomicU16::new(0),
+            assumed_bootstrap_port: AtomicU16::new(0),
             telemetry_port: AtomicU16::new(0),
             zone: RwLock::default(),
+            probes_bootstrap: AtomicBool::new(false),
             draining: AtomicBool::new(false),
             found_bootstrap_port: AtomicU16::new(0),
             found_dp_size: AtomicU32::new(0),
@@ -228,8 +232,12 @@ impl Worker {
         let port = |port: Option<u16>| port.unwrap_or(0);
         self.told_bootstrap_port
             .store(port(member.bootstrap_port), Ordering::Relaxed);
+        self.assumed_bootstrap_port
+            .store(port(member.bootstrap_port_assumed), Ordering::Relaxed);
         self.telemetry_port
             .store(port(member.telemetry_port), Ordering::Relaxed);
+        self.probes_bootstrap
+            .store(member.probes_bootstrap, Ordering::Relaxed);
         if self.zone() != member.zone {
             let mut zone = self.zone.write().unwrap_or_else(PoisonError::into_inner);
             zone.clone_from(&member.zone);
@@ -252,6 +260,11 @@ impl Worker {
         zone.clone()
     }
 
+    /// Whether it is ready only when its bootstrap server knows its ranks.
+    pub fn probes_bootstrap(&self) -> bool {
+        self.probes_bootstrap.load(Ordering::Relaxed)
+    }
+
     /// The port of its telemetry stream, if its source knows one.
     pub fn telemetry_port(&self) -> Option<u16> {
         some_port(&self.telemetry_port)
@@ -272,9 +285,11 @@ impl Worker {
         &self.url
     }
 
-    /// The port of a prefill worker's bootstrap server, if it was configured or found.
+    /// The port of a prefill worker's bootstrap server: told by its source, found, or assumed.
     pub fn bootstrap_port(&self) -> Option<u16> {
-        some_port(&self.told_bootstrap_port).or_else(|| some_port(&self.found_bootstrap_port))
+        some_port(&self.told_bootstrap_port)
+            .or_else(|| some_port(&self.found_bootstrap_port))
+            .or_else(|| some_port(&self.assumed_bootstrap_port))
     }
 
     /// How many data-parallel ranks it has, as far as was configured or found; at least 1.

@@ -50,7 +50,11 @@ pub async fn serve(
         rank: front.config.trusts_dp_rank,
         rid: false,
     };
-    let shape = shape::read(endpoint, &body, trust)?;
+    let mut shape = shape::read(endpoint, &body, trust)?;
+    // What headers and the fleet's rules said stands in no body.
+    shape.priority = request.shape.priority;
+    shape.sticky.clone_from(&request.shape.sticky);
+    shape.rank = request.shape.rank;
     let single = PairRequest {
         body,
         shape,

@@ -16,9 +16,9 @@ use tokio::time::Instant;
 
 use super::Front;
 use super::headers::{EXPLAIN_HEADER, RANK_HEADER, STICKY_HEADER, strip_for_worker};
-use super::messages;
 use super::pair::PairRequest;
 use super::shape::{self, PairEndpoint, Shape, Trust};
+use super::{messages, models};
 use crate::config::scheduling::Explain;
 use crate::respond::RouteError;
 
@@ -90,15 +90,18 @@ pub fn understand(
         }
     };
     let trusts_rank = front.config.trusts_dp_rank;
-    let mut shape = if front.config.header_overrides && shape::is_plain(endpoint, &body) {
+    let fleet = Arc::clone(&front.fleet.borrow());
+    let trust = Trust {
+        rank: trusts_rank,
+        rid: true,
+    };
+    let may_be_opaque = front.config.header_overrides && !models::matter(&fleet);
+    let shape = if may_be_opaque && shape::is_plain(endpoint, &body) {
         Shape::opaque()
     } else {
-        let trust = Trust {
-            rank: trusts_rank,
-            rid: true,
-        };
         shape::read(endpoint, &body, trust)?
     };
+    let (body, mut shape) = models::apply(&fleet, &parts.headers, endpoint, trust, body, shape)?;
     let text = |name| parts.headers.get(name)?.to_str().ok();
     if let Some(key) = text(STICKY_HEADER) {
         shape.sticky = Some(key.to_owned());

@@ -23,8 +23,9 @@ use super::passthrough::{self, Asked};
 use super::request::Dialect;
 use super::shape::{PairEndpoint, Shape};
 use super::stream::ReplyBody;
-use super::{Front, fanout, messages, pair, request};
+use super::{Front, fanout, messages, models, pair, request};
 use crate::config::{Config, ConfigError};
+use crate::discover::source::SourceError;
 use crate::discover::{FleetWatch, flags};
 use crate::epp::serve::{ExternalPicker, ExternalPickerError};
 use crate::fleet;
@@ -67,6 +68,9 @@ pub enum RunError {
     /// The Envoy picker cannot start.
     #[error(transparent)]
     External(#[from] ExternalPickerError),
+    /// The source of workers cannot be followed.
+    #[error(transparent)]
+    Source(#[from] SourceError),
     /// The address cannot be listened on.
     #[error("cannot listen on {host}:{port}")]
     Listen {
@@ -410,7 +414,15 @@ async fn serve_target(
     }
     match target {
         Target::Pair(dialect, _) => generate(front, dialect, request).await,
-        Target::Pass(asked) => passthrough::forward(front, asked, request).await,
+        Target::Pass(asked) => {
+            let is_list = path == "/v1/models" && request.method() == Method::GET;
+            let answer = passthrough::forward(front, asked, request).await?;
+            if !is_list {
+                return Ok(answer);
+            }
+            let fleet = Arc::clone(&front.fleet.borrow());
+            Ok(models::list(&fleet, answer).await)
+        }
         Target::Health => Ok(respond::alive()),
         Target::Ready => {
             let workers = front.pool.now();

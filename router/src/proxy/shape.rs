@@ -118,6 +118,12 @@ pub struct Shape {
 }
 
 impl Shape {
+    /// Where the value of `model` stands, if it is a string that was read.
+    pub fn model_range(&self) -> Option<Range<usize>> {
+        self.model.as_ref()?;
+        Some(self.scan.as_ref()?.noted(MODEL)?.range.clone())
+    }
+
     /// The shape of a body that [`is_plain`] and travels as it is.
     pub fn opaque() -> Self {
         Self {

@@ -14,6 +14,8 @@ pub fn member(name: &str, role: Role, worker: &FakeWorker) -> Member {
         role,
         url: worker.url.parse().unwrap(),
         bootstrap_port: Some(8998),
+        bootstrap_port_assumed: None,
+        probes_bootstrap: false,
         telemetry_port: None,
         zone: None,
         draining: false,
@@ -23,7 +25,7 @@ pub fn member(name: &str, role: Role, worker: &FakeWorker) -> Member {
 pub fn fleet(members: Vec<Member>) -> Arc<Fleet> {
     Arc::new(Fleet {
         members,
-        models: Vec::new(),
+        ..Fleet::default()
     })
 }
 

@@ -83,6 +83,7 @@ struct Inner {
     ready_status: AtomicU16,
     health_status: AtomicU16,
     default_status: AtomicU16,
+    get_status: AtomicU16,
     is_probe_silent: AtomicBool,
     info: Mutex<Option<String>>,
     loads: Mutex<Option<String>>,
@@ -114,6 +115,10 @@ impl Drop for DropReport {
 
 impl FakeWorker {
     pub async fn start() -> Self {
+        Self::start_at("127.0.0.1:0").await
+    }
+
+    pub async fn start_at(address: &str) -> Self {
         let (requests_in, requests) = mpsc::channel(512);
         let (aborts_in, aborts) = mpsc::channel(4096);
         let (drops_in, drops) = mpsc::channel(4096);
@@ -128,11 +133,12 @@ impl FakeWorker {
             ready_status: AtomicU16::new(200),
             health_status: AtomicU16::new(200),
             default_status: AtomicU16::new(200),
+            get_status: AtomicU16::new(200),
             is_probe_silent: AtomicBool::new(false),
             info: Mutex::default(),
             loads: Mutex::default(),
         });
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = tokio::net::TcpListener::bind(address).await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let app = axum::Router::new()
             .fallback(answer)
@@ -168,6 +174,11 @@ impl FakeWorker {
     /// The status of all answers without a script.
     pub fn set_default(&self, status: u16) {
         self.inner.default_status.store(status, Ordering::Relaxed);
+    }
+
+    /// The status of all answers to questions.
+    pub fn set_get_status(&self, status: u16) {
+        self.inner.get_status.store(status, Ordering::Relaxed);
     }
 
     /// Probes are taken and never answered.
@@ -257,7 +268,8 @@ async fn answer(State(worker): State<Arc<Inner>>, request: Request) -> Response 
         return loads.into_response();
     }
     if parts.method == Method::GET {
-        return format!("worker answers {target}").into_response();
+        let status = StatusCode::from_u16(worker.get_status.load(Ordering::Relaxed)).unwrap();
+        return (status, format!("worker answers {target}")).into_response();
     }
     let script = worker.scripts.lock().unwrap().pop_front();
     let report = DropReport {
