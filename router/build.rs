@@ -4,7 +4,8 @@ use std::error::Error;
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
-    gossip()
+    gossip()?;
+    envoy()
 }
 
 /// What replicas tell each other.
@@ -14,6 +15,26 @@ fn gossip() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         .build_client(true)
         .build_server(true)
+        .compile_fds(files)?;
+    Ok(())
+}
+
+/// Envoy's external processing, and gRPC's health checks.
+fn envoy() -> Result<(), Box<dyn Error>> {
+    let files = protox::compile(
+        [
+            "envoy/service/ext_proc/v3/external_processor.proto",
+            "grpc/health/v1/health.proto",
+        ],
+        ["proto"],
+    )?;
+    // Both sides are generated: the router serves them, tests ask.
+    tonic_prost_build::configure()
+        .build_client(true)
+        .build_server(true)
+        // Bodies are shared, not copied.
+        .bytes(".")
+        .include_file("envoy.rs")
         .compile_fds(files)?;
     Ok(())
 }

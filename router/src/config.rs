@@ -3,6 +3,7 @@
 
 pub mod check;
 mod command_line;
+pub mod epp;
 pub mod file;
 pub mod gossip;
 pub mod layers;
@@ -207,6 +208,8 @@ pub struct Config {
     pub traces: Option<TraceSettings>,
     /// Serve `/ui` and `/debug/state`. Default yes. They name the workers, as `/metrics` does.
     pub serves_pages: bool,
+    /// Serve Envoy's external processing too. Default no; `kvrouter epp` does.
+    pub epp: Option<epp::EppConfig>,
 }
 
 impl Config {
@@ -246,6 +249,7 @@ impl Config {
             access_log: false,
             traces: None,
             serves_pages: true,
+            epp: None,
         }
     }
 
@@ -366,6 +370,12 @@ pub enum ConfigError {
     /// One half of what TLS needs.
     #[error("--tls-certificate and --tls-key belong together")]
     HalfTls,
+    /// One half of what TLS for Envoy needs.
+    #[error("--grpc-tls-certificate and --grpc-tls-key belong together")]
+    HalfGrpcTls,
+    /// More endpoints than gateways look at.
+    #[error("--fallback-endpoints may be {} at most", epp::FALLBACKS_MAX)]
+    Fallbacks,
     /// The key cannot stand in a header.
     #[error("the --api-key may hold visible ASCII characters only")]
     ApiKey,

@@ -13,6 +13,7 @@
 //! * `gossip`: what replicas tell each other.
 //! * `pick`: the scheduler, joined to the workers.
 //! * `proxy`: the HTTP front, the two legs, the stream back to the client.
+//! * `epp`: Envoy's external processing: the same pairs for requests that Envoy carries.
 //! * `respond`: the only place that turns an error into a status code.
 //! * `metrics`, `observe`, `overview`, `ui`: what operators see: counters, requests one by one, the whole at a glance.
 //! * `drain`: how the router stops.
@@ -21,6 +22,7 @@
 pub mod config;
 pub mod discover;
 pub mod drain;
+pub mod epp;
 pub mod fleet;
 pub mod gossip;
 pub mod metrics;
@@ -98,6 +100,10 @@ pub fn main_from_args(
     }
     let started = config::CommandLine::from_args(args.iter().cloned());
     let started = started.unwrap_or_else(|error| error.exit());
+    if started.config.epp.is_some() {
+        // What is read again has no subcommand.
+        args.remove(1);
+    }
     let logs = started.logs.init();
     for warning in &started.warnings {
         tracing::warn!("{warning}");

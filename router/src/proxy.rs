@@ -71,6 +71,8 @@ pub struct Front {
     pub aborts: Aborts,
     /// Counters.
     pub metrics: Arc<Metrics>,
+    /// Counters of the Envoy picker.
+    pub epp: crate::epp::counters::Counters,
     /// One place per choice of a generation request.
     pub admission: Arc<Admission>,
     /// Which worker the engines in telemetry belong to.
@@ -115,6 +117,7 @@ impl Front {
             client,
             aborts,
             metrics,
+            epp: crate::epp::counters::Counters::default(),
             admission: Arc::new(Admission::new(config.requests_max, config.queue_max)),
             hold: Arc::new(Hold::new(config.queue_max)),
             retrying: AtomicUsize::new(0),

@@ -79,6 +79,23 @@ pub enum RouteError {
         /// The path.
         path: String,
     },
+    /// Served by the router's own front, but not through Envoy.
+    #[error("{what} cannot be served through Envoy; {fix}")]
+    NotThroughEnvoy {
+        /// What the request asks for.
+        what: &'static str,
+        /// What the operator can do.
+        fix: &'static str,
+    },
+    /// No worker that may be chosen is ready.
+    #[error("no ready pair of workers may serve this request; try again")]
+    NoneEligible,
+    /// Envoy is set up so that the picker cannot work.
+    #[error("Envoy's request_body_mode is {mode}; set it to FULL_DUPLEX_STREAMED or BUFFERED")]
+    EnvoyMode {
+        /// What it is set to.
+        mode: &'static str,
+    },
     /// The path is served for another method.
     #[error("this endpoint takes {allowed} requests only")]
     Method {
@@ -102,9 +119,10 @@ impl RouteError {
             Self::BodySilent => (StatusCode::REQUEST_TIMEOUT, "invalid_request_error"),
             Self::Encoding => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error"),
             Self::QueueFull => (StatusCode::TOO_MANY_REQUESTS, "overloaded_error"),
-            Self::QueueTimeout | Self::NoWorker { .. } | Self::BuffersFull { .. } => {
-                (StatusCode::SERVICE_UNAVAILABLE, "overloaded_error")
-            }
+            Self::QueueTimeout
+            | Self::NoWorker { .. }
+            | Self::BuffersFull { .. }
+            | Self::NoneEligible => (StatusCode::SERVICE_UNAVAILABLE, "overloaded_error"),
             Self::Broken(_) => (StatusCode::BAD_GATEWAY, "worker_error"),
             Self::Leg(failure) => match &failure.cause {
                 LegCause::Status(error) => (worker_status(error.status), "worker_error"),
@@ -118,7 +136,10 @@ impl RouteError {
                 LegCause::Stall => (StatusCode::GATEWAY_TIMEOUT, "timeout_error"),
             },
             Self::Timeout(_) | Self::Silent => (StatusCode::GATEWAY_TIMEOUT, "timeout_error"),
-            Self::NoEndpoint { .. } => (StatusCode::NOT_IMPLEMENTED, "unsupported_endpoint"),
+            Self::NoEndpoint { .. } | Self::NotThroughEnvoy { .. } => {
+                (StatusCode::NOT_IMPLEMENTED, "unsupported_endpoint")
+            }
+            Self::EnvoyMode { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "configuration_error"),
             Self::Method { .. } => (StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error"),
         }
     }
@@ -172,6 +193,23 @@ pub fn respond(error: RouteError) -> Response<ReplyBody> {
 /// The same for Anthropic's clients, in their form.
 pub fn respond_anthropic(error: RouteError) -> Response<ReplyBody> {
     let (status, _) = error.status();
+    let message = match &error {
+        RouteError::Leg(LegFailure {
+            cause: LegCause::Status(error),
+            ..
+        }) => words_of(error),
+        _ => None,
+    };
+    let message = message.unwrap_or_else(|| error.to_string());
+    let json = anthropic_json(status, &message);
+    let mut response = respond(error);
+    let headers = response.headers_mut();
+    headers.remove(CONTENT_LENGTH);
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response.map(|_| ReplyBody::Whole(Full::new(json.into())))
+}
+
+fn anthropic_json(status: StatusCode, message: &str) -> String {
     let kind = match status.as_u16() {
         400 | 405 | 415 | 422 => "invalid_request_error",
         401 => "authentication_error",
@@ -183,25 +221,22 @@ pub fn respond_anthropic(error: RouteError) -> Response<ReplyBody> {
         503 => "overloaded_error",
         _ => "api_error",
     };
-    let message = match &error {
-        RouteError::Leg(LegFailure {
-            cause: LegCause::Status(error),
-            ..
-        }) => words_of(error),
-        _ => None,
-    };
-    let message = message.unwrap_or_else(|| error.to_string());
-    let json = json!({"type": "error", "error": {"type": kind, "message": message}});
-    let mut response = respond(error);
-    let headers = response.headers_mut();
-    headers.remove(CONTENT_LENGTH);
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    response.map(|_| ReplyBody::Whole(Full::new(json.to_string().into())))
+    json!({"type": "error", "error": {"type": kind, "message": message}}).to_string()
+}
+
+/// A worker's error answer in the form of Anthropic's clients.
+pub fn anthropic_error(status: StatusCode, body: &[u8]) -> String {
+    let message = words_in(body).unwrap_or_else(|| format!("the worker answered {status}"));
+    anthropic_json(status, &message)
 }
 
 /// The message in a worker's error, in any of the forms SGLang uses.
 fn words_of(error: &WorkerError) -> Option<String> {
-    let json: serde_json::Value = serde_json::from_slice(error.body.as_ref()?).ok()?;
+    words_in(error.body.as_ref()?)
+}
+
+fn words_in(body: &[u8]) -> Option<String> {
+    let json: serde_json::Value = serde_json::from_slice(body).ok()?;
     let places = ["/error/message", "/message", "/detail", "/error"];
     let mut found = places
         .iter()

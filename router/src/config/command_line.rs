@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser};
 
+use super::epp::{EppArguments, EppConfig};
 use super::file::Problem;
 use super::gossip::GossipArguments;
 use super::layers::{self, Setting};
@@ -43,6 +44,7 @@ the environment over the file. `--flag=false` takes a flag back.
 
 `kvrouter check-config` with the same options: what is in effect and where it comes from, without serving.
 
+`kvrouter epp …`, with the same options, also serves Envoy's external processing: see router/deploy/envoy.
 `kvrouter simulate --help`: replay a trace against a fleet described in a file.";
 
 /// Routes LLM requests to pairs of SGLang prefill and decode workers.
@@ -150,6 +152,8 @@ struct Arguments {
     #[command(flatten)]
     ops: OpsArgs,
     #[command(flatten)]
+    epp: EppArguments,
+    #[command(flatten)]
     sources: SourceArguments,
 }
 
@@ -174,6 +178,8 @@ pub struct CommandLine {
 #[derive(Debug)]
 pub(super) struct Typed {
     pub(super) config: Config,
+    /// What `kvrouter epp` adds.
+    pub(super) epp: EppConfig,
     pub(super) logs: LogSettings,
     pub(super) source: Source,
 }
@@ -201,16 +207,22 @@ impl CommandLine {
     pub fn from_args(
         args: impl IntoIterator<Item = impl Into<OsString> + Clone>,
     ) -> Result<Self, clap::Error> {
-        let args: Vec<OsString> = args.into_iter().map(Into::into).collect();
+        let mut args: Vec<OsString> = args.into_iter().map(Into::into).collect();
+        let is_epp = args.get(1).is_some_and(|first| first == "epp");
+        if is_epp {
+            args.remove(1);
+        }
         let layers = layers::read(definition(), &args)?;
         let typed = Self::typed(&layers.matches)?;
         let refuse = |error: ConfigError| definition().error(ErrorKind::ValueValidation, error);
         typed.check().map_err(refuse)?;
         let Typed {
-            config,
+            mut config,
+            epp,
             logs,
             source,
         } = typed;
+        config.epp = is_epp.then_some(epp);
         Ok(Self {
             config,
             source,
@@ -267,9 +279,11 @@ impl CommandLine {
             ..Config::new(prefills, arguments.decode)
         };
         let source = arguments.sources.source().map_err(refuse)?;
+        let epp = arguments.epp.into_config().map_err(refuse)?;
         let logs = arguments.ops.into_logs();
         Ok(Typed {
             config,
+            epp,
             logs,
             source,
         })

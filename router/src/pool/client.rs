@@ -74,6 +74,11 @@ impl WorkerClient {
         })
     }
 
+    /// What workers get as Authorization when a client brings none.
+    pub fn authorization(&self) -> Option<&HeaderValue> {
+        self.authorization.as_ref()
+    }
+
     /// Sends a request. Dropping the future, or later the body of its response, closes the connection unless the answer
     /// was complete: that is how a leg is cancelled.
     pub fn send(

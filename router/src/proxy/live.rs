@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
-use hyper::Method;
 use hyper::body::{Frame, Incoming};
 use hyper::http::response::Parts;
+use hyper::{HeaderMap, Method};
 use hyper_util::client::legacy::ResponseFuture;
 use tokio::time::Instant;
 
@@ -141,6 +141,25 @@ pub struct LivePair {
 impl LivePair {
     /// Sends both requests to the pair of `placement`.
     pub fn start(front: &Arc<Front>, request: &PairRequest, placement: Placement) -> Self {
+        let (mut live, mut headers, body) = Self::start_prefill(front, request, placement);
+        live.attempt.mark(Role::Decode, &mut headers);
+        live.exchange = Some(front.client.send(
+            &live.decode,
+            Method::POST,
+            request.path.clone(),
+            headers,
+            body,
+        ));
+        live
+    }
+
+    /// Sends prefill's request only. Decode's, with the headers and the body returned, is for somebody else to send, who
+    /// tells what becomes of it.
+    pub fn start_prefill(
+        front: &Arc<Front>,
+        request: &PairRequest,
+        placement: Placement,
+    ) -> (Self, HeaderMap, Bytes) {
         let Placement {
             prefill,
             decode,
@@ -172,12 +191,11 @@ impl LivePair {
         let attempt = request
             .trail
             .attempt(&prefill, &decode, rooms.rooms(), &rids);
-        let post = |worker: &Worker, body| {
-            let (path, mut headers) = (request.path.clone(), headers.clone());
-            attempt.mark(worker.role(), &mut headers);
-            front.client.send(worker, Method::POST, path, headers, body)
-        };
-        let exchange = post(&decode, body.clone());
+        let (path, mut sent) = (request.path.clone(), headers.clone());
+        attempt.mark(Role::Prefill, &mut sent);
+        let exchange = front
+            .client
+            .send(&prefill, Method::POST, path, sent, body.clone());
         let partner = Partner {
             worker: Arc::clone(&decode),
             rids: Arc::clone(&rids),
@@ -185,19 +203,19 @@ impl LivePair {
         };
         let leg = PrefillLeg::start(
             Arc::clone(&prefill),
-            post(&prefill, body),
+            exchange,
             partner,
             booking.clone(),
             Arc::clone(&attempt),
             shape.wants_logprobs,
         );
-        Self {
+        let live = Self {
             front: Arc::clone(front),
             prefill,
             decode,
             rids,
             leg,
-            exchange: Some(exchange),
+            exchange: None,
             booking,
             attempt,
             sent_at: Instant::now(),
@@ -208,7 +226,8 @@ impl LivePair {
             decode_open: true,
             failed: false,
             _rooms: rooms,
-        }
+        };
+        (live, headers, body)
     }
 
     /// Waits until the answer may begin: decode has answered with a success, and its first event is here and is no abort.
@@ -260,22 +279,46 @@ impl LivePair {
         if self.wants_logprobs && self.logprobs.is_none() {
             bump(&self.front.metrics.logprobs_unmerged);
         }
-        self.booking.first_byte();
         self.attempt.first_byte(first.is_event_stream);
         if first.is_event_stream {
             let parts = self.booking.note().decision.prediction.parts_s();
             let took = self.sent_at.elapsed();
             self.front.metrics.predicted(parts, took);
         }
-        let sending = self.sent_at.saturating_duration_since(self.read_at);
         // What the client itself made us wait for is not the router's time.
-        let passing = if self.wants_logprobs {
+        self.decode_began(if self.wants_logprobs {
             Duration::ZERO
         } else {
             begun_at.elapsed()
-        };
-        self.front.metrics.added_latency(sending + passing);
+        });
         Ok((parts, first))
+    }
+
+    /// Notes that decode's answer has begun, and how long the router held its first bytes.
+    pub fn decode_began(&self, held: Duration) {
+        self.booking.first_byte();
+        let sending = self.sent_at.saturating_duration_since(self.read_at);
+        self.front.metrics.added_latency(sending + held);
+    }
+
+    /// Notes that decode answered an error, whose explanation is still to come: prefill is freed now.
+    pub fn decode_refused(&mut self) {
+        self.cancel_prefill();
+    }
+
+    /// Notes that another worker than the chosen one turned out to be decode.
+    pub fn decode_is(&mut self, worker: &Arc<Worker>) {
+        self.decode = Arc::clone(worker);
+    }
+
+    /// Whether the prefill leg is still at work.
+    pub fn is_prefill_open(&self) -> bool {
+        self.prefill_open
+    }
+
+    /// Whether prefill is to tell the prompt's log-probabilities.
+    pub fn wants_logprobs(&self) -> bool {
+        self.wants_logprobs
     }
 
     /// Waits for the head of decode's answer.

@@ -4,6 +4,8 @@
 //! sisters of SGLang's `/generate`), in whole answers, lists of answers and event streams.
 #![forbid(unsafe_code)]
 
+pub mod merge;
+
 use std::borrow::Cow;
 use std::ops::Range;
 

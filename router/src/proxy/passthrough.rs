@@ -64,7 +64,8 @@ impl Asked {
         }
     }
 
-    fn roles(self) -> &'static [Role] {
+    /// The kinds of workers to ask, in this order.
+    pub fn roles(self) -> &'static [Role] {
         match self {
             Self::Anyone => &ANYONE,
             Self::Others => &[Role::Other],

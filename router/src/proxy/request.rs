@@ -8,6 +8,7 @@ use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
 use hyper::body::{Body, Incoming};
 use hyper::header::{AUTHORIZATION, CONTENT_ENCODING, HeaderValue};
+use hyper::http::request::Parts;
 use hyper::http::uri::PathAndQuery;
 use hyper::{HeaderMap, Request};
 use tokio::sync::OwnedSemaphorePermit;
@@ -53,11 +54,25 @@ pub async fn read(
     dialect: Dialect,
     request: Request<Incoming>,
 ) -> Result<PairRequest, RouteError> {
-    let (mut parts, body) = request.into_parts();
+    let (parts, body) = request.into_parts();
+    refuse_encoding(&parts.headers)?;
+    let (body, memory) = read_body(front, body).await?;
+    understand(front, dialect, parts, body, memory)
+}
+
+/// Understands a generation request whose body is here, taking `memory` in [`Front::body_memory`].
+///
+/// # Errors
+/// [`RouteError`] when the body is not what the endpoint takes.
+pub fn understand(
+    front: &Front,
+    dialect: Dialect,
+    mut parts: Parts,
+    mut body: Bytes,
+    memory: OwnedSemaphorePermit,
+) -> Result<PairRequest, RouteError> {
     let trail = parts.extensions.remove::<Arc<Trail>>();
     let trail = trail.unwrap_or_else(|| Trail::begin(front, Route::Other, &parts.headers));
-    refuse_encoding(&parts.headers)?;
-    let (mut body, memory) = read_body(front, body).await?;
     let read_at = Instant::now();
     let endpoint = match dialect {
         Dialect::Native(endpoint) => endpoint,
@@ -192,7 +207,11 @@ pub async fn read_body(
     ))
 }
 
-fn reserve(front: &Front, kib: usize) -> Result<OwnedSemaphorePermit, RouteError> {
+/// Sets `kib` KiB aside for a body.
+///
+/// # Errors
+/// [`RouteError::BuffersFull`]
+pub fn reserve(front: &Front, kib: usize) -> Result<OwnedSemaphorePermit, RouteError> {
     let full = RouteError::BuffersFull {
         limit: front.config.buffered_bytes_max,
     };

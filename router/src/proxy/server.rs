@@ -19,15 +19,16 @@ use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 
 use super::abort::AbortRunner;
-use super::admission::Refused;
+use super::admission::{Permit, Refused};
 use super::passthrough::{self, Asked};
 use super::request::Dialect;
-use super::shape::PairEndpoint;
+use super::shape::{PairEndpoint, Shape};
 use super::stream::ReplyBody;
 use super::{Front, fanout, messages, models, pair, request};
 use crate::config::{Config, ConfigError};
 use crate::discover::source::SourceError;
 use crate::discover::{FleetWatch, flags};
+use crate::epp::serve::{ExternalPicker, ExternalPickerError};
 use crate::fleet;
 use crate::gossip;
 use crate::metrics::Route;
@@ -68,6 +69,9 @@ pub enum RunError {
     /// TLS cannot be set up.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// The Envoy picker cannot start.
+    #[error(transparent)]
+    External(#[from] ExternalPickerError),
     /// The source of workers cannot be followed.
     #[error(transparent)]
     Source(#[from] SourceError),
@@ -91,6 +95,7 @@ pub struct Router {
     gossip: Option<TcpListener>,
     front: Arc<Front>,
     abort_runner: AbortRunner,
+    external: Option<ExternalPicker>,
 }
 
 impl std::fmt::Debug for Router {
@@ -131,6 +136,10 @@ impl Router {
             .map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
         let tls = config.tls.as_ref().map(tls::acceptor).transpose()?;
+        let external = match &config.epp {
+            Some(epp) => Some(ExternalPicker::bind(epp.clone()).await?),
+            None => None,
+        };
         let gossip = match config.gossip.port {
             Some(port) => {
                 let listener = TcpListener::bind((host, port)).await;
@@ -150,6 +159,7 @@ impl Router {
             gossip,
             front,
             abort_runner,
+            external,
         })
     }
 
@@ -168,6 +178,11 @@ impl Router {
         self.address
     }
 
+    /// Where Envoy's external processing is served, if it is.
+    pub fn grpc_addr(&self) -> Option<SocketAddr> {
+        self.external.as_ref().map(ExternalPicker::local_addr)
+    }
+
     /// Serves until `shutdown` resolves, then finishes live requests for at most the drain timeout; what is left is
     /// cancelled on its workers.
     pub async fn serve(self, shutdown: impl Future<Output = ()> + Send) {
@@ -178,6 +193,7 @@ impl Router {
             gossip,
             front,
             abort_runner,
+            external,
         } = self;
         let workers = front.pool.now();
         let (prefills, decodes) = (
@@ -204,6 +220,9 @@ impl Router {
             }))
         });
         let mut connections = JoinSet::new();
+        if let Some(external) = external {
+            connections.spawn(external.serve(Arc::clone(&front)));
+        }
         accept_until(shutdown, &listener, tls.as_ref(), &front, &mut connections).await;
         drop(listener);
         front.drain.throw();
@@ -330,19 +349,29 @@ async fn serve_connection(
 }
 
 /// Where a path leads.
-enum Target {
+#[derive(Clone, Copy, Debug)]
+pub enum Target {
+    /// To a pair.
     Pair(Dialect, Route),
+    /// To one worker.
     Pass(Asked),
+    /// The router answers that it lives.
     Health,
+    /// The router answers whether a pair can be formed.
     Ready,
+    /// The router answers with its counters.
     Metrics,
+    /// A file of the page.
     Page(ui::Asset),
+    /// The router answers with its state.
     State,
+    /// The router answers with what it decided.
     Decisions,
 }
 
 impl Target {
-    fn of(method: &Method, path: &str) -> Option<Self> {
+    /// Where `path` leads, if anywhere.
+    pub fn of(method: &Method, path: &str) -> Option<Self> {
         let native = |endpoint, route| Self::Pair(Dialect::Native(endpoint), route);
         Some(match path {
             "/generate" => native(PairEndpoint::Generate, Route::Generate),
@@ -367,7 +396,8 @@ impl Target {
         })
     }
 
-    fn route(&self) -> Route {
+    /// Its label in metrics.
+    pub fn route(&self) -> Route {
         match self {
             Self::Pair(_, route) => *route,
             Self::Pass(_) => Route::Pass,
@@ -381,7 +411,7 @@ impl Target {
     }
 
     /// The method it takes, if that is not `method`.
-    fn other_method(&self, method: &Method, path: &str) -> Option<&'static str> {
+    pub fn other_method(&self, method: &Method, path: &str) -> Option<&'static str> {
         let (fits, wanted) = match self {
             Self::Pair(..) => (method == Method::POST, "POST"),
             Self::Pass(_) if passthrough::is_question(path) => {
@@ -445,9 +475,12 @@ async fn serve_target(
         }
         Target::Decisions => Ok(respond::decisions(&front.picker, request.uri().query())),
         Target::Metrics => {
-            let text = front
+            let mut text = front
                 .metrics
                 .render(&front.pool.now(), &Overview::of(front));
+            if front.config.epp.is_some() {
+                front.epp.render(&mut text);
+            }
             Ok(respond::metrics(text))
         }
         Target::Page(asset) if serves_pages => Ok(respond::asset(asset)),
@@ -466,17 +499,7 @@ async fn generate(
 ) -> Result<Response<ReplyBody>, RouteError> {
     let request = request::read(front, dialect, request).await?;
     let shape = &request.shape;
-    let patience = front.live.now().queue_timeout;
-    let asked_at = Instant::now();
-    let permit = front
-        .admission
-        .enter(shape.choices, shape.priority, patience)
-        .await
-        .map_err(|refused| match refused {
-            Refused::QueueFull => RouteError::QueueFull,
-            Refused::TooLate => RouteError::QueueTimeout,
-        })?;
-    front.metrics.queue_wait.observe(asked_at.elapsed());
+    let permit = admit(front, shape).await?;
     match dialect {
         Dialect::Messages => messages::serve(front, request, permit).await,
         Dialect::Native(endpoint) if shape.choices > 1 => {
@@ -484,4 +507,22 @@ async fn generate(
         }
         Dialect::Native(_) => pair::serve(front, request, permit).await,
     }
+}
+
+/// Waits for the places that a request takes.
+///
+/// # Errors
+/// [`RouteError`] when there are too many others.
+pub async fn admit(front: &Front, shape: &Shape) -> Result<Permit, RouteError> {
+    let patience = front.live.now().queue_timeout;
+    let asked_at = Instant::now();
+    let entering = front
+        .admission
+        .enter(shape.choices, shape.priority, patience);
+    let permit = entering.await.map_err(|refused| match refused {
+        Refused::QueueFull => RouteError::QueueFull,
+        Refused::TooLate => RouteError::QueueTimeout,
+    })?;
+    front.metrics.queue_wait.observe(asked_at.elapsed());
+    Ok(permit)
 }

@@ -2,10 +2,9 @@
 #![forbid(unsafe_code)]
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http_body_util::Full;
 use hyper::HeaderMap;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
@@ -16,9 +15,9 @@ use super::deadline::{Deadline, Stage};
 use super::fanout::MergedBody;
 use super::leg::{LegCause, LegFailure};
 use super::live::{FirstBytes, LivePair, Outlook};
-use super::logprobs::{self, PromptLogprobs};
+use super::logprobs::merge::Merge;
 use super::messages::TranslatedBody;
-use super::sse::{AbortWatch, Events};
+use super::sse::AbortWatch;
 use crate::metrics::bump;
 use crate::respond::{self, RouteError};
 
@@ -109,64 +108,6 @@ struct Flow {
     rest: Option<Incoming>,
 }
 
-/// Puts prefill's log-probabilities into decode's answer.
-#[derive(Debug)]
-struct Merge {
-    known: Arc<PromptLogprobs>,
-    gathered: Gathered,
-}
-
-#[derive(Debug)]
-enum Gathered {
-    /// Events are changed one by one.
-    Events(Events),
-    /// A whole answer is changed at its end.
-    Whole(BytesMut),
-    /// Too long: passed on as it is.
-    Not,
-}
-
-impl Merge {
-    /// What can go to the client after `data`.
-    fn take(&mut self, data: Bytes) -> Bytes {
-        match &mut self.gathered {
-            Gathered::Not => data,
-            Gathered::Whole(whole) if whole.len() + data.len() <= logprobs::ANSWER_BYTES_MAX => {
-                whole.extend_from_slice(&data);
-                Bytes::new()
-            }
-            Gathered::Whole(whole) => {
-                let mut out = std::mem::take(whole);
-                out.extend_from_slice(&data);
-                self.gathered = Gathered::Not;
-                out.freeze()
-            }
-            Gathered::Events(events) => {
-                if events.push(&data).is_err() {
-                    let mut out = BytesMut::from(&events.rest()[..]);
-                    out.extend_from_slice(&data);
-                    self.gathered = Gathered::Not;
-                    return out.freeze();
-                }
-                let mut out = BytesMut::new();
-                while let Some(event) = events.pop() {
-                    out.extend_from_slice(&self.known.merge_event(&event));
-                }
-                out.freeze()
-            }
-        }
-    }
-
-    /// What is left for the client at the end.
-    fn finish(&mut self) -> Bytes {
-        match std::mem::replace(&mut self.gathered, Gathered::Not) {
-            Gathered::Not => Bytes::new(),
-            Gathered::Whole(whole) => self.known.merge_answer(&whole).into(),
-            Gathered::Events(mut events) => events.rest(),
-        }
-    }
-}
-
 impl PairBody {
     /// Continues an answer whose head, with `headers`, is about to be sent.
     pub fn new(
@@ -179,14 +120,10 @@ impl PairBody {
         let is_plain = !headers.contains_key(CONTENT_ENCODING);
         let is_event_stream =
             first.is_event_stream && is_plain && !headers.contains_key(CONTENT_LENGTH);
-        let merge = live.logprobs().filter(|_| is_plain).map(|known| Merge {
-            known: Arc::clone(known),
-            gathered: if first.is_event_stream {
-                Gathered::Events(Events::default())
-            } else {
-                Gathered::Whole(BytesMut::new())
-            },
-        });
+        let merge = live
+            .logprobs()
+            .filter(|_| is_plain)
+            .map(|known| Merge::new(known, first.is_event_stream));
         if merge.is_some() {
             headers.remove(CONTENT_LENGTH);
         }
