@@ -213,7 +213,8 @@ impl Reloader {
 
     /// Reloads whenever `hangups` or the file asks for it, until dropped.
     pub async fn run(mut self, mut hangups: Signal) {
-        let mut stamp = self.stamp().await;
+        let mut applied = self.stamp().await;
+        let mut last = applied;
         let mut ticks = tokio::time::interval(POLL_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -222,8 +223,11 @@ impl Reloader {
                 _ = ticks.tick() => false,
             };
             let seen = self.stamp().await;
-            if is_asked || seen != stamp {
-                stamp = seen;
+            // A file that still changes may be half written.
+            let rests = seen == last;
+            last = seen;
+            if is_asked || (rests && seen != applied) {
+                applied = seen;
                 self.reload();
             }
         }
@@ -240,6 +244,10 @@ impl Reloader {
     pub fn reload(&mut self) -> Outcome {
         let outcome = self.try_reload();
         let metrics = &self.front.metrics;
+        let is_good = !matches!(outcome, Outcome::Rejected(_));
+        metrics
+            .reload_is_good
+            .store(u64::from(is_good), Ordering::Relaxed);
         match &outcome {
             Outcome::Unchanged => tracing::info!("settings read again: nothing has changed"),
             Outcome::Changed { applied, waiting } => {
@@ -257,10 +265,6 @@ impl Reloader {
                 tracing::error!("the new settings cannot be used, the old ones stay: {error}");
             }
         }
-        let is_good = !matches!(outcome, Outcome::Rejected(_));
-        metrics
-            .reload_is_good
-            .store(u64::from(is_good), Ordering::Relaxed);
         outcome
     }
 

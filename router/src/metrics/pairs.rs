@@ -123,31 +123,25 @@ fn key(prefill: &Arc<Worker>, decode: &Arc<Worker>) -> Key {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::WorkerUrl;
-    use crate::discover::{Fleet, Member};
+    use crate::config::{Config, PrefillTarget, WorkerUrl};
+    use crate::discover::{Fleet, flags};
     use crate::pool::Pool;
     use crate::pool::worker::WorkerSettings;
 
     fn pool(prefills: usize, decodes: usize) -> Pool {
-        let member = |role, at: usize| {
-            let url: WorkerUrl = format!("http://{role}-{at}:1").parse().unwrap();
-            Member {
-                name: format!("{role}-{at}"),
-                role,
-                url,
-                bootstrap_port: None,
-                telemetry_port: None,
-                zone: None,
-                draining: false,
-            }
+        let url = |role: &str, at: usize| -> WorkerUrl {
+            format!("http://{role}-{at}:1").parse().unwrap()
         };
-        let prefills = (0..prefills).map(|at| member(Role::Prefill, at));
-        let decodes = (0..decodes).map(|at| member(Role::Decode, at));
+        let prefill = |at| PrefillTarget {
+            url: url("prefill", at),
+            bootstrap_port: None,
+        };
+        let config = Config::new(
+            (0..prefills).map(prefill).collect(),
+            (0..decodes).map(|at| url("decode", at)).collect(),
+        );
         let pool = Pool::new(WorkerSettings::default());
-        pool.sync(&Fleet {
-            members: prefills.chain(decodes).collect(),
-            models: Vec::new(),
-        });
+        pool.sync(&flags::fleet(&config));
         pool
     }
 
