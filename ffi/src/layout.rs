@@ -9,7 +9,7 @@ use kvt::{
         Attention, COMPONENTS_MAX, Component, ComponentKind, ENTRIES_MAX, Entry, Layout, RegionId,
         Shard, StateShape, StateSlice, name_ratio_layers,
     },
-    memory::Region,
+    memory::{Region, device::Device},
     wire::hello::REGIONS_MAX,
 };
 
@@ -361,13 +361,10 @@ unsafe fn state_of(at: usize, component: &kvt_component_t) -> Result<StateShape,
 fn check_entry(entry: &kvt_entry_t, has_items: bool, what: &str) -> Result<(), Failure> {
     match entry.memory {
         KVT_HOST_MEMORY => {}
+        KVT_CUDA_MEMORY if entry.device >= 0 => {}
         KVT_CUDA_MEMORY => {
-            let text = format!(
-                "{what} is memory of CUDA device {}, which this version cannot move: keep the cache in host memory \
-                 (KVT_HOST_MEMORY)",
-                entry.device
-            );
-            return Err(Failure::new(KVT_REGION, text));
+            let text = format!("{what} is on CUDA device {}, no device's number", entry.device);
+            return Err(Failure::argument(text));
         }
         other => {
             let text = format!("{what} has memory kind {other}, no KVT_..._MEMORY number");
@@ -396,11 +393,13 @@ fn regions_of(components: &[Described]) -> Result<Regions, Failure> {
         for (place, entry) in component.entries.iter().enumerate() {
             if entry.len > 0 {
                 let what = format!("entry {place} of component {at}");
-                stretches.push(Stretch::new(entry.address, entry.len, &what)?);
+                let gpu = u32::try_from(entry.device).ok();
+                let gpu = gpu.filter(|_| entry.memory == KVT_CUDA_MEMORY);
+                stretches.push(Stretch::new(entry.address, entry.len, gpu, &what)?);
             }
         }
     }
-    let regions = Regions::covering(stretches);
+    let regions = Regions::covering(stretches)?;
     let count = regions.all().len();
     if count > REGIONS_MAX {
         let text = format!(
@@ -413,6 +412,7 @@ fn regions_of(components: &[Described]) -> Result<Regions, Failure> {
 
 fn memory_over(regions: &Regions) -> Result<Memory, Failure> {
     let mut memory = Memory::new();
+    let mut devices: Vec<(u32, Arc<dyn Device>)> = Vec::new();
     for stretch in regions.all() {
         let impossible = || {
             let text = format!(
@@ -425,6 +425,24 @@ fn memory_over(regions: &Regions) -> Result<Memory, Failure> {
         let len = usize::try_from(stretch.end - stretch.start).map_err(|_| impossible())?;
         if len > isize::MAX.unsigned_abs() {
             return Err(impossible());
+        }
+        if let Some(gpu) = stretch.gpu {
+            let known = devices.iter().find(|(known, _)| *known == gpu);
+            let device = match known {
+                Some((_, device)) => Arc::clone(device),
+                None => {
+                    let opened = CudaDevice::open(gpu);
+                    let opened = opened.map_err(|error| Failure::new(KVT_REGION, error.to_string()))?;
+                    let opened: Arc<dyn Device> = Arc::new(opened);
+                    devices.push((gpu, Arc::clone(&opened)));
+                    opened
+                }
+            };
+            // SAFETY: as below, for memory of the device.
+            let region = unsafe { Region::device(device, stretch.start, len) };
+            let region = region.map_err(|error| Failure::new(KVT_REGION, error.to_string()))?;
+            memory.add(region);
+            continue;
         }
         // The caller's pointers arrive as numbers, so their provenance is exposed.
         let start = std::ptr::with_exposed_provenance_mut::<u8>(start);
