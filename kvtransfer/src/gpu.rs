@@ -16,7 +16,7 @@
 //! unsafe { kernels.copy_pages(&stream, &[Pair { source, target }, …], Rows::page(16384), Blocks::default())? };
 //! unsafe { kernels.copy_pages(&stream, &pairs, Rows { count: 64, bytes: 512, source_stride: 2048, target_stride: 512 }, …)? };
 //! unsafe { kernels.copy_pieces(&stream, &[Piece { source, target, len }, …], …)? };           // any lengths
-//! unsafe { kernels.copy_grid(&stream, &Grid { … }, …)? };    // layers × pages, described by bases and item indices
+//! unsafe { kernels.copy_window(&stream, &Window { … }, …)? };// a byte range of the logical stream: buffers × items × rows
 //!
 //! // staging
 //! let pool  = ChunkPool::new(&context, POOL_BYTES_DEFAULT, chunk_bytes)?;     // pinned, bounded, freed on drop
@@ -39,3 +39,23 @@
 //! # Lifetimes
 //! The safe types own what they hold. Addresses are plain `u64`s that belong to somebody else: whoever starts a copy
 //! promises (`unsafe`) that both sides stay mapped until the stream has passed it.
+
+pub mod device;
+pub mod driver;
+mod error;
+pub mod kernels;
+pub mod memory;
+pub mod pinned;
+pub mod pointer;
+pub mod stream;
+mod sys;
+
+pub use device::{DeviceFacts, DeviceUuid};
+pub use driver::{Context, Current, Driver};
+pub use error::GpuError;
+pub use kernels::{
+    Blocks, KernelOptions, Kernels, Launch, Method, Pair, Piece, Rows, Side, Window,
+};
+pub use pinned::{Chunk, ChunkPool, POOL_BYTES_DEFAULT, Pinned};
+pub use pointer::{MemoryKind, PointerFacts};
+pub use stream::{Event, EventKind, Priority, RawEvent, RawStream, Stream};
