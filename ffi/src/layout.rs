@@ -1,10 +1,11 @@
 //! The caller's description of its KV memory: buffers by address. Regions are made of them here.
 #![expect(unsafe_code, reason = "C passes lists as raw pointers")]
 
-use std::{ffi::c_char, ptr::NonNull};
+use std::{ffi::c_char, ptr::NonNull, sync::Arc};
 
 use kvt::{
     engine::Memory,
+    gpu::CudaDevice,
     layout::{
         Attention, COMPONENTS_MAX, Component, ComponentKind, ENTRIES_MAX, Entry, Layout, RegionId,
         Shard, StateShape, StateSlice, name_ratio_layers,
@@ -66,7 +67,7 @@ pub struct kvt_entry_t {
     pub item_len: u64,
     /// The model-wide layer number, or -1 where the pool does not name its layers. All entries of a component or none.
     pub layer_id: i64,
-    /// `KVT_HOST_MEMORY` or `KVT_CUDA_MEMORY`. This version refuses the latter with `KVT_REGION`.
+    /// `KVT_HOST_MEMORY` or `KVT_CUDA_MEMORY`.
     pub memory: i32,
     /// The CUDA device's number; not looked at for host memory.
     pub device: i32,
@@ -153,12 +154,15 @@ pub struct kvt_layout_t {
     pub compression_ratios_len: usize,
 }
 
-/// The library's view of the caller's memory.
+/// The library's view of the caller's memory; copies on its GPUs take at most `percent` of their multiprocessors.
 ///
 /// # Safety
 /// `layout` is NULL or points to a layout whose lists and texts are as long as they say and do not change during the
 /// call; the buffers stay readable and writable until the engine that is made of them has shut down.
-pub(crate) unsafe fn described(layout: *const kvt_layout_t) -> Result<(Memory, Layout), Failure> {
+pub(crate) unsafe fn described(
+    layout: *const kvt_layout_t,
+    percent: u32,
+) -> Result<(Memory, Layout), Failure> {
     // SAFETY: the caller's contract is ours.
     let layout = unsafe { one(layout, "layout") }?;
     if layout.abi_version != KVT_ABI_VERSION {
@@ -180,7 +184,7 @@ pub(crate) unsafe fn described(layout: *const kvt_layout_t) -> Result<(Memory, L
     // SAFETY: the caller's contract is ours.
     let components = unsafe { read_components(given) }?;
     let regions = regions_of(&components)?;
-    let memory = memory_over(&regions)?;
+    let memory = memory_over(&regions, percent)?;
     let is_raw =
         !components.is_empty() && components.iter().all(|component| component.kind.is_none());
     if is_raw {
@@ -410,7 +414,7 @@ fn regions_of(components: &[Described]) -> Result<Regions, Failure> {
     Ok(regions)
 }
 
-fn memory_over(regions: &Regions) -> Result<Memory, Failure> {
+fn memory_over(regions: &Regions, percent: u32) -> Result<Memory, Failure> {
     let mut memory = Memory::new();
     let mut devices: Vec<(u32, Arc<dyn Device>)> = Vec::new();
     for stretch in regions.all() {
@@ -431,7 +435,7 @@ fn memory_over(regions: &Regions) -> Result<Memory, Failure> {
             let device = match known {
                 Some((_, device)) => Arc::clone(device),
                 None => {
-                    let opened = CudaDevice::open(gpu);
+                    let opened = CudaDevice::open(gpu, percent);
                     let opened = opened.map_err(|error| Failure::new(KVT_REGION, error.to_string()))?;
                     let opened: Arc<dyn Device> = Arc::new(opened);
                     devices.push((gpu, Arc::clone(&opened)));

@@ -27,7 +27,7 @@
 //! unsafe { event.record_on(RawStream(torch_stream))? };      // the same, when only a stream is known
 //!
 //! // same host, other process
-//! let exported = ipc::export(&context, pointer, len)?;       // Handle (≤ 4 KiB encoded) and, for VMM, descriptors
+//! let exported = ipc::export(&context, pointer, len)?;       // Handle (≤ 9 KiB encoded) and, for VMM, descriptors
 //! let mapping  = imports.open(peer, &handle, descriptors)?;  // cached, reference counted; mapping.address()
 //! ipc::send_descriptors(&unix_stream, &bytes, &fds)?;  ipc::receive_descriptors(&unix_stream, &mut bytes)?;
 //! ```
@@ -41,8 +41,11 @@
 //! promises (`unsafe`) that both sides stay mapped until the stream has passed it.
 
 pub mod device;
+pub mod dmabuf;
 pub mod driver;
+mod engine_memory;
 mod error;
+pub mod ipc;
 pub mod kernels;
 pub mod memory;
 pub mod pinned;
@@ -51,6 +54,7 @@ pub mod stream;
 mod sys;
 
 pub use device::{DeviceFacts, DeviceUuid};
+pub use engine_memory::{CudaDevice, PERCENT_DEFAULT};
 pub use driver::{Context, Current, Driver};
 pub use error::GpuError;
 pub use kernels::{

@@ -270,6 +270,7 @@ fn released_memory_is_given_up_by_peers_and_shared_anew() {
     assert_eq!(pair.devices[1].counts().attached, 1);
     pair.writer.release_memory(&[RegionId(0)], SOON).unwrap();
     wait_until(|| pair.devices[1].counts().attached == 0);
+    assert_eq!(pair.devices[0].counts().unshared, 1);
     pair.writer.restore_memory(&[RegionId(0)]).unwrap();
     let (peer, path, _) = connect(&pair.writer, &pair.written);
     assert_eq!(path, "device-pull");

@@ -94,10 +94,14 @@ fn device_of(regions: &[Arc<Region>]) -> Result<Option<Arc<dyn Device>>, String>
     }
 }
 
+/// Most bytes of all descriptions together: half of what a stranger may say.
+const SHARE_BYTES_ALL_MAX: usize = 1 << 20;
+
 /// Describes every region to processes of this host.
 fn share(regions: &[Arc<Region>]) -> Shared {
     let mut known: HashMap<Vec<u8>, u32> = HashMap::new();
     let mut shared = Shared::default();
+    let mut bytes = 0;
     for (number, region) in regions.iter().enumerate() {
         let Some(device) = region.on_device() else {
             shared.places.push(Place::Host);
@@ -107,12 +111,15 @@ fn share(regions: &[Arc<Region>]) -> Shared {
             Ok(share) => {
                 let next = u32::try_from(shared.shares.len()).unwrap_or(u32::MAX);
                 let index = known.get(&share.allocation).copied();
-                if index.is_none() && shared.shares.len() < SHARES_MAX {
+                let fits = shared.shares.len() < SHARES_MAX
+                    && bytes + share.allocation.len() <= SHARE_BYTES_ALL_MAX;
+                if index.is_none() && fits {
+                    bytes += share.allocation.len();
                     known.insert(share.allocation.clone(), next);
                     shared.shares.push(share.allocation);
                 }
                 let offset = share.offset;
-                match index.or(((next as usize) < SHARES_MAX).then_some(next)) {
+                match index.or(fits.then_some(next)) {
                     Some(share) => Place::Shared { share, offset },
                     None => Place::Device,
                 }

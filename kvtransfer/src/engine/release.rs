@@ -107,7 +107,8 @@ impl Hub {
             });
         }
         drop(core);
-        if self.devices.device().is_some() {
+        if let Some(device) = self.devices.device() {
+            device.unshare();
             // They hold our allocations in use.
             for info in self.peers() {
                 self.drop_peer(info.peer, REASON);

@@ -8,8 +8,9 @@ use thiserror::Error;
 
 use super::Region;
 
-/// Most bytes with which an allocation is described to another process: a CUDA IPC handle has 64.
-pub const SHARE_BYTES_MAX: usize = 256;
+/// Most bytes with which an allocation is described to another process: a CUDA IPC handle has 64; virtual memory has 12 for each
+/// of its physical pieces, so that torch's largest buffers fit (16 GiB in pieces of 20 MiB).
+pub const SHARE_BYTES_MAX: usize = 10 << 10;
 
 /// What a device refused, in its driver's words.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -62,6 +63,9 @@ pub trait Device: Send + Sync + Debug {
     /// # Errors
     /// The allocation's kind cannot be shared, in words.
     fn share(&self, address: u64, len: u64) -> Result<Share, DeviceError>;
+
+    /// The memory is about to go away: what sharing keeps alive is let go.
+    fn unshare(&self);
 
     /// Takes another process's allocation into use.
     ///

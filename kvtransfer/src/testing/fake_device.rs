@@ -92,6 +92,7 @@ struct Inner {
     gathered: AtomicU64,
     scattered: AtomicU64,
     attached: AtomicUsize,
+    unshared: AtomicUsize,
     shares_nothing: AtomicBool,
     attaches_nothing: AtomicBool,
     copies_nothing: AtomicBool,
@@ -108,6 +109,8 @@ pub struct FakeCounts {
     pub pulled: u64,
     /// Allocations of other processes in use now.
     pub attached: usize,
+    /// How often it was told that its memory goes away.
+    pub unshared: usize,
 }
 
 /// See the module.
@@ -151,6 +154,7 @@ impl FakeDevice {
             scattered: inner.scattered.load(Ordering::SeqCst),
             pulled: inner.pulls.load(Ordering::SeqCst),
             attached: inner.attached.load(Ordering::SeqCst),
+            unshared: inner.unshared.load(Ordering::SeqCst),
         }
     }
 
@@ -320,6 +324,10 @@ impl Device for FakeDevice {
             allocation: bytes,
             offset,
         })
+    }
+
+    fn unshare(&self) {
+        self.inner.unshared.fetch_add(1, Ordering::SeqCst);
     }
 
     fn attach(&self, allocation: &[u8]) -> Result<Arc<dyn Attached>, DeviceError> {
