@@ -43,7 +43,6 @@
 pub mod device;
 pub mod dmabuf;
 pub mod driver;
-mod engine_memory;
 mod error;
 pub mod ipc;
 pub mod kernels;
@@ -54,7 +53,6 @@ pub mod stream;
 mod sys;
 
 pub use device::{DeviceFacts, DeviceUuid};
-pub use engine_memory::{CudaDevice, PERCENT_DEFAULT};
 pub use driver::{Context, Current, Driver};
 pub use error::GpuError;
 pub use kernels::{

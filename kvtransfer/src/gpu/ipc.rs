@@ -16,8 +16,8 @@ mod handle;
 mod imports;
 
 pub use descriptors::{DESCRIPTORS_MAX, receive_descriptors, send_descriptors};
-pub use handle::{HANDLE_BYTES_MAX, Handle, PIECES_MAX};
 use handle::Memory;
+pub use handle::{HANDLE_BYTES_MAX, Handle, PIECES_MAX};
 pub use imports::{IMPORTS_MAX, Imports, Mapping, PeerProcess};
 
 use super::{
@@ -115,7 +115,9 @@ fn pieces(
     len: u64,
 ) -> Result<(Memory, u64, Vec<OwnedFd>), GpuError> {
     let end = address.checked_add(len).filter(|_| len > 0);
-    let end = end.ok_or(GpuError::Misuse("an exported range has bytes and does not wrap"))?;
+    let end = end.ok_or(GpuError::Misuse(
+        "an exported range has bytes and does not wrap",
+    ))?;
     let (mut lens, mut descriptors) = (Vec::new(), Vec::new());
     let (first, _) = piece_at(context, address)?;
     let mut next = first;
@@ -139,7 +141,11 @@ fn pieces(
         lens.push(bytes);
         next = base + bytes;
     }
-    Ok((Memory::Virtual { pieces: lens }, address - first, descriptors))
+    Ok((
+        Memory::Virtual { pieces: lens },
+        address - first,
+        descriptors,
+    ))
 }
 
 /// The physical piece at an address. For virtual memory the driver's "address range" is one mapping.
@@ -148,15 +154,24 @@ fn piece_at(context: &Context, address: u64) -> Result<(u64, u64), GpuError> {
     let (mut base, mut bytes) = (0, 0);
     // SAFETY: writes two numbers.
     unsafe {
-        cuda!(context.calls(), cuMemGetAddressRange_v2(&raw mut base, &raw mut bytes, address))
+        cuda!(
+            context.calls(),
+            cuMemGetAddressRange_v2(&raw mut base, &raw mut bytes, address)
+        )
     }?;
     Ok((base, bytes as u64))
 }
 
 fn piece_descriptor(context: &Context, base: u64) -> Result<OwnedFd, GpuError> {
     let calls = context.calls();
-    let retain = known(calls.cuMemRetainAllocationHandle, "cuMemRetainAllocationHandle")?;
-    let export = known(calls.cuMemExportToShareableHandle, "cuMemExportToShareableHandle")?;
+    let retain = known(
+        calls.cuMemRetainAllocationHandle,
+        "cuMemRetainAllocationHandle",
+    )?;
+    let export = known(
+        calls.cuMemExportToShareableHandle,
+        "cuMemExportToShareableHandle",
+    )?;
     let pointer = usize::try_from(base)
         .map_err(|_| GpuError::Misuse("an address is outside of the address space"))?;
     let pointer = std::ptr::with_exposed_provenance_mut::<c_void>(pointer);

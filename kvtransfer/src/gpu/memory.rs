@@ -348,7 +348,8 @@ impl PoolBuffer {
 
 impl Drop for PoolBuffer {
     fn drop(&mut self) {
-        let (Some(call), Ok(_current)) = (self.context.calls().cuMemFreeAsync, self.context.enter())
+        let (Some(call), Ok(_current)) =
+            (self.context.calls().cuMemFreeAsync, self.context.enter())
         else {
             return;
         };

@@ -11,8 +11,8 @@ use std::{
 };
 
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
 use crate::gpu::GpuError;
@@ -30,7 +30,9 @@ pub fn send_descriptors(
     descriptors: &[BorrowedFd<'_>],
 ) -> Result<usize, GpuError> {
     if bytes.is_empty() {
-        return Err(GpuError::Misuse("descriptors travel with at least one byte"));
+        return Err(GpuError::Misuse(
+            "descriptors travel with at least one byte",
+        ));
     }
     if descriptors.len() > DESCRIPTORS_MAX {
         return Err(GpuError::Limit {
@@ -72,7 +74,9 @@ pub fn receive_descriptors(
         .flatten()
         .collect();
     if received.flags.contains(rustix::net::ReturnFlags::CTRUNC) {
-        return Err(GpuError::Peer("more descriptors came than a message may carry"));
+        return Err(GpuError::Peer(
+            "more descriptors came than a message may carry",
+        ));
     }
     Ok((received.bytes, descriptors))
 }
@@ -94,20 +98,32 @@ mod tests {
         assert_eq!(send_descriptors(&here, b"head", &many), Ok(4));
         let mut bytes = [0; 16];
         let (count, descriptors) = receive_descriptors(&there, &mut bytes).expect("sent above");
-        assert_eq!((&bytes[..count], descriptors.len()), (b"head".as_slice(), DESCRIPTORS_MAX));
+        assert_eq!(
+            (&bytes[..count], descriptors.len()),
+            (b"head".as_slice(), DESCRIPTORS_MAX)
+        );
         let mut text = [0; 7];
-        let first = descriptors.into_iter().next().expect("as many as were sent");
+        let first = descriptors
+            .into_iter()
+            .next()
+            .expect("as many as were sent");
         File::from(first).read_exact(&mut text).expect("4096 bytes");
         assert_eq!(&text, b"through");
         drop(here);
-        assert_eq!(receive_descriptors(&there, &mut bytes).expect("closed").0, 0);
+        assert_eq!(
+            receive_descriptors(&there, &mut bytes).expect("closed").0,
+            0
+        );
     }
 
     #[test]
     fn too_many_descriptors_and_no_bytes_are_refused() {
         let (here, _there) = UnixStream::pair().expect("sockets");
         let many = vec![here.as_fd(); DESCRIPTORS_MAX + 1];
-        assert!(matches!(send_descriptors(&here, b"x", &many), Err(GpuError::Limit { .. })));
+        assert!(matches!(
+            send_descriptors(&here, b"x", &many),
+            Err(GpuError::Limit { .. })
+        ));
         assert!(send_descriptors(&here, b"", &many[..1]).is_err());
     }
 }

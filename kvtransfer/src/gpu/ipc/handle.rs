@@ -215,7 +215,10 @@ mod tests {
         assert!(with(|handle| handle.len = 0).is_err());
         assert!(with(|handle| handle.offset = u64::MAX).is_err());
         let huge = |total| Handle {
-            memory: Memory::Plain { handle: [0; 64], total },
+            memory: Memory::Plain {
+                handle: [0; 64],
+                total,
+            },
             ..plain()
         };
         assert!(Handle::decode(&huge(EXPORT_BYTES_MAX).encode()).is_ok());
@@ -225,7 +228,10 @@ mod tests {
         let wrapping = Memory::Virtual {
             pieces: vec![u64::MAX, 4096],
         };
-        let wrapping = Handle { memory: wrapping, ..plain() };
+        let wrapping = Handle {
+            memory: wrapping,
+            ..plain()
+        };
         assert!(Handle::decode(&wrapping.encode()).is_err());
         let mut long = plain().encode();
         long.push(0);

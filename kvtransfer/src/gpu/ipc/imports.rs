@@ -66,7 +66,9 @@ impl Imports {
         descriptors: Vec<OwnedFd>,
     ) -> Result<Mapping, GpuError> {
         if descriptors.len() != handle.descriptor_count() {
-            return Err(GpuError::Peer("it came with too few descriptors, or too many"));
+            return Err(GpuError::Peer(
+                "it came with too few descriptors, or too many",
+            ));
         }
         let key = Key {
             peer,
@@ -102,7 +104,10 @@ impl Imports {
     #[must_use]
     pub fn count(&self) -> usize {
         let table = self.lock();
-        table.values().filter(|opened| opened.strong_count() > 0).count()
+        table
+            .values()
+            .filter(|opened| opened.strong_count() > 0)
+            .count()
     }
 
     fn map(&self, handle: &Handle, descriptors: &[OwnedFd]) -> Result<Opened, GpuError> {
@@ -168,7 +173,12 @@ impl Opened {
         let (mut base, mut bytes) = (0, 0);
         let (at, calls) = (self.base, self.context.calls());
         // SAFETY: writes two numbers.
-        unsafe { cuda!(calls, cuMemGetAddressRange_v2(&raw mut base, &raw mut bytes, at)) }?;
+        unsafe {
+            cuda!(
+                calls,
+                cuMemGetAddressRange_v2(&raw mut base, &raw mut bytes, at)
+            )
+        }?;
         Ok((bytes as u64).saturating_sub(at - base))
     }
 }
