@@ -27,7 +27,7 @@
 //! unsafe { event.record_on(RawStream(torch_stream))? };      // the same, when only a stream is known
 //!
 //! // same host, other process
-//! let exported = ipc::export(&context, pointer, len)?;       // Handle (≤ 4 KiB encoded) and, for VMM, descriptors
+//! let exported = ipc::export(&context, pointer, len)?;       // Handle (≤ 9 KiB encoded) and, for VMM, descriptors
 //! let mapping  = imports.open(peer, &handle, descriptors)?;  // cached, reference counted; mapping.address()
 //! ipc::send_descriptors(&unix_stream, &bytes, &fds)?;  ipc::receive_descriptors(&unix_stream, &mut bytes)?;
 //! ```
@@ -41,8 +41,10 @@
 //! promises (`unsafe`) that both sides stay mapped until the stream has passed it.
 
 pub mod device;
+pub mod dmabuf;
 pub mod driver;
 mod error;
+pub mod ipc;
 pub mod kernels;
 pub mod memory;
 pub mod pinned;

@@ -309,3 +309,54 @@ pub(super) fn allow_access(context: &Context, address: u64, len: usize) -> Resul
     let code = unsafe { call(address, len, &raw const description, 1) };
     super::driver::check(context.calls(), OP, code)
 }
+
+/// A `cudaMallocAsync` allocation from the device's default pool.
+pub struct PoolBuffer {
+    context: Arc<Context>,
+    address: u64,
+}
+
+impl PoolBuffer {
+    /// Allocates `len` bytes and waits until they are there.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn new(stream: &Stream, len: usize) -> Result<Self, GpuError> {
+        const OP: &str = "cuMemAllocAsync";
+        let context = stream.context();
+        let call = known(context.calls().cuMemAllocAsync, OP)?;
+        let mut address = 0;
+        let current = context.enter()?;
+        // SAFETY: writes an address; freed once, in `drop`.
+        let code = unsafe { call(&raw mut address, len, stream.raw()) };
+        super::driver::check(context.calls(), OP, code)?;
+        drop(current);
+        let buffer = Self {
+            context: Arc::clone(context),
+            address,
+        };
+        stream.synchronize()?;
+        Ok(buffer)
+    }
+
+    /// Where it starts.
+    #[must_use]
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+}
+
+impl Drop for PoolBuffer {
+    fn drop(&mut self) {
+        let (Some(call), Ok(_current)) =
+            (self.context.calls().cuMemFreeAsync, self.context.enter())
+        else {
+            return;
+        };
+        // SAFETY: allocated in `new`, freed once, in the default stream's order.
+        let code = unsafe { call(self.address, ptr::null_mut()) };
+        if code != 0 {
+            tracing::debug!(code, "a pool allocation was not freed");
+        }
+    }
+}
