@@ -43,6 +43,7 @@
 pub mod device;
 pub mod dmabuf;
 pub mod driver;
+mod engine_memory;
 mod error;
 pub mod ipc;
 pub mod kernels;
@@ -54,6 +55,7 @@ mod sys;
 
 pub use device::{DeviceFacts, DeviceUuid};
 pub use driver::{Context, Current, Driver};
+pub use engine_memory::{CudaDevice, PERCENT_DEFAULT};
 pub use error::GpuError;
 pub use kernels::{
     Blocks, KernelOptions, Kernels, Launch, Method, Pair, Piece, Rows, Side, Window,

@@ -84,8 +84,8 @@ fn image(engine: &Engine) -> Vec<u8> {
 fn scattered(writer: &Engine, written: &Engine, len: u64) -> Vec<Block> {
     let count = LEN as u64 / len;
     let piece = |index: u64| Block {
-        source: base(writer) + index * len,
-        target: base(written) + (count - 1 - index) * len,
+        source_address: base(writer) + index * len,
+        target_address: base(written) + (count - 1 - index) * len,
         len,
     };
     (0..count).step_by(2).map(piece).collect()

@@ -77,8 +77,10 @@ impl CudaDevice {
         let name = format!("cuda:{ordinal} ({}, {})", facts.name, facts.pci_address);
         let imports = Imports::new(&context);
         let mut cookie = [0; 16];
-        getrandom::fill(&mut cookie)
-            .map_err(|error| GpuError::system("drawing a random number", std::io::Error::from(error)))?;
+        getrandom::fill(&mut cookie).map_err(|error| GpuError::System {
+            what: "drawing a random number",
+            reason: error.to_string(),
+        })?;
         Ok(Self {
             shared: Arc::new(Opened {
                 context,
@@ -272,15 +274,12 @@ impl CudaCopier {
     }
 
     /// Host bytes as an address for the driver.
-    fn host_address(
-        host: &Region,
-        offset: u64,
-        pieces: &[Piece],
-    ) -> Result<u64, GpuError> {
+    fn host_address(host: &Region, offset: u64, pieces: &[Piece]) -> Result<u64, GpuError> {
         let len = pieces.iter().map(|piece| piece.len).sum::<u64>();
         let len = usize::try_from(len).unwrap_or(usize::MAX);
         let base = host.at(offset, len);
-        let base = base.map_err(|_| GpuError::Misuse("host memory that is shorter than the pieces"))?;
+        let base =
+            base.map_err(|_| GpuError::Misuse("host memory that is shorter than the pieces"))?;
         Ok(base.addr().get() as u64)
     }
 }

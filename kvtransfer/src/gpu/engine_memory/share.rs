@@ -13,8 +13,8 @@ use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open}
 use super::Opened;
 use crate::{
     gpu::{
-        GpuError, Mapping,
-        ipc::{self, Exported, Handle, PeerProcess},
+        GpuError,
+        ipc::{self, Exported, Handle, Mapping, PeerProcess},
         pointer,
     },
     memory::device::{SHARE_BYTES_MAX, Share},
@@ -41,7 +41,11 @@ pub(super) fn export(opened: &Arc<Opened>, address: u64, len: u64) -> Result<Sha
     let facts = pointer::inspect(&opened.context, address)?;
     // Kinds that cannot be shared are refused by the export itself.
     let whole = facts.holds(address, len);
-    let (base, bytes) = if whole { (facts.base, facts.len) } else { (address, len) };
+    let (base, bytes) = if whole {
+        (facts.base, facts.len)
+    } else {
+        (address, len)
+    };
     let mut exports = exports(opened);
     let known = exports.get(&facts.allocation);
     if let Some(known) = known.filter(|_| whole && facts.allocation != 0) {
@@ -73,7 +77,10 @@ pub(super) fn export(opened: &Arc<Opened>, address: u64, len: u64) -> Result<Sha
         descriptors,
         bytes: allocation.clone(),
     };
-    debug_assert!(export.descriptors.len() <= usize::from(count), "one number each");
+    debug_assert!(
+        export.descriptors.len() <= usize::from(count),
+        "one number each"
+    );
     exports.insert(facts.allocation, export);
     Ok(Share {
         allocation,

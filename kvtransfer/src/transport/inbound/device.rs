@@ -1,7 +1,7 @@
 //! Payload that a device copies out of its peer's memory into ours.
 #![forbid(unsafe_code)]
 
-use super::Inbound;
+use super::{Inbound, staged::failed};
 use crate::{
     error::TransferError,
     memory::{
@@ -84,11 +84,7 @@ impl Inbound {
         let Some(device) = context.hub.devices.device() else {
             return Ok(());
         };
-        let failed = |error: DeviceError| {
-            Placement::Failed(TransferError::Device {
-                reason: error.to_string(),
-            })
-        };
+        let failed = |error: DeviceError| failed(&error);
         let copier = self.stager.copier(&**device).map_err(failed)?;
         let Some(_pass) = gate.pass() else {
             return Err(Placement::GateClosed);

@@ -169,7 +169,10 @@ impl Inbound {
             };
             let segments = &self.segments[..filled];
             let hub = &context.hub;
-            self.stager.scatter(hub, segments, ring.region(), place)?;
+            match self.stager.scatter(hub, segments, ring.region(), place) {
+                Err(LaneError::Device(error)) => return Ok(super::staged::failed(&error)),
+                scattered => scattered?,
+            }
             place += segments.iter().map(|segment| segment.len).sum::<u64>();
         }
         Ok(Placement::Placed)

@@ -5,6 +5,8 @@ use std::{io, os::fd::BorrowedFd};
 
 use super::{AHEAD, Expect, Filling, Inbound, Received, Step, consume};
 use crate::{
+    error::TransferError,
+    memory::device::DeviceError,
     plan::mismatch::End,
     transfer::Placement,
     transport::{
@@ -43,6 +45,12 @@ impl Staged {
         self.filled += bytes;
         self.filling.left -= bytes as u64;
     }
+}
+
+/// A batch that our device did not place.
+pub(super) fn failed(error: &DeviceError) -> Placement {
+    let reason = error.to_string();
+    Placement::Failed(TransferError::Device { reason })
 }
 
 impl Inbound {
@@ -91,7 +99,17 @@ impl Inbound {
             self.expect = Expect::Staged(staged);
             return Ok(Step::NeedBytes);
         }
-        if !self.empty_chunk(context, &mut staged)? {
+        let emptied = match self.empty_chunk(context, &mut staged) {
+            Err(LaneError::Device(error)) => {
+                // Ours to answer for, not the connection's: only the room ends. What is left of the batch is not wanted.
+                let Filling { header, batch, .. } = &staged.filling;
+                let placement = failed(&error);
+                context.hub.placed(context.peer, header, batch, placement);
+                false
+            }
+            emptied => emptied?,
+        };
+        if !emptied {
             let Filling { header, left, .. } = staged.filling;
             self.expect = Expect::Skip(header, left);
         } else if staged.filling.left > 0 {
