@@ -1,4 +1,5 @@
 //! Copies out of another process's memory: this process owns the pages, a second one maps and pulls them.
+#![expect(unsafe_code, reason = "copies between buffers that outlive them")]
 
 use std::{
     io::{Read as _, Write as _},
