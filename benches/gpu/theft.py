@@ -30,10 +30,10 @@ def vector_shape(total_bytes):
 
 
 def bulk_shape(pages):
-    parts = PAGE // 4096
-    shape = numpy.zeros(1, dtype=[("strides", "u8", 2), ("numbers", "u4", 10)])
+    parts, stages = PAGE // 4096, 12
+    shape = numpy.zeros(1, dtype=[("strides", "u8", 2), ("numbers", "u4", 12)])
     shape["strides"] = PAGE
-    shape["numbers"] = (0, pages * parts, PAGE, 1, *divisor(parts), *divisor(1))
+    shape["numbers"] = (0, pages * parts, PAGE, 4096, stages, stages // 3, *divisor(parts), *divisor(1))
     return shape
 
 
@@ -41,6 +41,7 @@ def main():
     source = open(sys.argv[1], encoding="utf-8").read()
     module = cupy.RawModule(code=source, backend="nvrtc", options=("--std=c++17",))
     vector = module.get_function("kvt_pairs_16")
+    deep = module.get_function("kvt_pairs_16_deep")
     bulk = module.get_function("kvt_bulk_pairs")
     bulk.max_dynamic_shared_size_bytes = 4 * 12 * 4096
 
@@ -57,14 +58,14 @@ def main():
     model = torch.cuda.Stream(priority=-1)
     side = torch.cuda.Stream(priority=least)
 
-    def launch_copy(kind, blocks):
+    def launch_copy(kind, blocks, pages=pages):
         pointer = numpy.uint64(pairs.data_ptr())
         with cupy.cuda.ExternalStream(side.cuda_stream):
             if kind == "bulk":
                 bulk((blocks,), (128,), (pointer, bulk_shape(pages)), shared_mem=4 * 12 * 4096)
             else:
-                threads = 1024 if blocks <= 132 else 256
-                vector((blocks,), (threads,), (pointer, vector_shape(pages * PAGE)))
+                kernel, threads = (deep, 1024) if blocks <= 132 else (vector, 256)
+                kernel((blocks,), (threads,), (pointer, vector_shape(pages * PAGE)))
 
     def matmuls(copy):
         """Milliseconds of a product; copies are kept enqueued until the products are done."""
@@ -89,6 +90,24 @@ def main():
         end.synchronize()
         torch.cuda.synchronize()
         return begin.elapsed_time(end) / REPEATS, copies
+
+    def once(copy, moved):
+        """Milliseconds of all products with one copy of so many bytes somewhere within."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        with torch.cuda.stream(model):
+            begin.record()
+            for number in range(REPEATS):
+                torch.mm(left, right)
+                if number == REPEATS // 4 and copy:
+                    middle = torch.cuda.Event()
+                    middle.record()
+            end.record()
+        if copy:
+            side.wait_event(middle)
+            launch_copy(*copy, pages=moved // PAGE)
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end)
 
     def copy_rate(copy):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -116,6 +135,13 @@ def main():
         moved = copies * pages * PAGE / (both * REPEATS) / 1e6
         print(f"{kind:6} {blocks:5} blocks: alone {rate:7.0f} GB/s; beside a matmul about {moved:6.0f} GB/s, "
               f"the matmul takes {both / again:.3f} of its time alone ({again:.3f} ms)")
+    moved = 448 << 20
+    for kind, blocks in [("bulk", 10), ("vector", 10), ("vector", 2112)]:
+        turns = [(once(None, 0), once((kind, blocks), moved)) for _ in range(9)]
+        extra = sorted(both - alone for alone, both in turns)[4]
+        base = sorted(alone for alone, _ in turns)[4]
+        print(f"{kind:6} {blocks:5} blocks: one copy of 448 MiB (a prompt of 4,096 tokens of the SGLang test's model) among {base:.1f} ms "
+              f"of products costs them {extra:.2f} ms, {100 * extra / base:.1f} %")
     return 0 if right_bytes else 1
 
 
