@@ -30,6 +30,11 @@
 //! let exported = ipc::export(&context, pointer, len)?;       // Handle (≤ 9 KiB encoded) and, for VMM, descriptors
 //! let mapping  = imports.open(peer, &handle, descriptors)?;  // cached, reference counted; mapping.address()
 //! ipc::send_descriptors(&unix_stream, &bytes, &fds)?;  ipc::receive_descriptors(&unix_stream, &mut bytes)?;
+//!
+//! // RDMA: `verdict::probe` for reports; a rail registers a range once exported with each of its devices
+//! let range = GpuRange::new(&context, pointer, len);         // crate-internal: verdict.rs
+//! let (registered, verdict) = unsafe { range.register(&pd, Access::WriteTarget) };
+//! if context.facts().visibility() == Visibility::AfterFlush { context.flush_writes()?; }   // after a receive notice
 //! ```
 //!
 //! # Threads
@@ -40,6 +45,7 @@
 //! The safe types own what they hold. Addresses are plain `u64`s that belong to somebody else: whoever starts a copy
 //! promises (`unsafe`) that both sides stay mapped until the stream has passed it.
 
+pub mod affinity;
 pub mod device;
 pub mod dmabuf;
 pub mod driver;
@@ -52,6 +58,7 @@ pub mod pinned;
 pub mod pointer;
 pub mod stream;
 mod sys;
+pub mod verdict;
 
 pub use device::{DeviceFacts, DeviceUuid};
 pub use driver::{Context, Current, Driver};

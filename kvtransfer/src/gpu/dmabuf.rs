@@ -88,6 +88,15 @@ impl DmaBuf {
         Ok(Self { descriptor, range })
     }
 
+    /// A descriptor that is none of a GPU's, for devices that only look whether it is open.
+    #[cfg(test)]
+    pub(super) fn of_memfd(address: u64, len: u64) -> Self {
+        let flags = rustix::fs::MemfdFlags::CLOEXEC;
+        let descriptor = rustix::fs::memfd_create("no-dmabuf", flags).expect("memfd");
+        let range = Rounded::around(address, len, 4096).expect("no wrap");
+        Self { descriptor, range }
+    }
+
     /// Where the caller's range starts in the buffer, in bytes.
     #[must_use]
     pub fn offset(&self) -> u64 {

@@ -133,6 +133,21 @@ macro_rules! cuda {
 }
 pub(super) use cuda;
 
+/// The same for a call that older drivers lack.
+macro_rules! cuda_optional {
+    ($calls:expr, $symbol:ident($($argument:expr),* $(,)?)) => {{
+        let calls: &$crate::gpu::sys::Calls = $calls;
+        match calls.$symbol {
+            Some(call) => {
+                let code = call($($argument),*);
+                $crate::gpu::driver::check(calls, stringify!($symbol), code)
+            }
+            None => Err($crate::gpu::GpuError::MissingSymbol { symbol: stringify!($symbol) }),
+        }
+    }};
+}
+pub(super) use cuda_optional;
+
 /// The primary context of a device: the one that the runtime API, and so torch, uses. It is kept as long as this lives.
 pub struct Context {
     driver: Driver,

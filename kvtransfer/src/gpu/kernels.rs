@@ -9,7 +9,7 @@
     reason = "launches kernels over addresses that the caller vouches for"
 )]
 
-use std::{ffi::c_void, sync::Arc};
+use std::{ffi::c_void, ops::Range, sync::Arc};
 
 mod crc;
 mod divide;
@@ -24,7 +24,7 @@ use crc::Tables as CrcTables;
 pub use crc::crc32c;
 use lists::{BulkShape, Shape, WindowTables};
 pub use lists::{Pair, Piece, Rows, Side, Window};
-use module::Module;
+use module::{Function, Module};
 pub use module::{KernelOptions, Origin};
 use tables::{SLOT_BYTES, Tables};
 
@@ -40,6 +40,9 @@ pub const POLITE_PERCENT: u32 = 8;
 
 /// Most blocks of a launch: more would only wait.
 pub const BLOCKS_MAX: u32 = 1 << 16;
+
+/// Pairs of a slot.
+const SLOT_PAIRS: usize = SLOT_BYTES / size_of::<Pair>();
 
 /// Threads of a block that has a multiprocessor to itself.
 const THREADS_ALONE: u32 = 1024;
@@ -161,32 +164,24 @@ impl Kernels {
     ) -> Result<(), GpuError> {
         let launch = launch.into();
         lists::check_rows(&rows)?;
-        let bits = pairs
-            .iter()
-            .fold(0, |bits, pair| bits | pair.source | pair.target);
-        let width = lists::width(bits | lists::row_bits(&rows));
-        let slot_pairs = SLOT_BYTES / size_of::<Pair>();
-        for part in pairs.chunks(lists::pairs_per_launch(&rows, slot_pairs, width)) {
+        let (mut rest, mut slot_pairs) = (pairs, lists::first_launch(pairs.len(), SLOT_PAIRS));
+        while !rest.is_empty() {
+            // The bits are looked at launch by launch, so that the device starts before the host has read the whole list.
+            let part = &rest[..rest.len().min(slot_pairs)];
+            let bits = part
+                .iter()
+                .fold(0, |bits, pair| bits | pair.source | pair.target);
+            let width = lists::width(bits | lists::row_bits(&rows));
+            let part = &part[..part.len().min(lists::pairs_per_launch(&rows, width))];
+            rest = &rest[part.len()..];
+            slot_pairs = (slot_pairs * 4).min(SLOT_PAIRS);
             let range = 0..rows.len_bytes() * part.len() as u64;
-            let bulk = self.bulk_shape(launch, width, &rows, &range);
-            let shape = Shape::new(&rows, width, &range)?;
+            let how = self.how(launch, width, &rows, &range)?;
             self.tables
                 .with(stream, &[bytemuck::cast_slice(part)], |mut table| {
                     let table = (&raw mut table).cast();
-                    if let (Some(mut shape), Some((function, _))) = (bulk, self.module.bulk) {
-                        let mut values = [table, (&raw mut shape).cast::<c_void>()];
-                        let grid = self.bulk_grid(launch, &shape);
-                        // SAFETY: the kernel's own types; the caller vouches for the addresses in the table.
-                        return unsafe { self.module.launch(function, stream, grid, &mut values) };
-                    }
-                    let mut shape = shape;
-                    let mut values = [table, (&raw mut shape).cast::<c_void>()];
-                    let (function, grid) = (
-                        self.module.pairs[which(width)],
-                        self.grid(launch, shape.total),
-                    );
-                    // SAFETY: as above.
-                    unsafe { self.module.launch(function, stream, grid, &mut values) }
+                    // SAFETY: the kernels' own type; the caller vouches for the addresses in the table.
+                    unsafe { self.enqueue(stream, launch, how, self.by_pairs(), table) }
                 })?;
         }
         Ok(())
@@ -208,8 +203,7 @@ impl Kernels {
     ) -> Result<(), GpuError> {
         let launch = launch.into();
         let width = lists::check_window(window)?;
-        let shape = Shape::new(&window.rows, width, &window.range)?;
-        let bulk = self.bulk_shape(launch, width, &window.rows, &window.range);
+        let how = self.how(launch, width, &window.rows, &window.range)?;
         let list = |side: Side<'_>| side.items.map_or(&[][..], bytemuck::cast_slice).to_vec();
         let (source, target) = (list(window.source), list(window.target));
         debug_assert_eq!(
@@ -220,20 +214,8 @@ impl Kernels {
         self.tables.with(stream, &parts, |address| {
             let mut tables = WindowTables::at(window, address);
             let tables = (&raw mut tables).cast();
-            if let (Some(mut shape), Some((_, function))) = (bulk, self.module.bulk) {
-                let mut values = [tables, (&raw mut shape).cast::<c_void>()];
-                let grid = self.bulk_grid(launch, &shape);
-                // SAFETY: the kernel's own types; the caller vouches for the addresses that the window describes.
-                return unsafe { self.module.launch(function, stream, grid, &mut values) };
-            }
-            let mut shape = shape;
-            let mut values = [tables, (&raw mut shape).cast::<c_void>()];
-            let (function, grid) = (
-                self.module.window[which(width)],
-                self.grid(launch, shape.total),
-            );
-            // SAFETY: as above.
-            unsafe { self.module.launch(function, stream, grid, &mut values) }
+            // SAFETY: the kernels' own type; the caller vouches for the addresses that the window describes.
+            unsafe { self.enqueue(stream, launch, how, self.by_window(), tables) }
         })
     }
 
@@ -301,10 +283,9 @@ impl Kernels {
                 "checked pages are multiples of 16 bytes at multiples of 16",
             ));
         }
-        let slot_pairs = SLOT_BYTES / size_of::<Pair>();
-        for (place, part) in pairs.chunks(slot_pairs).enumerate() {
+        for (place, part) in pairs.chunks(SLOT_PAIRS).enumerate() {
             let mut count = u32::try_from(part.len()).expect("invariant: a slot is a MiB");
-            let mut sums = sums + (place * slot_pairs * 4) as u64;
+            let mut sums = sums + (place * SLOT_PAIRS * 4) as u64;
             let (mut crc, mut vectors) = (self.crc.address(), bytes / 16);
             self.tables
                 .with(stream, &[bytemuck::cast_slice(part)], |mut table| {
@@ -345,31 +326,94 @@ impl Kernels {
 
     fn bulk_grid(&self, launch: Launch, shape: &BulkShape) -> (u32, u32, u32) {
         let multiprocessors = self.context.facts().multiprocessors.max(1);
-        let tiles = shape.total.div_ceil(shape.per_stage);
         // One block fills a multiprocessor's shared memory.
         let blocks = launch.blocks(multiprocessors).0.min(multiprocessors);
         let warps = module::BULK_THREADS / 32;
-        let blocks = blocks.min(tiles.div_ceil(warps)).max(1);
+        let blocks = blocks.min(shape.total.div_ceil(warps)).max(1);
         (blocks, module::BULK_THREADS, module::BULK_SHARED_BYTES)
     }
 
-    /// The bulk shape, if this launch is to be one.
-    fn bulk_shape(
+    /// Chooses the kind of kernel, and its shape.
+    fn how(
         &self,
         launch: Launch,
         width: u32,
         rows: &Rows,
-        range: &std::ops::Range<u64>,
-    ) -> Option<BulkShape> {
-        self.module.bulk?;
-        let (_, is_alone) = launch.blocks(self.context.facts().multiprocessors);
-        let is_wanted = match launch.method {
-            Method::Auto => is_alone,
-            Method::Vector => false,
-            Method::Bulk => true,
-        };
-        (is_wanted && width == 16).then(|| BulkShape::new(rows, range))?
+        range: &Range<u64>,
+    ) -> Result<How, GpuError> {
+        let is_wanted = self.module.bulk.is_some() && launch.method == Method::Bulk && width == 16;
+        if let Some(shape) = is_wanted.then(|| BulkShape::new(rows, range)).flatten() {
+            return Ok(How::Bulk(shape));
+        }
+        Ok(How::Units(Shape::new(rows, width, range)?, width))
     }
+
+    fn by_pairs(&self) -> Functions<'_> {
+        let module = &self.module;
+        Functions {
+            units: &module.pairs,
+            deep: module.deep.0,
+            bulk: module.bulk.map(|bulk| bulk.0),
+        }
+    }
+
+    fn by_window(&self) -> Functions<'_> {
+        let module = &self.module;
+        Functions {
+            units: &module.window,
+            deep: module.deep.1,
+            bulk: module.bulk.map(|bulk| bulk.1),
+        }
+    }
+
+    /// Enqueues the kernel of a shape.
+    ///
+    /// # Safety
+    /// `tables` must point to what these functions take first, and as for [`Self::copy_pages`].
+    unsafe fn enqueue(
+        &self,
+        stream: &Stream,
+        launch: Launch,
+        how: How,
+        functions: Functions<'_>,
+        tables: *mut c_void,
+    ) -> Result<(), GpuError> {
+        let (_, is_alone) = launch.blocks(self.context.facts().multiprocessors);
+        match (how, functions.bulk) {
+            (How::Bulk(mut shape), Some(function)) => {
+                let grid = self.bulk_grid(launch, &shape);
+                let mut values = [tables, (&raw mut shape).cast::<c_void>()];
+                // SAFETY: the caller vouches for the tables; the shape is of the kernel's own type.
+                unsafe { self.module.launch(function, stream, grid, &mut values) }
+            }
+            (How::Bulk(_), None) => Err(GpuError::Misuse("this GPU has no bulk kernels")),
+            (How::Units(mut shape, width), _) => {
+                let function = if is_alone && width == 16 {
+                    functions.deep
+                } else {
+                    functions.units[which(width)]
+                };
+                let grid = self.grid(launch, shape.total);
+                let mut values = [tables, (&raw mut shape).cast::<c_void>()];
+                // SAFETY: as above.
+                unsafe { self.module.launch(function, stream, grid, &mut values) }
+            }
+        }
+    }
+}
+
+/// The kind of kernel of a launch.
+#[derive(Clone, Copy)]
+enum How {
+    Units(Shape, u32),
+    Bulk(BulkShape),
+}
+
+/// The kernels that take the same table.
+struct Functions<'a> {
+    units: &'a [Function; 4],
+    deep: Function,
+    bulk: Option<Function>,
 }
 
 /// The place of a width among a module's functions.

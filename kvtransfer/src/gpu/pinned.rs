@@ -157,9 +157,37 @@ fn host_pointer(region: &Region) -> Result<*mut u8, GpuError> {
     Ok(base.as_ptr())
 }
 
-/// Which chunks are free.
-struct Free {
-    places: Vec<usize>,
+/// Which of a number of places are free, and who waits for one.
+struct Places {
+    free: Mutex<Vec<usize>>,
+    freed: Condvar,
+}
+
+impl Places {
+    fn new(count: usize) -> Self {
+        Self {
+            free: Mutex::new((0..count).rev().collect()),
+            freed: Condvar::new(),
+        }
+    }
+
+    fn take(&self, patience: Duration) -> Option<usize> {
+        let is_empty = |free: &mut Vec<usize>| free.is_empty();
+        let waited = self
+            .freed
+            .wait_timeout_while(self.lock(), patience, is_empty);
+        let (mut free, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        free.pop()
+    }
+
+    fn give(&self, place: usize) {
+        self.lock().push(place);
+        self.freed.notify_one();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<usize>> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Chunks of pinned memory: as many as fit the pool's bytes, and never more. Who finds none waits.
@@ -167,8 +195,7 @@ pub struct ChunkPool {
     pinned: Pinned,
     chunk_bytes: usize,
     chunks: usize,
-    free: Mutex<Free>,
-    freed: Condvar,
+    places: Places,
 }
 
 impl ChunkPool {
@@ -200,17 +227,14 @@ impl ChunkPool {
             pinned,
             chunk_bytes,
             chunks,
-            free: Mutex::new(Free {
-                places: (0..chunks).rev().collect(),
-            }),
-            freed: Condvar::new(),
+            places: Places::new(chunks),
         })
     }
 
     /// Takes a chunk if one is free.
     #[must_use]
     pub fn try_take(self: &Arc<Self>) -> Option<Chunk> {
-        let place = self.lock().places.pop()?;
+        let place = self.places.take(Duration::ZERO)?;
         let pool = Arc::clone(self);
         Some(Chunk { pool, place })
     }
@@ -220,13 +244,8 @@ impl ChunkPool {
     /// # Errors
     /// [`GpuError::Exhausted`] when none became free.
     pub fn take(self: &Arc<Self>, patience: Duration) -> Result<Chunk, GpuError> {
-        let is_empty = |free: &mut Free| free.places.is_empty();
-        let waited = self
-            .freed
-            .wait_timeout_while(self.lock(), patience, is_empty);
-        let (mut free, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        let place = free.places.pop().ok_or(GpuError::Exhausted(patience))?;
-        drop(free);
+        let taken = self.places.take(patience);
+        let place = taken.ok_or(GpuError::Exhausted(patience))?;
         let pool = Arc::clone(self);
         Ok(Chunk { pool, place })
     }
@@ -246,17 +265,13 @@ impl ChunkPool {
     /// How many are free now.
     #[must_use]
     pub fn free_chunks(&self) -> usize {
-        self.lock().places.len()
+        self.places.lock().len()
     }
 
     /// All of its memory.
     #[must_use]
     pub fn pinned(&self) -> &Pinned {
         &self.pinned
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Free> {
-        self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -318,8 +333,7 @@ impl Chunk {
 
 impl Drop for Chunk {
     fn drop(&mut self) {
-        self.pool.lock().places.push(self.place);
-        self.pool.freed.notify_one();
+        self.pool.places.give(self.place);
     }
 }
 
@@ -338,5 +352,18 @@ mod tests {
             count_chunks(POOL_BYTES_MAX + 1, 1 << 20),
             Err(GpuError::Limit { .. })
         ));
+    }
+
+    #[test]
+    fn who_finds_no_place_waits_until_one_is_given_back() {
+        let places = Arc::new(Places::new(2));
+        let (first, second) = (places.take(Duration::ZERO), places.take(Duration::ZERO));
+        assert_eq!((first, second), (Some(0), Some(1)));
+        assert_eq!(places.take(Duration::from_millis(1)), None);
+        let waiter = Arc::clone(&places);
+        let waiting = std::thread::spawn(move || waiter.take(Duration::from_secs(60)));
+        places.give(1);
+        assert_eq!(waiting.join().ok(), Some(Some(1)));
+        assert_eq!(places.lock().len(), 0);
     }
 }

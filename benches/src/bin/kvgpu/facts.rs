@@ -1,12 +1,14 @@
 //! What there is.
 
+use std::path::Path;
+
 use anyhow::Result;
 use kvtransfer::gpu::{
-    Context, Driver, Pinned, Priority, Stream,
+    Context, Driver, Pinned, Priority, Stream, affinity,
     dmabuf::DmaBuf,
     ipc,
     memory::{DeviceBuffer, PoolBuffer, VirtualBuffer},
-    pointer,
+    pointer, verdict,
 };
 
 use crate::measure::Table;
@@ -75,5 +77,20 @@ pub(crate) fn run(gpu: u32) -> Result<Table> {
             Err(error) => table.fact(format!("IPC handle, {name}"), error.to_string()),
         }
     }
+    match verdict::probe(&context) {
+        Ok(verdicts) => {
+            for verdict in verdicts {
+                let what = format!("GPU-Direct verdict, {}", verdict.device);
+                table.fact(what, format!("{:?}: {}", verdict.path, verdict.reason));
+            }
+        }
+        Err(reason) => table.fact("GPU-Direct verdict", reason),
+    }
+    for (device, distance) in affinity::nearest(Path::new("/"), &context.facts().pci_address) {
+        table.fact(format!("distance to {device}"), distance.words());
+    }
+    let flush = context.flush_writes();
+    let rule = format!("{:?}; a flush: {flush:?}", context.facts().visibility());
+    table.fact("after a receive notice", rule);
     Ok(table)
 }

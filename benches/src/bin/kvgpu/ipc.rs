@@ -1,4 +1,5 @@
 //! Copies out of another process's memory: this process owns the pages, a second one maps and pulls them.
+#![expect(unsafe_code, reason = "copies between buffers that outlive them")]
 
 use std::{
     io::{Read as _, Write as _},
@@ -14,7 +15,8 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 use kvtransfer::gpu::{
-    Blocks, Context, KernelOptions, Kernels, Launch, Method, Pair, Priority, Rows, Stream,
+    Blocks, Context, KernelOptions, Kernels, Launch, Method, Pair, Priority, Rows, Side, Stream,
+    Window,
     ipc::{self, Handle, Imports, PeerProcess},
     memory::{DeviceBuffer, VirtualBuffer},
 };
@@ -214,6 +216,21 @@ pub(crate) fn receive(gpu: u32, options: &ReceiverOptions) -> Result<()> {
         .context("telling the owner")
 }
 
+const LAUNCHES: [Launch; 3] = [
+    Launch {
+        blocks: Blocks::Polite,
+        method: Method::Bulk,
+    },
+    Launch {
+        blocks: Blocks::Polite,
+        method: Method::Vector,
+    },
+    Launch {
+        blocks: Blocks::Full,
+        method: Method::Vector,
+    },
+];
+
 struct Bench {
     context: Arc<Context>,
     imports: Imports,
@@ -262,20 +279,7 @@ impl Bench {
                 })
                 .collect();
             let rows = Rows::page(u32::try_from(page)?);
-            for launch in [
-                Launch {
-                    blocks: Blocks::Polite,
-                    method: Method::Bulk,
-                },
-                Launch {
-                    blocks: Blocks::Polite,
-                    method: Method::Vector,
-                },
-                Launch {
-                    blocks: Blocks::Full,
-                    method: Method::Vector,
-                },
-            ] {
+            for launch in LAUNCHES {
                 // SAFETY: as above.
                 unsafe { self.stream.fill(target.address(), POISON, len) }?;
                 // SAFETY: as above.
@@ -290,6 +294,7 @@ impl Bench {
                 let is_right = self.is_right(&target, page, &from, &to)?;
                 self.table.mark(is_right);
             }
+            self.window(name, &mapping, &target, plain, page)?;
         }
         Ok(())
     }

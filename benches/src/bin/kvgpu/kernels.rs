@@ -1,4 +1,5 @@
 //! How fast copies by lists are.
+#![expect(unsafe_code, reason = "copies between buffers that outlive them")]
 
 use std::sync::Arc;
 

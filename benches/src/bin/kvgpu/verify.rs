@@ -1,4 +1,5 @@
 //! Every kernel against its twin.
+#![expect(unsafe_code, reason = "copies between buffers that outlive them")]
 
 use anyhow::{Result, ensure};
 use clap::Args;
@@ -20,9 +21,12 @@ use crate::{
 /// Options of `verify`.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// Sizes for a memory checker, under which everything is a hundred times slower.
+    /// An eighth of the bytes.
     #[arg(long)]
     small: bool,
+    /// A 32nd of the bytes, for checkers under which everything is a hundred times slower.
+    #[arg(long)]
+    tiny: bool,
     /// Only the PTX that is built in.
     #[arg(long)]
     built_in: bool,
@@ -55,7 +59,11 @@ pub(crate) fn run(gpu: u32, options: &Options) -> Result<Table> {
     let seed = options.seed.unwrap_or_else(|| {
         u64::from(std::process::id()) << 32 | kvtransfer::clock::wall().as_secs()
     });
-    let half = if options.small { 1 << 20 } else { 32 << 20 };
+    let half = match (options.tiny, options.small) {
+        (true, _) => 256 << 10,
+        (false, true) => 1 << 20,
+        (false, false) => 8 << 20,
+    };
     let mut table = Table::default();
     table.fact("seed", seed.to_string());
     table.fact(
@@ -176,7 +184,7 @@ impl Bench {
             (333, 1),
             (16384, 8),
         ] {
-            let span = (bytes + odd).next_multiple_of(16);
+            let span = usize::next_multiple_of(bytes + odd, 16);
             let pairs = self.places(span, span, 70_000, odd);
             ensure!(!pairs.is_empty(), "the arena holds a page");
             let rows = Rows::page(u32::try_from(bytes)?);
@@ -252,12 +260,16 @@ impl Bench {
                 .collect::<Result<_, _>>()?;
             let buffer_bytes = item_bytes * items as u64;
             let range = cut..3 * buffer_bytes - cut;
+            let half = self.half as u64;
             let base = |packed: bool| {
                 (0..3)
                     .map(|buffer: u64| Pair {
                         source: buffer * buffer_bytes,
-                        target: (self.half as u64 + buffer * buffer_bytes)
-                            .wrapping_sub(if packed { range.start } else { 0 }),
+                        target: (half + buffer * buffer_bytes).wrapping_sub(if packed {
+                            range.start
+                        } else {
+                            0
+                        }),
                     })
                     .collect::<Vec<_>>()
             };
@@ -319,7 +331,8 @@ impl Bench {
             let (mut source, mut target) =
                 (self.random.below(64), self.half + self.random.below(64));
             loop {
-                let len = self.random.below(1 << self.random.below(18));
+                let bits = self.random.below(18);
+                let len = self.random.below(1 << bits);
                 if source + len >= self.half || target + len >= 2 * self.half {
                     break;
                 }

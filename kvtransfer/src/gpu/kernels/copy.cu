@@ -168,6 +168,8 @@ __device__ __forceinline__ void copy_units(const Pieces &pieces, const Shape &sh
     }
 
 COPIES(16, Bytes16, 4)
+// For blocks that have a multiprocessor to themselves: twice the bytes in flight.
+COPIES(16_deep, Bytes16, 8)
 COPIES(8, Bytes8, 4)
 COPIES(4, Bytes4, 4)
 COPIES(1, Bytes1, 4)
@@ -231,22 +233,24 @@ extern "C" __global__ void __launch_bounds__(1024, 1) kvt_tiles(const Tile *tile
 // ---- Bulk copies (Hopper and later): the copy engine of each multiprocessor moves bytes to shared memory and out again, so
 // that one block keeps its whole ring in flight, which needs no register and hardly an instruction per byte.
 //
-// Each warp owns a ring of STAGES stages and nothing is shared between warps. A stage holds as many whole rows as fit, or a
-// part of a row that is longer than a stage.
+// Each warp owns a ring of stages and nothing is shared between warps. A stage holds a row, or a part of a row that is longer
+// than a stage. Lane n % 32 moves part n: it looks its addresses up a batch ahead, since a lookup takes as long as moving
+// many parts, issues the load and later the store.
 
 #define BULK_WARPS 4
-#define BULK_STAGES 12
-#define BULK_STAGE_BYTES 4096
-// Stages whose stores may still be reading when the next load is issued; the others are loading.
-#define BULK_STORING 4
+#define BULK_RING_BYTES 49152
+#define BULK_STAGES_MAX 32
+#define BULK_PART_BYTES 4096
 
 struct BulkShape {
     u64 source_stride;
     u64 target_stride;
-    u32 first;  // rows, or parts of rows, before this launch's
+    u32 first;  // parts of rows before this launch's
     u32 total;  // of this launch
     u32 bytes;  // of a row
-    u32 per_stage;  // rows in a stage; 1 where a row is longer than that
+    u32 stage_bytes;
+    u32 stages;
+    u32 storing;  // stages whose stores may still be reading when the next load is issued; the others are loading
     u32 parts;  // of a row; 1 where a row fits a stage
     u32 parts_factor;
     u32 parts_shift;
@@ -282,96 +286,83 @@ __device__ __forceinline__ void bulk_store(u64 target, u32 shared, u32 bytes) {
                  :: "l"(target), "r"(shared), "r"(bytes) : "memory");
 }
 
-template <typename Pieces> struct BulkCopy {
-    const Pieces &pieces;
-    const BulkShape &shape;
-    u32 lane, ring, barriers;
-
-    // Rows of a tile, and where one of them is.
-    __device__ __forceinline__ u32 count(u32 tile) const {
-        const u32 left = shape.total - tile * shape.per_stage;
-        return left < shape.per_stage ? left : shape.per_stage;
-    }
-    __device__ __forceinline__ u32 find(u32 n, Pair &pair) const {
-        const u32 row = divide(shape.first + n, shape.parts_factor, shape.parts_shift);
-        const u32 offset = (shape.first + n - row * shape.parts) * BULK_STAGE_BYTES;
-        const u32 piece = divide(row, shape.rows_factor, shape.rows_shift);
-        pair = row_at(shape_rows(), pieces.at(piece), row - piece * shape.rows);
-        pair.source += offset;
-        pair.target += offset;
-        const u32 left = shape.bytes - offset;
-        return left < BULK_STAGE_BYTES ? left : BULK_STAGE_BYTES;
-    }
-    __device__ __forceinline__ Shape shape_rows() const {
-        Shape rows;
-        rows.source_stride = shape.source_stride;
-        rows.target_stride = shape.target_stride;
-        return rows;
-    }
-    __device__ __forceinline__ void load(u32 tile, u32 stage) const {
-        const u32 rows = count(tile), first = tile * shape.per_stage;
-        const u32 buffer = ring + stage * BULK_STAGE_BYTES, barrier = barriers + stage * 8;
-        if (lane == 0) {
-            Pair pair;
-            const u32 bytes = shape.parts > 1 ? find(first, pair) : rows * shape.bytes;
-            barrier_expect(barrier, bytes);
-        }
-        __syncwarp();
-        for (u32 row = lane; row < rows; row += 32) {
-            Pair pair;
-            const u32 bytes = find(first + row, pair);
-            bulk_load(buffer + row * shape.bytes, pair.source, bytes, barrier);
-        }
-    }
-    __device__ __forceinline__ void store(u32 tile, u32 stage) const {
-        const u32 rows = count(tile), first = tile * shape.per_stage;
-        const u32 buffer = ring + stage * BULK_STAGE_BYTES;
-        for (u32 row = lane; row < rows; row += 32) {
-            Pair pair;
-            const u32 bytes = find(first + row, pair);
-            bulk_store(pair.target, buffer + row * shape.bytes, bytes);
-        }
-        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-    }
+struct Part {
+    Pair pair;
+    u32 bytes;
 };
+
+template <typename Pieces>
+__device__ __forceinline__ Part part_at(const Pieces &pieces, const BulkShape &shape, u32 n) {
+    const u32 row = divide(shape.first + n, shape.parts_factor, shape.parts_shift);
+    const u32 offset = (shape.first + n - row * shape.parts) * BULK_PART_BYTES;
+    const u32 piece = divide(row, shape.rows_factor, shape.rows_shift);
+    const u32 within = row - piece * shape.rows;
+    const u32 left = shape.bytes - offset;
+    Part part;
+    part.pair = pieces.at(piece);
+    part.pair.source += within * shape.source_stride + offset;
+    part.pair.target += within * shape.target_stride + offset;
+    part.bytes = left < BULK_PART_BYTES ? left : BULK_PART_BYTES;
+    return part;
+}
 
 template <typename Pieces>
 __device__ __forceinline__ void copy_bulk(const Pieces &pieces, const BulkShape &shape) {
     extern __shared__ __align__(128) u8 shared[];
-    __shared__ __align__(8) u64 full[BULK_WARPS * BULK_STAGES];
-    const u32 warp = threadIdx.x >> 5;
-    const BulkCopy<Pieces> copy = {pieces, shape, threadIdx.x & 31,
-                                   shared_address(shared) + warp * (BULK_STAGES * BULK_STAGE_BYTES),
-                                   shared_address(full) + warp * (BULK_STAGES * 8)};
-    if (copy.lane == 0) {
-        for (u32 stage = 0; stage < BULK_STAGES; stage++) {
-            barrier_init(copy.barriers + stage * 8);
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __shared__ __align__(8) u64 full[BULK_WARPS * BULK_STAGES_MAX];
+    const u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const u32 ring = shared_address(shared) + warp * BULK_RING_BYTES;
+    const u32 barriers = shared_address(full) + warp * (BULK_STAGES_MAX * 8);
+    if (lane < shape.stages) {
+        barrier_init(barriers + lane * 8);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncwarp();
+    const u32 worker = blockIdx.x * BULK_WARPS + warp, workers = gridDim.x * BULK_WARPS;
+    // This warp's parts are worker, worker + workers, …
+    const u32 mine = worker < shape.total ? (shape.total - worker - 1) / workers + 1 : 0;
+    const u32 ahead = shape.stages - shape.storing;
+    Part now = {}, then = {};
+    if (lane < mine) {
+        now = part_at(pieces, shape, worker + lane * workers);
+    }
+    if (lane < ahead && lane < mine) {
+        barrier_expect(barriers + lane * 8, now.bytes);
+        bulk_load(ring + lane * shape.stage_bytes, now.pair.source, now.bytes, barriers + lane * 8);
     }
     __syncwarp();
-    const u32 tiles = (shape.total + shape.per_stage - 1) / shape.per_stage;
-    const u32 worker = blockIdx.x * BULK_WARPS + warp, workers = gridDim.x * BULK_WARPS;
-    // This warp's tiles are worker, worker + workers, …
-    const u32 mine = worker < tiles ? (tiles - worker - 1) / workers + 1 : 0;
-    const u32 ahead = BULK_STAGES - BULK_STORING;
-    for (u32 n = 0; n < ahead && n < mine; n++) {
-        copy.load(worker + n * workers, n);
-    }
     u32 stage = 0, parity = 0, next = ahead;
-    for (u32 n = 0; n < mine; n++) {
-        barrier_wait(copy.barriers + stage * 8, parity);
-        copy.store(worker + n * workers, stage);
-        if (n + ahead < mine) {
-            // The stage to be loaded was last stored BULK_STORING groups ago.
-            asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(BULK_STORING) : "memory");
-            __syncwarp();
-            copy.load(worker + (n + ahead) * workers, next);
+    for (u32 batch = 0; batch < mine; batch += 32) {
+        if (batch + 32 + lane < mine) {
+            then = part_at(pieces, shape, worker + (batch + 32 + lane) * workers);
         }
-        next = next + 1 == BULK_STAGES ? 0 : next + 1;
-        stage = stage + 1 == BULK_STAGES ? 0 : stage + 1;
-        parity ^= stage == 0;
+        const u32 count = mine - batch < 32 ? mine - batch : 32;
+        for (u32 k = 0; k < count; k++) {
+            barrier_wait(barriers + stage * 8, parity);
+            if (lane == k) {
+                bulk_store(now.pair.target, ring + stage * shape.stage_bytes, now.bytes);
+                asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+            }
+            if (batch + k + ahead < mine) {
+                // The stage to be loaded was last stored `storing` parts ago, by that part's lane.
+                if (batch + k >= shape.storing && lane == ((k - shape.storing) & 31)) {
+                    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+                }
+                __syncwarp();
+                if (lane == ((k + ahead) & 31)) {
+                    const u64 source = k + ahead < 32 ? now.pair.source : then.pair.source;
+                    const u32 bytes = k + ahead < 32 ? now.bytes : then.bytes;
+                    barrier_expect(barriers + next * 8, bytes);
+                    bulk_load(ring + next * shape.stage_bytes, source, bytes, barriers + next * 8);
+                }
+                __syncwarp();
+            }
+            next = next + 1 == shape.stages ? 0 : next + 1;
+            stage = stage + 1 == shape.stages ? 0 : stage + 1;
+            parity ^= stage == 0;
+        }
+        now = then;
     }
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }

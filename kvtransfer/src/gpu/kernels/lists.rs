@@ -161,8 +161,12 @@ impl Shape {
     }
 }
 
-/// Bytes of a stage of the bulk kernels (`BULK_STAGE_BYTES` of copy.cu).
-pub(super) const STAGE_BYTES: u32 = 4096;
+/// Longest part of a row that the bulk kernels move at once, in bytes (`BULK_PART_BYTES` of copy.cu).
+pub(super) const PART_BYTES: u32 = 4096;
+
+/// Bytes of a warp's ring of stages (`BULK_RING_BYTES`), and most stages of it (`BULK_STAGES_MAX`).
+pub(super) const RING_BYTES: u32 = 12 * 4096;
+const STAGES_MAX: u32 = 32;
 
 /// `BulkShape` of copy.cu.
 #[repr(C)]
@@ -173,7 +177,9 @@ pub(super) struct BulkShape {
     pub(super) first: u32,
     pub(super) total: u32,
     pub(super) bytes: u32,
-    pub(super) per_stage: u32,
+    stage_bytes: u32,
+    stages: u32,
+    storing: u32,
     pub(super) parts: u32,
     parts_factor: u32,
     parts_shift: u32,
@@ -183,11 +189,12 @@ pub(super) struct BulkShape {
 }
 
 impl BulkShape {
-    /// The shape of a bulk launch, if these rows and this range suit one: rows of whole vectors, the range of whole rows (or of
-    /// whole parts of long rows).
+    /// The shape of a bulk launch, if these rows and this range suit one: rows of whole vectors, the range of whole rows.
     pub(super) fn new(rows: &Rows, range: &Range<u64>) -> Option<Self> {
         let bytes = u64::from(rows.bytes);
-        let parts = rows.bytes.div_ceil(STAGE_BYTES);
+        let parts = rows.bytes.div_ceil(PART_BYTES);
+        let stage_bytes = rows.bytes.min(PART_BYTES);
+        let stages = (RING_BYTES / stage_bytes.max(1)).min(STAGES_MAX);
         let whole_rows = range.start % bytes == 0 && range.end % bytes == 0;
         if rows.bytes % 16 != 0 || !whole_rows {
             return None;
@@ -201,7 +208,9 @@ impl BulkShape {
             first,
             total: end - first,
             bytes: rows.bytes,
-            per_stage: (STAGE_BYTES / rows.bytes).max(1),
+            stage_bytes,
+            stages,
+            storing: stages / 3,
             parts: parts.value,
             parts_factor: parts.factor,
             parts_shift: parts.shift,
@@ -336,11 +345,21 @@ pub(super) fn row_bits(rows: &Rows) -> u64 {
     strides | u64::from(rows.bytes)
 }
 
-/// How many pairs of so many bytes each one launch may take.
-pub(super) fn pairs_per_launch(rows: &Rows, slot_pairs: usize, width: u32) -> usize {
+/// How many pairs of so many bytes each one launch may take, by its arithmetic.
+pub(super) fn pairs_per_launch(rows: &Rows, width: u32) -> usize {
     let units = rows.len_bytes() / u64::from(width);
     let most = (DIVIDEND_END - 1) / units.max(1);
-    usize::try_from(most).map_or(slot_pairs, |most| most.min(slot_pairs).max(1))
+    usize::try_from(most).map_or(usize::MAX, |most| most.max(1))
+}
+
+/// Pairs of the first launch of a list: few where there are many, so that the device has something to do while the host lists the
+/// rest.
+pub(super) fn first_launch(pairs: usize, slot_pairs: usize) -> usize {
+    if pairs > slot_pairs / 4 {
+        slot_pairs / 16
+    } else {
+        slot_pairs
+    }
 }
 
 /// Longest tile of a piece, in bytes: long enough that its table entry costs nothing, short enough that the last ones do not leave
@@ -396,9 +415,11 @@ mod tests {
             Shape::new(&page, 16, &(0..most + 16384)),
             Err(GpuError::Limit { .. })
         ));
-        assert_eq!(pairs_per_launch(&page, 65536, 16), 65536);
-        assert_eq!(pairs_per_launch(&Rows::page(1 << 20), 65536, 16), 32767);
-        assert_eq!(pairs_per_launch(&Rows::page(1 << 20), 65536, 1), 2047);
+        assert_eq!(pairs_per_launch(&Rows::page(1 << 20), 16), 32767);
+        assert_eq!(pairs_per_launch(&Rows::page(1 << 20), 1), 2047);
+        assert_eq!(pairs_per_launch(&Rows::page(1 << 30), 1), 1);
+        assert_eq!(first_launch(4096, 65536), 65536);
+        assert_eq!(first_launch(1 << 20, 65536), 4096);
         assert!(check_rows(&Rows::page(0)).is_err());
         assert!(
             check_rows(&Rows {

@@ -10,7 +10,7 @@ use std::{
 
 use cudarc::driver::sys::CUfunction_attribute;
 
-use super::{nvrtc::Nvrtc, source};
+use super::{lists::RING_BYTES, nvrtc::Nvrtc, source};
 use crate::gpu::{
     GpuError,
     driver::{Context, cuda},
@@ -18,8 +18,8 @@ use crate::gpu::{
     sys::Opaque,
 };
 
-/// Dynamic shared memory of the bulk kernels: `BULK_WARPS × BULK_STAGES × BULK_STAGE_BYTES` of copy.cu.
-pub(super) const BULK_SHARED_BYTES: u32 = 4 * 12 * 4096;
+/// Dynamic shared memory of the bulk kernels: `BULK_WARPS` rings of copy.cu.
+pub(super) const BULK_SHARED_BYTES: u32 = 4 * RING_BYTES;
 
 /// Threads of a bulk block: `BULK_WARPS` warps.
 pub(super) const BULK_THREADS: u32 = 4 * 32;
@@ -59,6 +59,8 @@ pub(super) struct Module {
     /// Units of 16, 8, 4 and 1 bytes.
     pub(super) pairs: [Function; 4],
     pub(super) window: [Function; 4],
+    /// Pairs and windows in units of 16 bytes, for blocks that have a multiprocessor to themselves.
+    pub(super) deep: (Function, Function),
     pub(super) tiles: Function,
     pub(super) checked: Function,
     /// Bulk kernels for pairs and windows, where the device has what they need.
@@ -112,6 +114,7 @@ impl Module {
             origin,
             pairs: [nothing; 4],
             window: [nothing; 4],
+            deep: (nothing, nothing),
             tiles: nothing,
             checked: nothing,
             bulk: None,
@@ -129,10 +132,11 @@ impl Module {
             find(c"kvt_window_4")?,
             find(c"kvt_window_1")?,
         ];
+        module.deep = (find(c"kvt_pairs_16_deep")?, find(c"kvt_window_16_deep")?);
         module.tiles = find(c"kvt_tiles")?;
         module.checked = find(c"kvt_pairs_crc")?;
         let facts = context.facts();
-        if facts.capability.0 >= 9 && facts.shared_bytes_max > BULK_SHARED_BYTES + 1024 {
+        if facts.capability.0 >= 9 && facts.shared_bytes_max > BULK_SHARED_BYTES + 2048 {
             let bulk = (find(c"kvt_bulk_pairs")?, find(c"kvt_bulk_window")?);
             allow_shared(context, bulk.0)?;
             allow_shared(context, bulk.1)?;

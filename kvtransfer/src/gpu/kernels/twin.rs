@@ -6,7 +6,7 @@
 
 use super::{
     crc,
-    lists::{self, BulkShape, Pair, Piece, Rows, STAGE_BYTES, Shape, Window, WindowTables},
+    lists::{self, BulkShape, PART_BYTES, Pair, Piece, Rows, Shape, Window, WindowTables},
 };
 use crate::gpu::GpuError;
 
@@ -109,26 +109,21 @@ fn copy_units(memory: &mut [u8], shape: &Shape, width: u32, piece: impl Fn(u32) 
 
 fn copy_rows(memory: &mut [u8], shape: &BulkShape, piece: impl Fn(u32) -> Pair) {
     let (parts, rows) = shape.divisors();
-    let tiles = shape.total.div_ceil(shape.per_stage);
-    for tile in 0..tiles {
-        let first = tile * shape.per_stage;
-        let count = shape.per_stage.min(shape.total - first);
-        for n in first..first + count {
-            let row = parts.divide(shape.first + n);
-            let offset = (shape.first + n - row * parts.value) * STAGE_BYTES;
-            let bytes = STAGE_BYTES.min(shape.bytes - offset);
-            let number = rows.divide(row);
-            let within = u64::from(row - number * rows.value);
-            let base = piece(number);
-            let offset = u64::from(offset);
-            let source = base
-                .source
-                .wrapping_add(within * shape.source_stride + offset);
-            let target = base
-                .target
-                .wrapping_add(within * shape.target_stride + offset);
-            transfer(memory, source, target, bytes);
-        }
+    for n in 0..shape.total {
+        let row = parts.divide(shape.first + n);
+        let offset = (shape.first + n - row * parts.value) * PART_BYTES;
+        let bytes = PART_BYTES.min(shape.bytes - offset);
+        let number = rows.divide(row);
+        let within = u64::from(row - number * rows.value);
+        let base = piece(number);
+        let offset = u64::from(offset);
+        let source = base
+            .source
+            .wrapping_add(within * shape.source_stride + offset);
+        let target = base
+            .target
+            .wrapping_add(within * shape.target_stride + offset);
+        transfer(memory, source, target, bytes);
     }
 }
 
