@@ -195,8 +195,8 @@ impl BulkShape {
         let parts = rows.bytes.div_ceil(PART_BYTES);
         let stage_bytes = rows.bytes.min(PART_BYTES);
         let stages = (RING_BYTES / stage_bytes.max(1)).min(STAGES_MAX);
-        let whole_rows = range.start % bytes == 0 && range.end % bytes == 0;
-        if rows.bytes % 16 != 0 || !whole_rows {
+        let whole_rows = range.start.is_multiple_of(bytes) && range.end.is_multiple_of(bytes);
+        if !rows.bytes.is_multiple_of(16) || !whole_rows {
             return None;
         }
         let (parts, per_piece) = (Divisor::new(parts), Divisor::new(rows.count));
