@@ -38,7 +38,7 @@ impl Gpu {
 
     /// Time on the device of so many runs.
     fn time(&self, runs: u64, mut work: impl FnMut() -> Result<(), GpuError>) -> Duration {
-        let timed = || {
+        let mut timed = || {
             let begin = Event::new(&self.context, EventKind::Timing)?;
             let end = Event::new(&self.context, EventKind::Timing)?;
             self.stream.record(&begin)?;
