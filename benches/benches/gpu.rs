@@ -85,8 +85,8 @@ fn copies(criterion: &mut Criterion, gpu: &Gpu) {
         .throughput(Throughput::Bytes(BYTES as u64))
         .sample_size(10);
     group.bench_function("plain", |bench| {
-        // SAFETY: both buffers outlive the synchronisation in `time`.
         bench.iter_custom(|runs| {
+            // SAFETY: the buffers outlive the synchronisation in `time`.
             gpu.time(runs, || unsafe { gpu.stream.copy(target, source, BYTES) })
         });
     });
@@ -96,8 +96,8 @@ fn copies(criterion: &mut Criterion, gpu: &Gpu) {
         for blocks in [Blocks::Polite, Blocks::Full] {
             let id = BenchmarkId::new(format!("pages, {blocks:?}"), page);
             group.bench_function(id, |bench| {
-                // SAFETY: as above.
                 bench.iter_custom(|runs| {
+                    // SAFETY: the buffers outlive the synchronisation in `time`.
                     gpu.time(runs, || unsafe {
                         gpu.kernels.copy_pages(&gpu.stream, &pairs, rows, blocks)
                     })
@@ -123,8 +123,8 @@ fn staging(criterion: &mut Criterion, gpu: &Gpu) {
         });
         let pairs = gpu.pairs(from, to, 16384);
         group.bench_function(format!("pages of 16384 {name}"), |bench| {
-            // SAFETY: as above.
             bench.iter_custom(|runs| {
+                // SAFETY: the buffers outlive the synchronisation in `time`.
                 gpu.time(runs, || unsafe {
                     gpu.kernels
                         .copy_pages(&gpu.stream, &pairs, Rows::page(16384), Blocks::Polite)
