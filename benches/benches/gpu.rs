@@ -4,6 +4,7 @@
 //! `kvgpu` verifies bytes; here only time is measured. Goals: gather of 16 KiB pages at least 0.80 of the plain device copy,
 //! head slices of 1 KiB at least 0.60.
 #![expect(unsafe_code, reason = "copies between buffers that outlive them")]
+#![expect(clippy::print_stderr, reason = "a bench says why it measures nothing")]
 
 use std::{sync::Arc, time::Duration};
 
@@ -37,7 +38,7 @@ impl Gpu {
 
     /// Time on the device of so many runs.
     fn time(&self, runs: u64, mut work: impl FnMut() -> Result<(), GpuError>) -> Duration {
-        let timed = || {
+        let mut timed = || {
             let begin = Event::new(&self.context, EventKind::Timing)?;
             let end = Event::new(&self.context, EventKind::Timing)?;
             self.stream.record(&begin)?;
@@ -84,8 +85,8 @@ fn copies(criterion: &mut Criterion, gpu: &Gpu) {
         .throughput(Throughput::Bytes(BYTES as u64))
         .sample_size(10);
     group.bench_function("plain", |bench| {
-        // SAFETY: both buffers outlive the synchronisation in `time`.
         bench.iter_custom(|runs| {
+            // SAFETY: the buffers outlive the synchronisation in `time`.
             gpu.time(runs, || unsafe { gpu.stream.copy(target, source, BYTES) })
         });
     });
@@ -95,8 +96,8 @@ fn copies(criterion: &mut Criterion, gpu: &Gpu) {
         for blocks in [Blocks::Polite, Blocks::Full] {
             let id = BenchmarkId::new(format!("pages, {blocks:?}"), page);
             group.bench_function(id, |bench| {
-                // SAFETY: as above.
                 bench.iter_custom(|runs| {
+                    // SAFETY: the buffers outlive the synchronisation in `time`.
                     gpu.time(runs, || unsafe {
                         gpu.kernels.copy_pages(&gpu.stream, &pairs, rows, blocks)
                     })
@@ -122,8 +123,8 @@ fn staging(criterion: &mut Criterion, gpu: &Gpu) {
         });
         let pairs = gpu.pairs(from, to, 16384);
         group.bench_function(format!("pages of 16384 {name}"), |bench| {
-            // SAFETY: as above.
             bench.iter_custom(|runs| {
+                // SAFETY: the buffers outlive the synchronisation in `time`.
                 gpu.time(runs, || unsafe {
                     gpu.kernels
                         .copy_pages(&gpu.stream, &pairs, Rows::page(16384), Blocks::Polite)

@@ -43,7 +43,7 @@ there() {
     step 90 verify "$kvgpu" verify
     step 60 "verify, built-in PTX" "$kvgpu" verify --small --built-in
     step 90 kernels "$kvgpu" kernels
-    step 90 ipc "$kvgpu" ipc
+    step 180 ipc "$kvgpu" ipc
     step 90 "a matmul beside copies" python3 -W ignore "$folder/theft.py" "$folder/copy.cu"
     if command -v compute-sanitizer >/dev/null; then
         step 60 "memcheck" compute-sanitizer --tool memcheck --error-exitcode 9 "$kvgpu" verify --tiny

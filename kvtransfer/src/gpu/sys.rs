@@ -166,7 +166,6 @@ call_table! {
         cuMemCreate: fn(*mut u64, usize, *const AllocationProperties, c_ulonglong);
         cuMemRelease: fn(u64);
         cuMemGetAllocationGranularity: fn(*mut usize, *const AllocationProperties, c_uint);
-        cuMemGetAllocationPropertiesFromHandle: fn(*mut AllocationProperties, u64);
         cuMemRetainAllocationHandle: fn(*mut u64, *mut c_void);
         cuMemAddressReserve: fn(*mut Address, usize, usize, Address, c_ulonglong);
         cuMemAddressFree: fn(Address, usize);

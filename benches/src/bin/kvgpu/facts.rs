@@ -51,31 +51,7 @@ pub(crate) fn run(gpu: u32) -> Result<Table> {
     for (name, address, len) in kinds {
         let facts = pointer::inspect(&context, address)?;
         table.fact(format!("pointer, {name}"), serde_json::to_string(&facts)?);
-        match DmaBuf::export(&context, address, len) {
-            Ok(buffer) => {
-                let (asked, has) = (buffer.bytes(), buffer.kernel_bytes());
-                let is_right = has.as_ref().is_ok_and(|has| *has >= asked);
-                let note = format!(
-                    "{len} bytes asked for, offset {}, {asked} exported, kernel says {has:?}",
-                    buffer.offset()
-                );
-                table.check(format!("dma-buf, {name}"), is_right, note);
-            }
-            Err(error) => table.fact(format!("dma-buf, {name}"), error.to_string()),
-        }
-        match ipc::export(&context, address, len) {
-            Ok(exported) => {
-                let bytes = exported.handle.encode();
-                let is_right = ipc::Handle::decode(&bytes)? == exported.handle;
-                let note = format!(
-                    "{} bytes, {} descriptors",
-                    bytes.len(),
-                    exported.descriptors.len()
-                );
-                table.check(format!("IPC handle, {name}"), is_right, note);
-            }
-            Err(error) => table.fact(format!("IPC handle, {name}"), error.to_string()),
-        }
+        exports(&mut table, &context, name, (address, len))?;
     }
     match verdict::probe(&context) {
         Ok(verdicts) => {
@@ -93,4 +69,39 @@ pub(crate) fn run(gpu: u32) -> Result<Table> {
     let rule = format!("{:?}; a flush: {flush:?}", context.facts().visibility());
     table.fact("after a receive notice", rule);
     Ok(table)
+}
+
+/// Exports a range in both ways.
+fn exports(
+    table: &mut Table,
+    context: &Context,
+    name: &str,
+    (address, len): (u64, u64),
+) -> Result<()> {
+    match DmaBuf::export(context, address, len) {
+        Ok(buffer) => {
+            let (asked, has) = (buffer.bytes(), buffer.kernel_bytes());
+            let is_right = has.as_ref().is_ok_and(|has| *has >= asked);
+            let note = format!(
+                "{len} bytes asked for, offset {}, {asked} exported, kernel says {has:?}",
+                buffer.offset()
+            );
+            table.check(format!("dma-buf, {name}"), is_right, note);
+        }
+        Err(error) => table.fact(format!("dma-buf, {name}"), error.to_string()),
+    }
+    match ipc::export(context, address, len) {
+        Ok(exported) => {
+            let bytes = exported.handle.encode();
+            let is_right = ipc::Handle::decode(&bytes)? == exported.handle;
+            let note = format!(
+                "{} bytes, {} descriptors",
+                bytes.len(),
+                exported.descriptors.len()
+            );
+            table.check(format!("IPC handle, {name}"), is_right, note);
+        }
+        Err(error) => table.fact(format!("IPC handle, {name}"), error.to_string()),
+    }
+    Ok(())
 }

@@ -299,6 +299,63 @@ impl Bench {
         Ok(())
     }
 
+    /// The pages of 64 buffers, as a KV cache has them, described without listing each.
+    fn window(
+        &mut self,
+        name: &str,
+        mapping: &ipc::Mapping,
+        target: &DeviceBuffer,
+        plain: f64,
+        page: usize,
+    ) -> Result<()> {
+        const BUFFERS: usize = 64;
+        let items = target.len() / BUFFERS / page;
+        let buffer_bytes = (items * page) as u64;
+        let mut random = Random::seeded(self.seed ^ page as u64);
+        let (from, to) = (random.order(items), random.order(items));
+        let list = |order: &[usize]| {
+            let items = order.iter().map(|item| i32::try_from(*item));
+            items.collect::<Result<Vec<_>, _>>()
+        };
+        let (source_items, target_items) = (list(&from)?, list(&to)?);
+        let base = |buffer: u64| Pair {
+            source: mapping.address() + buffer * buffer_bytes,
+            target: target.address() + buffer * buffer_bytes,
+        };
+        let buffers: Vec<Pair> = (0..BUFFERS as u64).map(base).collect();
+        let side = |items| Side {
+            items: Some(items),
+            stride: page as u64,
+        };
+        let window = Window {
+            buffers: &buffers,
+            items: u32::try_from(items)?,
+            source: side(&source_items),
+            target: side(&target_items),
+            rows: Rows::page(u32::try_from(page)?),
+            range: 0..BUFFERS as u64 * buffer_bytes,
+        };
+        let all = |order: &[usize]| {
+            let places = |buffer: usize| order.iter().map(move |item| buffer * items + item);
+            (0..BUFFERS).flat_map(places).collect::<Vec<_>>()
+        };
+        for launch in LAUNCHES {
+            // SAFETY: as in `pull`.
+            unsafe { self.stream.fill(target.address(), POISON, target.len()) }?;
+            // SAFETY: as in `pull`.
+            let took = seconds(&self.context, &self.stream, RUNS, || unsafe {
+                self.kernels.copy_window(&self.stream, &window, launch)
+            })?;
+            let (blocks, method) = (launch.blocks, launch.method);
+            let what = format!("{name}: window 64 x {items} x {page} B, {blocks:?} {method:?}");
+            self.table
+                .rate(what, rate(window.range.end, took), Some(plain));
+            let is_right = self.is_right(target, page, &all(&from), &all(&to))?;
+            self.table.mark(is_right);
+        }
+        Ok(())
+    }
+
     fn is_right(
         &self,
         target: &DeviceBuffer,

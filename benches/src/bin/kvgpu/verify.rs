@@ -235,6 +235,32 @@ impl Bench {
         Ok(())
     }
 
+    fn one_window(&mut self, what: &str, window: &Window<'_>) -> Result<()> {
+        let buffers = self.on_device(window.buffers);
+        let on_device = Window {
+            buffers: &buffers,
+            ..window.clone()
+        };
+        for launch in self.launches.clone() {
+            let mut expected = self.fresh()?;
+            let twin = match launch.method {
+                Method::Bulk => Twin::Bulk,
+                _ => Twin::Vector,
+            };
+            twin::copy_window(&mut expected, window, twin)?;
+            // SAFETY: as in `one`.
+            unsafe { self.kernels.copy_window(&self.stream, &on_device, launch) }?;
+            let what = format!("{what}, {:?} {:?}", launch.method, launch.blocks);
+            self.compare(what, &expected)?;
+        }
+        Ok(())
+    }
+
+    fn items(&mut self, count: usize) -> Result<Vec<i32>> {
+        let order = self.random.order(count).into_iter().map(i32::try_from);
+        Ok(order.collect::<Result<_, _>>()?)
+    }
+
     fn windows(&mut self) -> Result<()> {
         for (bytes, cut) in [
             (16384_u32, 0_u64),
@@ -246,77 +272,35 @@ impl Bench {
             let item_bytes = u64::from(bytes);
             let items = (self.half / 4 / bytes as usize).min(500);
             let count = u32::try_from(items)?;
-            let source_list: Vec<i32> = self
-                .random
-                .order(items)
-                .into_iter()
-                .map(i32::try_from)
-                .collect::<Result<_, _>>()?;
-            let target_list: Vec<i32> = self
-                .random
-                .order(items)
-                .into_iter()
-                .map(i32::try_from)
-                .collect::<Result<_, _>>()?;
+            let (from, to) = (self.items(items)?, self.items(items)?);
             let buffer_bytes = item_bytes * items as u64;
             let range = cut..3 * buffer_bytes - cut;
             let half = self.half as u64;
-            let base = |packed: bool| {
-                (0..3)
-                    .map(|buffer: u64| Pair {
-                        source: buffer * buffer_bytes,
-                        target: (half + buffer * buffer_bytes).wrapping_sub(if packed {
-                            range.start
-                        } else {
-                            0
-                        }),
-                    })
-                    .collect::<Vec<_>>()
-            };
             for packed in [false, true] {
-                let buffers = base(packed);
-                let device = self.on_device(&buffers);
-                let items = if packed {
-                    None
-                } else {
-                    Some(target_list.as_slice())
+                // A packed side starts with the range's first byte.
+                let skipped = if packed { range.start } else { 0 };
+                let base = |buffer: u64| Pair {
+                    source: buffer * buffer_bytes,
+                    target: (half + buffer * buffer_bytes).wrapping_sub(skipped),
                 };
-                let window = |buffers| Window {
-                    buffers,
+                let buffers: Vec<Pair> = (0..3).map(base).collect();
+                let window = Window {
+                    buffers: &buffers,
                     items: count,
                     source: Side {
-                        items: Some(&source_list),
+                        items: Some(&from),
                         stride: item_bytes,
                     },
                     target: Side {
-                        items,
+                        items: (!packed).then_some(to.as_slice()),
                         stride: item_bytes,
                     },
                     rows: Rows::page(bytes),
                     range: range.clone(),
                 };
-                for launch in self.launches.clone() {
-                    let mut expected = self.fresh()?;
-                    let twin = if launch.method == Method::Bulk {
-                        Twin::Bulk
-                    } else {
-                        Twin::Vector
-                    };
-                    twin::copy_window(&mut expected, &window(&buffers), twin)?;
-                    // SAFETY: as in `one`.
-                    unsafe {
-                        self.kernels
-                            .copy_window(&self.stream, &window(&device), launch)
-                    }?;
-                    let kind = if packed { "packed" } else { "pages" };
-                    self.compare(
-                        format!(
-                            "window 3 x {count} x {bytes} B from {cut}, {kind}, {:?} {:?}",
-                            launch.method, launch.blocks
-                        ),
-                        &expected,
-                    )?;
-                }
+                let kind = if packed { "packed" } else { "pages" };
+                let what = format!("window 3 x {count} x {bytes} B from {cut}, {kind}");
+                self.one_window(&what, &window)?;
             }
         }
         Ok(())

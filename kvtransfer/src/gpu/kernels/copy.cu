@@ -168,8 +168,12 @@ __device__ __forceinline__ void copy_units(const Pieces &pieces, const Shape &sh
     }
 
 COPIES(16, Bytes16, 4)
-// For blocks that have a multiprocessor to themselves: twice the bytes in flight.
-COPIES(16_deep, Bytes16, 8)
+
+// For blocks that have a multiprocessor to themselves: twice the bytes in flight. Windows take too many registers for it.
+extern "C" __global__ void __launch_bounds__(1024, 1) kvt_pairs_16_deep(const Pair *pairs, const Shape shape) {
+    const InPairs pieces = {pairs};
+    copy_units<Bytes16, 8>(pieces, shape);
+}
 COPIES(8, Bytes8, 4)
 COPIES(4, Bytes4, 4)
 COPIES(1, Bytes1, 4)

@@ -195,8 +195,8 @@ impl BulkShape {
         let parts = rows.bytes.div_ceil(PART_BYTES);
         let stage_bytes = rows.bytes.min(PART_BYTES);
         let stages = (RING_BYTES / stage_bytes.max(1)).min(STAGES_MAX);
-        let whole_rows = range.start % bytes == 0 && range.end % bytes == 0;
-        if rows.bytes % 16 != 0 || !whole_rows {
+        let whole_rows = range.start.is_multiple_of(bytes) && range.end.is_multiple_of(bytes);
+        if !rows.bytes.is_multiple_of(16) || !whole_rows {
             return None;
         }
         let (parts, per_piece) = (Divisor::new(parts), Divisor::new(rows.count));
@@ -290,6 +290,13 @@ impl WindowTables {
         }
     }
 }
+
+// What copy.cu's compiler lays out; its structs have no padding either.
+const _: () = {
+    assert!(size_of::<Shape>() == 2 * 8 + 8 * 4, "Shape");
+    assert!(size_of::<BulkShape>() == 2 * 8 + 12 * 4, "BulkShape");
+    assert!(size_of::<WindowTables>() == 5 * 8 + 4 * 4, "Window");
+};
 
 /// Most rows, and most bytes of one, so that a shape's numbers fit.
 pub(super) fn check_rows(rows: &Rows) -> Result<(), GpuError> {
@@ -428,6 +435,29 @@ mod tests {
             })
             .is_err()
         );
+    }
+
+    #[test]
+    fn the_kernels_numbers_are_ours() {
+        let defined = |name: &str| {
+            let line = format!("#define {name} ");
+            let value = crate::gpu::kernels::source::SOURCE
+                .lines()
+                .find_map(|text| text.strip_prefix(&line));
+            value.and_then(|value| value.parse().ok())
+        };
+        assert_eq!(defined("BULK_PART_BYTES"), Some(PART_BYTES));
+        assert_eq!(defined("BULK_RING_BYTES"), Some(RING_BYTES));
+        assert_eq!(defined("BULK_STAGES_MAX"), Some(STAGES_MAX));
+        let threads = crate::gpu::kernels::module::BULK_THREADS;
+        assert_eq!(defined("BULK_WARPS"), Some(threads / 32));
+        // Stages of the shortest and the longest parts; a warp's lane stores at most one of them at a time.
+        for (bytes, stages) in [(16, 32), (2048, 24), (4096, 12), (1 << 20, 12)] {
+            let shape = BulkShape::new(&Rows::page(bytes), &(0..u64::from(bytes)));
+            let shape = shape.expect("whole vectors");
+            assert_eq!((shape.stages, shape.storing), (stages, stages / 3));
+            assert!(shape.stages * shape.stage_bytes <= RING_BYTES);
+        }
     }
 
     #[test]

@@ -59,8 +59,8 @@ pub(super) struct Module {
     /// Units of 16, 8, 4 and 1 bytes.
     pub(super) pairs: [Function; 4],
     pub(super) window: [Function; 4],
-    /// Pairs and windows in units of 16 bytes, for blocks that have a multiprocessor to themselves.
-    pub(super) deep: (Function, Function),
+    /// Pairs in units of 16 bytes, for blocks that have a multiprocessor to themselves.
+    pub(super) deep: Function,
     pub(super) tiles: Function,
     pub(super) checked: Function,
     /// Bulk kernels for pairs and windows, where the device has what they need.
@@ -114,7 +114,7 @@ impl Module {
             origin,
             pairs: [nothing; 4],
             window: [nothing; 4],
-            deep: (nothing, nothing),
+            deep: nothing,
             tiles: nothing,
             checked: nothing,
             bulk: None,
@@ -132,7 +132,7 @@ impl Module {
             find(c"kvt_window_4")?,
             find(c"kvt_window_1")?,
         ];
-        module.deep = (find(c"kvt_pairs_16_deep")?, find(c"kvt_window_16_deep")?);
+        module.deep = find(c"kvt_pairs_16_deep")?;
         module.tiles = find(c"kvt_tiles")?;
         module.checked = find(c"kvt_pairs_crc")?;
         let facts = context.facts();

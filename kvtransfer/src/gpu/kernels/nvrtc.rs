@@ -62,7 +62,7 @@ impl Nvrtc {
     }
 
     fn load(library: &Library) -> Result<Self, String> {
-        // SAFETY (each): nvrtc.h declares the symbol with the type of the field.
+        // SAFETY: nvrtc.h declares the symbol with the type of the binding or field.
         let version = unsafe { symbol(library, "nvrtcVersion\0") }?;
         let mut loaded = Self {
             version: (0, 0),
