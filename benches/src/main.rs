@@ -7,6 +7,7 @@
 mod case;
 mod child;
 mod data;
+mod gpu;
 mod idle;
 mod pair;
 mod protocol;
@@ -28,6 +29,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{
     case::{Case, CaseName, Extent},
+    gpu::Gpu,
     pair::{Pair, Plan},
     protocol::{Path, Tuning},
     report::{Machine, Report},
@@ -93,6 +95,12 @@ struct Cli {
     /// How queue pairs are connected over verbs [default: as the device's mode asks for]
     #[arg(long, value_parser = ["compat", "standard"])]
     rdma_connector: Option<String>,
+    /// Our engines' regions in the memory of this GPU; the plain references stay in host memory (tcp, shm, ring)
+    #[arg(long, value_name = "NUMBER")]
+    gpu: Option<u32>,
+    /// Share of the GPU that our copies may take, in percent; 100 is all of it
+    #[arg(long, default_value_t = kvtransfer::gpu::PERCENT_DEFAULT, value_parser = clap::value_parser!(u32).range(1..=100))]
+    gpu_percent: u32,
     #[command(flatten)]
     tuning: Tuning,
 }
@@ -213,6 +221,10 @@ fn one(cli: &Cli, name: CaseName, path: Path) -> anyhow::Result<Report> {
         extent: cli.extent(),
         lanes: cli.lanes,
         rdma: None,
+        gpu: cli.gpu.map(|ordinal| Gpu {
+            ordinal,
+            percent: cli.gpu_percent,
+        }),
     };
     let machine = Machine::here();
     let case = Case::new(name, plan.extent);

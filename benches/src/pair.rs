@@ -17,6 +17,7 @@ use crate::{
     case::{Block, Case, Extent},
     child::TargetProcess,
     data::{self, Side},
+    gpu::{Gpu, GpuMemory},
     protocol::{Answer, Command, Path, Rdma, ReferenceKind, Setup},
     raw,
     reference::{self, Sender, Waiting},
@@ -30,6 +31,8 @@ pub(crate) struct Plan {
     pub(crate) lanes: u8,
     /// The initiator's use of RDMA and the target's.
     pub(crate) rdma: Option<[Rdma; 2]>,
+    /// Where both engines' memory lies, if not in the host's.
+    pub(crate) gpu: Option<Gpu>,
 }
 
 /// What one pass over all transfers of a case took.
@@ -63,6 +66,8 @@ pub(crate) struct Pair {
     /// Where the memcpy figure copies to.
     scratch: Region,
     engine: Engine,
+    /// Dropped after the engine, which uses it.
+    gpu: Option<GpuMemory>,
     reference: Sender,
     next_room: u64,
     pub(crate) path_reason: String,
@@ -74,7 +79,10 @@ impl Pair {
         let source = Arc::new(Region::mmap(case.region_bytes())?);
         let scratch = Region::mmap(case.region_bytes())?;
         let mut memory = Memory::new();
-        memory.add_shared(Arc::clone(&source));
+        let gpu = plan.gpu.map(|gpu| GpuMemory::new(gpu, source.len()));
+        let gpu = gpu.transpose()?;
+        let used = gpu.as_ref().map_or(&source, GpuMemory::region);
+        memory.add_shared(Arc::clone(used));
         let mut config = EngineConfig::default();
         config.listen = Some("127.0.0.1:0".parse()?);
         config.same_host = path.same_host();
@@ -91,6 +99,7 @@ impl Pair {
             extent: plan.extent,
             lanes: plan.lanes,
             rdma: plan.rdma.as_ref().map(|[_, rdma]| rdma.clone()),
+            gpu: plan.gpu,
             engine: engine.local_addr().context("the engine listens")?,
             reference: waiting.address()?,
             source_pid: std::process::id(),
@@ -99,7 +108,7 @@ impl Pair {
         let Answer::Connected { path: got, reason } = connected else {
             anyhow::bail!("an unexpected answer: {connected:?}");
         };
-        let wanted = path.engine_name();
+        let wanted = path.engine_name(plan.gpu.is_some());
         anyhow::ensure!(
             got == wanted,
             "the engines take {got} instead of {wanted}: {reason}"
@@ -111,6 +120,7 @@ impl Pair {
             path,
             plan,
             source,
+            gpu,
             scratch,
             engine,
             reference,
@@ -166,6 +176,9 @@ impl Pair {
 
     /// Our engine: grants are in before the clock starts; a sample goes from the push to the last acknowledgement.
     fn ours(&mut self, sums: &[u64]) -> anyhow::Result<Pass> {
+        if let Some(gpu) = &self.gpu {
+            gpu.load(&self.source)?;
+        }
         self.target.ask(&Command::Poison)?;
         let first_room = self.next_room;
         let transfers = self.case.transfers();

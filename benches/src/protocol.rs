@@ -8,7 +8,10 @@ use kvtransfer::config::{RdmaConfig, RdmaUse, SameHost};
 use kvtransfer::wire::rdma::Connector;
 use serde::{Deserialize, Serialize};
 
-use crate::case::{CaseName, Extent};
+use crate::{
+    case::{CaseName, Extent},
+    gpu::Gpu,
+};
 
 /// The way that bytes take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -46,9 +49,10 @@ impl Path {
     }
 
     /// Its name in `PeerInfo::path`.
-    pub(crate) fn engine_name(self) -> &'static str {
+    pub(crate) fn engine_name(self, on_gpu: bool) -> &'static str {
         match self {
             Self::Tcp => "tcp",
+            Self::Shm if on_gpu => "device-pull",
             Self::Shm => "shm-pull",
             Self::Ring => "shm-ring",
             Self::Verbs => "verbs",
@@ -160,6 +164,8 @@ pub(crate) struct Setup {
     pub(crate) lanes: u8,
     /// What the target's engine does with RDMA; nothing without it.
     pub(crate) rdma: Option<Rdma>,
+    /// Where the target engine's memory lies, if not in the host's.
+    pub(crate) gpu: Option<Gpu>,
     /// The initiator's engine.
     pub(crate) engine: SocketAddr,
     pub(crate) reference: Option<ReferenceAddress>,

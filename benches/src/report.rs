@@ -258,6 +258,7 @@ mod tests {
             extent,
             lanes: 2,
             rdma: None,
+            gpu: None,
         };
         Report::new(
             &case,

@@ -19,6 +19,7 @@ use kvtransfer::{
 use crate::{
     case::Case,
     data::{self, Side},
+    gpu::GpuMemory,
     protocol::{Answer, Command, Setup},
     raw,
     reference::{self, Receiver},
@@ -59,6 +60,10 @@ struct Target {
     case: Case,
     region: Arc<Region>,
     engine: Engine,
+    /// Dropped after the engine, which uses it.
+    gpu: Option<GpuMemory>,
+    /// Whether the GPU's bytes are what is to be checked.
+    is_ours: bool,
     source: Source,
     receiver: Receiver,
     rooms: Vec<Transfer>,
@@ -69,7 +74,10 @@ impl Target {
         let case = Case::new(setup.case, setup.extent);
         let region = Arc::new(Region::mmap(case.region_bytes())?);
         let mut memory = Memory::new();
-        memory.add_shared(Arc::clone(&region));
+        let gpu = setup.gpu.map(|gpu| GpuMemory::new(gpu, region.len()));
+        let gpu = gpu.transpose()?;
+        let used = gpu.as_ref().map_or(&region, GpuMemory::region);
+        memory.add_shared(Arc::clone(used));
         let mut config = EngineConfig::default();
         config.same_host = setup.path.same_host();
         config.lanes = setup.lanes;
@@ -90,6 +98,8 @@ impl Target {
             case,
             region,
             engine,
+            gpu,
+            is_ours: false,
             source: Source {
                 peer: info.peer,
                 dummy: false,
@@ -103,16 +113,30 @@ impl Target {
     fn obey(&mut self, command: Command) -> anyhow::Result<Answer> {
         match command {
             Command::Setup(_) => anyhow::bail!("already set up"),
-            Command::Poison => data::poison(&self.region, &self.case)?,
+            Command::Poison => {
+                data::poison(&self.region, &self.case)?;
+                if let Some(gpu) = &self.gpu {
+                    gpu.load(&self.region)?;
+                }
+            }
             Command::Grant { first_room } => self.grant(first_room)?,
-            Command::Await => self.await_rooms()?,
-            Command::Reference => self.receiver.serve(&self.region)?,
+            Command::Await => {
+                self.await_rooms()?;
+                self.is_ours = true;
+            }
+            Command::Reference => {
+                self.receiver.serve(&self.region)?;
+                self.is_ours = false;
+            }
             Command::Usage => {
                 return Ok(Answer::Usage {
                     cpu_seconds: raw::cpu_seconds(),
                 });
             }
             Command::Check { sums } => {
+                if let Some(gpu) = self.gpu.as_ref().filter(|_| self.is_ours) {
+                    gpu.store(&self.region)?;
+                }
                 let found = data::checksums(&self.region, &self.case, Side::Target)?;
                 anyhow::ensure!(found.len() == sums.len(), "both sides count blocks alike");
                 let wrong = found.iter().zip(&sums).filter(|(a, b)| a != b).count();

@@ -111,6 +111,7 @@ pub(crate) fn measure(
         extent,
         lanes: 1,
         rdma: Some(rdma),
+        gpu: None,
     };
     let case = Case::new(name, extent);
     let mut pair = Pair::start(case.clone(), Path::Verbs, plan)?;

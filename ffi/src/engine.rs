@@ -92,10 +92,12 @@ pub unsafe extern "C" fn kvt_engine_new(
         // SAFETY: this function's own contract.
         let place = unsafe { Place::new(out_engine, "out_engine") }?;
         // SAFETY: this function's own contract.
-        let (memory, layout) = unsafe { described(layout) }?;
-        // SAFETY: this function's own contract.
         let config = unsafe { text(config, config_len, "config") }?;
-        let config = parse::<EngineSettings>(config, "config")?.config()?;
+        let settings = parse::<EngineSettings>(config, "config")?;
+        let percent = settings.gpu.percent()?;
+        let config = settings.config()?;
+        // SAFETY: this function's own contract.
+        let (memory, layout) = unsafe { described(layout, percent) }?;
         let is_tail =
             |component: &Component| component.kind == ComponentKind::State("dsa_tail".to_owned());
         let tails = layout.components.iter().map(is_tail).collect();

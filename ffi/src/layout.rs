@@ -1,15 +1,16 @@
 //! The caller's description of its KV memory: buffers by address. Regions are made of them here.
 #![expect(unsafe_code, reason = "C passes lists as raw pointers")]
 
-use std::{ffi::c_char, ptr::NonNull};
+use std::{ffi::c_char, ptr::NonNull, sync::Arc};
 
 use kvt::{
     engine::Memory,
+    gpu::CudaDevice,
     layout::{
         Attention, COMPONENTS_MAX, Component, ComponentKind, ENTRIES_MAX, Entry, Layout, RegionId,
         Shard, StateShape, StateSlice, name_ratio_layers,
     },
-    memory::Region,
+    memory::{Region, device::Device},
     wire::hello::REGIONS_MAX,
 };
 
@@ -66,7 +67,7 @@ pub struct kvt_entry_t {
     pub item_len: u64,
     /// The model-wide layer number, or -1 where the pool does not name its layers. All entries of a component or none.
     pub layer_id: i64,
-    /// `KVT_HOST_MEMORY` or `KVT_CUDA_MEMORY`. This version refuses the latter with `KVT_REGION`.
+    /// `KVT_HOST_MEMORY` or `KVT_CUDA_MEMORY`.
     pub memory: i32,
     /// The CUDA device's number; not looked at for host memory.
     pub device: i32,
@@ -153,12 +154,15 @@ pub struct kvt_layout_t {
     pub compression_ratios_len: usize,
 }
 
-/// The library's view of the caller's memory.
+/// The library's view of the caller's memory; copies on its GPUs take at most `percent` of their multiprocessors.
 ///
 /// # Safety
 /// `layout` is NULL or points to a layout whose lists and texts are as long as they say and do not change during the
 /// call; the buffers stay readable and writable until the engine that is made of them has shut down.
-pub(crate) unsafe fn described(layout: *const kvt_layout_t) -> Result<(Memory, Layout), Failure> {
+pub(crate) unsafe fn described(
+    layout: *const kvt_layout_t,
+    percent: u32,
+) -> Result<(Memory, Layout), Failure> {
     // SAFETY: the caller's contract is ours.
     let layout = unsafe { one(layout, "layout") }?;
     if layout.abi_version != KVT_ABI_VERSION {
@@ -180,7 +184,7 @@ pub(crate) unsafe fn described(layout: *const kvt_layout_t) -> Result<(Memory, L
     // SAFETY: the caller's contract is ours.
     let components = unsafe { read_components(given) }?;
     let regions = regions_of(&components)?;
-    let memory = memory_over(&regions)?;
+    let memory = memory_over(&regions, percent)?;
     let is_raw =
         !components.is_empty() && components.iter().all(|component| component.kind.is_none());
     if is_raw {
@@ -361,13 +365,10 @@ unsafe fn state_of(at: usize, component: &kvt_component_t) -> Result<StateShape,
 fn check_entry(entry: &kvt_entry_t, has_items: bool, what: &str) -> Result<(), Failure> {
     match entry.memory {
         KVT_HOST_MEMORY => {}
+        KVT_CUDA_MEMORY if entry.device >= 0 => {}
         KVT_CUDA_MEMORY => {
-            let text = format!(
-                "{what} is memory of CUDA device {}, which this version cannot move: keep the cache in host memory \
-                 (KVT_HOST_MEMORY)",
-                entry.device
-            );
-            return Err(Failure::new(KVT_REGION, text));
+            let text = format!("{what} is on CUDA device {}, no device's number", entry.device);
+            return Err(Failure::argument(text));
         }
         other => {
             let text = format!("{what} has memory kind {other}, no KVT_..._MEMORY number");
@@ -396,11 +397,13 @@ fn regions_of(components: &[Described]) -> Result<Regions, Failure> {
         for (place, entry) in component.entries.iter().enumerate() {
             if entry.len > 0 {
                 let what = format!("entry {place} of component {at}");
-                stretches.push(Stretch::new(entry.address, entry.len, &what)?);
+                let gpu = u32::try_from(entry.device).ok();
+                let gpu = gpu.filter(|_| entry.memory == KVT_CUDA_MEMORY);
+                stretches.push(Stretch::new(entry.address, entry.len, gpu, &what)?);
             }
         }
     }
-    let regions = Regions::covering(stretches);
+    let regions = Regions::covering(stretches)?;
     let count = regions.all().len();
     if count > REGIONS_MAX {
         let text = format!(
@@ -411,8 +414,9 @@ fn regions_of(components: &[Described]) -> Result<Regions, Failure> {
     Ok(regions)
 }
 
-fn memory_over(regions: &Regions) -> Result<Memory, Failure> {
+fn memory_over(regions: &Regions, percent: u32) -> Result<Memory, Failure> {
     let mut memory = Memory::new();
+    let mut devices: Vec<(u32, Arc<dyn Device>)> = Vec::new();
     for stretch in regions.all() {
         let impossible = || {
             let text = format!(
@@ -425,6 +429,24 @@ fn memory_over(regions: &Regions) -> Result<Memory, Failure> {
         let len = usize::try_from(stretch.end - stretch.start).map_err(|_| impossible())?;
         if len > isize::MAX.unsigned_abs() {
             return Err(impossible());
+        }
+        if let Some(gpu) = stretch.gpu {
+            let known = devices.iter().find(|(known, _)| *known == gpu);
+            let device = match known {
+                Some((_, device)) => Arc::clone(device),
+                None => {
+                    let opened = CudaDevice::open(gpu, percent);
+                    let opened = opened.map_err(|error| Failure::new(KVT_REGION, error.to_string()))?;
+                    let opened: Arc<dyn Device> = Arc::new(opened);
+                    devices.push((gpu, Arc::clone(&opened)));
+                    opened
+                }
+            };
+            // SAFETY: as below, for memory of the device.
+            let region = unsafe { Region::device(device, stretch.start, len) };
+            let region = region.map_err(|error| Failure::new(KVT_REGION, error.to_string()))?;
+            memory.add(region);
+            continue;
         }
         // The caller's pointers arrive as numbers, so their provenance is exposed.
         let start = std::ptr::with_exposed_provenance_mut::<u8>(start);

@@ -77,9 +77,15 @@ fn layout(engine: &Engine) -> Value {
     })
 }
 
+/// Where a region's bytes are, in words.
+fn memory_of(region: &kvt::memory::Region) -> String {
+    let device = region.on_device();
+    device.map_or_else(|| "host".to_owned(), |device| device.name())
+}
+
 fn regions(engine: &Engine) -> Vec<Value> {
     let known = (0..).map_while(|id| engine.region(RegionId(id)));
-    let region = |region: &kvt::memory::Region| json!({ "address": region.base_address(), "len": region.len(), "memory": "host" });
+    let region = |region: &kvt::memory::Region| json!({ "address": region.base_address(), "len": region.len(), "memory": memory_of(region) });
     known.map(region).collect()
 }
 

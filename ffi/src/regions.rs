@@ -9,11 +9,18 @@ use crate::status::{Failure, KVT_BAD_LAYOUT};
 pub(crate) struct Stretch {
     pub(crate) start: u64,
     pub(crate) end: u64,
+    /// The CUDA device whose memory it is; `None` for memory of the host.
+    pub(crate) gpu: Option<u32>,
 }
 
 impl Stretch {
     /// The stretch of `len` bytes at `address`; `what` says whose, for the message.
-    pub(crate) fn new(address: u64, len: u64, what: &str) -> Result<Self, Failure> {
+    pub(crate) fn new(
+        address: u64,
+        len: u64,
+        gpu: Option<u32>,
+        what: &str,
+    ) -> Result<Self, Failure> {
         if address == 0 {
             return Err(Failure::null(what));
         }
@@ -25,6 +32,7 @@ impl Stretch {
         Ok(Self {
             start: address,
             end,
+            gpu,
         })
     }
 }
@@ -35,16 +43,26 @@ pub(crate) struct Regions(Vec<Stretch>);
 
 impl Regions {
     /// Joins what overlaps.
-    pub(crate) fn covering(mut stretches: Vec<Stretch>) -> Self {
+    ///
+    /// # Errors
+    /// Two that overlap are said to be memory of different devices.
+    pub(crate) fn covering(mut stretches: Vec<Stretch>) -> Result<Self, Failure> {
         stretches.sort_unstable();
         let mut joined: Vec<Stretch> = Vec::new();
         for stretch in stretches {
             match joined.last_mut() {
-                Some(last) if stretch.start < last.end => last.end = last.end.max(stretch.end),
+                Some(last) if stretch.start < last.end => {
+                    if last.gpu != stretch.gpu {
+                        let (start, end) = (stretch.start, last.end.min(stretch.end));
+                        let text = format!("{start:#x}..{end:#x} is described twice, as memory of different devices");
+                        return Err(Failure::new(KVT_BAD_LAYOUT, text));
+                    }
+                    last.end = last.end.max(stretch.end);
+                }
                 _ => joined.push(stretch),
             }
         }
-        Self(joined)
+        Ok(Self(joined))
     }
 
     /// The stretches.
@@ -66,14 +84,18 @@ mod tests {
     use super::{Regions, Stretch};
 
     fn stretch(start: u64, end: u64) -> Stretch {
-        Stretch { start, end }
+        Stretch {
+            start,
+            end,
+            gpu: None,
+        }
     }
 
     #[test]
     fn overlaps_are_joined_and_neighbours_are_not() {
         let given = [(50, 60), (10, 20), (20, 30), (10, 20), (55, 70), (12, 14)];
         let given = given.map(|(start, end)| stretch(start, end)).to_vec();
-        let regions = Regions::covering(given);
+        let regions = Regions::covering(given).expect("all in host memory");
         let expected = [stretch(10, 20), stretch(20, 30), stretch(50, 70)];
         assert_eq!(regions.all(), expected);
         assert_eq!(regions.find(9), None);
@@ -87,10 +109,20 @@ mod tests {
     }
 
     #[test]
+    fn one_address_is_on_one_device() {
+        let on = |gpu, start, end| Stretch { start, end, gpu };
+        let apart = vec![on(None, 8, 16), on(Some(0), 16, 32), on(Some(0), 24, 40)];
+        let regions = Regions::covering(apart).expect("they only touch");
+        assert_eq!(regions.all(), [on(None, 8, 16), on(Some(0), 16, 40)]);
+        let overlapping = vec![on(None, 8, 17), on(Some(0), 16, 32)];
+        assert!(Regions::covering(overlapping).is_err());
+    }
+
+    #[test]
     fn impossible_stretches_are_refused() {
-        assert_eq!(Stretch::new(8, 4, "x"), Ok(stretch(8, 12)));
-        assert!(Stretch::new(0, 4, "x").is_err());
-        assert!(Stretch::new(8, 0, "x").is_err());
-        assert!(Stretch::new(u64::MAX, 2, "x").is_err());
+        assert_eq!(Stretch::new(8, 4, None, "x"), Ok(stretch(8, 12)));
+        assert!(Stretch::new(0, 4, None, "x").is_err());
+        assert!(Stretch::new(8, 0, None, "x").is_err());
+        assert!(Stretch::new(u64::MAX, 2, None, "x").is_err());
     }
 }

@@ -11,6 +11,7 @@ use std::{
 use kvt::{
     bootstrap::registry::RegistryLimits,
     config::{EngineConfig, RdmaConfig, RdmaUse, SameHost},
+    gpu::PERCENT_DEFAULT,
     serve::{
         access::{Access, Scope},
         bootstrap::BootstrapConfig,
@@ -48,6 +49,7 @@ pub(crate) struct EngineSettings {
     lanes: Option<u8>,
     same_host: Option<SameHostSetting>,
     rdma: RdmaSettings,
+    pub(crate) gpu: GpuSettings,
     batch_bytes: Option<u64>,
     lane_window: Option<usize>,
     pull_batch_bytes: Option<u64>,
@@ -96,6 +98,9 @@ impl EngineSettings {
             config.lane_window => self.lane_window,
             config.pull_batch_bytes => self.pull_batch_bytes,
             config.ring_bytes => self.ring_bytes,
+            config.staging_bytes => self.gpu.staging_bytes,
+            config.staged_batch_bytes => self.gpu.staged_batch_bytes,
+            config.device_pull_batch_bytes => self.gpu.pull_batch_bytes,
             config.inline_bytes => self.inline_bytes,
             config.drive_while_waiting => self.drive_while_waiting,
             config.spin => self.spin_us.map(Duration::from_micros),
@@ -106,6 +111,29 @@ impl EngineSettings {
             config.null_wire => self.null_wire,
         }
         Ok(config)
+    }
+}
+
+/// How memory of GPUs is moved.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct GpuSettings {
+    multiprocessors_percent: Option<u32>,
+    staging_bytes: Option<u64>,
+    staged_batch_bytes: Option<u64>,
+    pull_batch_bytes: Option<u64>,
+}
+
+impl GpuSettings {
+    /// The share of a GPU that copies may take.
+    pub(crate) fn percent(&self) -> Result<u32, Failure> {
+        match self.multiprocessors_percent.unwrap_or(PERCENT_DEFAULT) {
+            percent @ 1..=100 => Ok(percent),
+            other => {
+                let text = format!("gpu.multiprocessors_percent is {other}, it must be within 1..=100");
+                Err(Failure::new(KVT_BAD_CONFIG, text))
+            }
+        }
     }
 }
 

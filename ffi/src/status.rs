@@ -302,7 +302,7 @@ impl From<TransferError> for Failure {
             TransferError::PeerFailed { .. } => KVT_PEER_FAILED,
             TransferError::PeerLost { .. } => KVT_PEER_LOST,
             TransferError::PeerMisbehaved { .. } => KVT_PEER_MISBEHAVED,
-            TransferError::Memory { .. } => KVT_MEMORY,
+            TransferError::Memory { .. } | TransferError::Device { .. } => KVT_MEMORY,
             TransferError::Shutdown => KVT_SHUTDOWN,
             _ => KVT_OTHER,
         };

@@ -129,6 +129,14 @@ pub struct EngineConfig {
     pub lane_window: usize,
     /// Most bytes of one pull batch. Default 8 MiB.
     pub pull_batch_bytes: u64,
+    /// Most bytes of one batch where a device's memory goes over a wire, and of one chunk of staging memory. Default 4 MiB:
+    /// a copy of it takes some ten times as long as starting one.
+    pub staged_batch_bytes: u64,
+    /// Most bytes of pinned memory through which a device's memory goes over a wire; half for each direction. Default
+    /// 256 MiB, pinned when needed. Further batches wait.
+    pub staging_bytes: u64,
+    /// Most bytes of one batch that a device copies out of its peer's memory. Default 64 MiB.
+    pub device_pull_batch_bytes: u64,
     /// Bytes of a same-host ring per lane and direction. Default 8 MiB, touched only when used.
     pub ring_bytes: usize,
     /// Chunks of at most so many bytes are written by the pushing thread itself if the lane is idle. Default 256 KiB;
@@ -173,6 +181,9 @@ impl Default for EngineConfig {
             batch_bytes: 1 << 20,
             lane_window: 32,
             pull_batch_bytes: 8 << 20,
+            staged_batch_bytes: 4 << 20,
+            staging_bytes: 256 << 20,
+            device_pull_batch_bytes: 64 << 20,
             ring_bytes: 8 << 20,
             inline_bytes: 256 << 10,
             drive_while_waiting: true,
@@ -202,6 +213,24 @@ impl EngineConfig {
             (
                 "pull_batch_bytes",
                 self.pull_batch_bytes,
+                4096,
+                BATCH_BYTES_MAX,
+            ),
+            (
+                "staged_batch_bytes",
+                self.staged_batch_bytes,
+                4096,
+                BATCH_BYTES_MAX,
+            ),
+            (
+                "staging_bytes",
+                self.staging_bytes,
+                2 * self.staged_batch_bytes,
+                1 << 40,
+            ),
+            (
+                "device_pull_batch_bytes",
+                self.device_pull_batch_bytes,
                 4096,
                 BATCH_BYTES_MAX,
             ),

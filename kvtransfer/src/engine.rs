@@ -6,6 +6,7 @@
 
 mod accept;
 mod control;
+pub(crate) mod devices;
 mod dial;
 mod effects;
 mod greeting;
@@ -195,7 +196,9 @@ impl Engine {
         let (bootstrap, telemetry) = (config.bootstrap.clone(), config.telemetry.clone());
         let bootstrap = bootstrap.map(BootstrapServer::start).transpose()?;
         let rails = open_rails(&config.rdma, &memory.regions)?;
-        let (hub, waker) = hub::Hub::new(config, memory.regions, layout, rails)?;
+        let devices = devices::DeviceSide::new(&config, &memory.regions);
+        let devices = devices.map_err(BuildError::Config)?;
+        let (hub, waker) = hub::Hub::new(config, memory.regions, devices, layout, rails)?;
         let hub = Arc::new(hub);
         let telemetry = telemetry
             .map(|config| TelemetryServer::start(config, snapshot_source(&hub)))
@@ -315,7 +318,8 @@ impl Engine {
 
     /// Gives up the memory behind regions: their owner may free it, and must not before this returns `Ok`. No new transfer
     /// opens from now on, and live ones are waited for, for at most `timeout`. Then nothing touches the memory: gates are
-    /// closed, RDMA registrations undone. Peers of an engine that uses RDMA are disconnected with that reason; others stay.
+    /// closed, RDMA registrations undone. Peers of an engine that uses RDMA or a device's memory are disconnected with that
+    /// reason; others stay.
     /// Until [`restore_memory`](Self::restore_memory) transfers are refused with
     /// [`SubmitError::Released`] and peers cannot connect. Regions that are released already stay so.
     ///

@@ -116,6 +116,12 @@ pub enum TransferError {
         /// Its errno.
         errno: i32,
     },
+    /// A device did not copy its memory.
+    #[error("{reason}")]
+    Device {
+        /// The driver call, the device, and what the driver said.
+        reason: String,
+    },
     /// This engine shut down.
     #[error("the engine shut down")]
     Shutdown,
@@ -140,6 +146,7 @@ impl TransferError {
             Self::PeerLost { .. } => "peer_lost",
             Self::PeerMisbehaved { .. } => "peer_misbehaved",
             Self::Memory { .. } => "memory",
+            Self::Device { .. } => "device",
             Self::Shutdown => "shutdown",
         }
     }
@@ -151,7 +158,7 @@ impl TransferError {
             Self::Timeout { .. } | Self::NoPath { .. } => FailureCode::Timeout,
             Self::PeerFailed { .. } | Self::PeerLost { .. } => FailureCode::OtherPeer,
             Self::PeerMisbehaved { .. } => FailureCode::Misbehaved,
-            Self::Memory { .. } => FailureCode::Memory,
+            Self::Memory { .. } | Self::Device { .. } => FailureCode::Memory,
             Self::Shutdown => FailureCode::Shutdown,
         }
     }

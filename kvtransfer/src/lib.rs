@@ -8,6 +8,7 @@ pub mod config;
 pub mod doctor;
 pub mod engine;
 pub mod error;
+pub mod gpu;
 pub mod ids;
 pub mod layout;
 pub mod memory;

@@ -2,7 +2,8 @@
 //!
 //! A lane is a stream socket (TCP, or Unix on one host) with the frames of [`crate::wire::lane`]. Its payload comes
 //! *inline* (TCP), is *pulled* by the receiver with `process_vm_readv` (same host), or lies in a shared *ring* where
-//! the kernel does not allow that. In all three the receiver places the bytes itself, under the room's gate.
+//! the kernel does not allow that. In all three the receiver places the bytes itself, under the room's gate. Memory of a
+//! device is copied by its device: pulled from the peer's allocation, or staged in host memory ([`staging`]).
 
 use std::sync::Arc;
 
@@ -13,6 +14,7 @@ pub(crate) mod lane;
 pub(crate) mod null_wire;
 mod outbound;
 pub(crate) mod rail;
+pub(crate) mod staging;
 pub(crate) mod sys;
 pub(crate) mod verbs;
 
@@ -98,4 +100,7 @@ pub(crate) enum LaneError {
     /// The peer broke the protocol in a well-formed frame.
     #[error("{0}")]
     Protocol(String),
+    /// Our own device did not copy.
+    #[error("{0}")]
+    Device(#[from] crate::memory::device::DeviceError),
 }

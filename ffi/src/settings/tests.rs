@@ -11,6 +11,7 @@ const ALL: &str = r#"{
   "listen": "127.0.0.1:7", "token": "t", "lanes": 3, "same_host": "ring",
   "rdma": {"usage": "auto", "devices": "a,b", "gpu": 2, "connector": "standard", "queue_pairs": 5, "immediate": true,
            "batch_bytes": 8192, "window": 9, "send_queue": 64, "spin_us": 6, "drain_ms": 7, "heartbeat_ms": 80},
+  "gpu": {"multiprocessors_percent": 50, "staging_bytes": 131072, "staged_batch_bytes": 16384, "pull_batch_bytes": 20480},
   "batch_bytes": 4096, "lane_window": 11, "pull_batch_bytes": 12288, "ring_bytes": 65536, "inline_bytes": 13,
   "drive_while_waiting": false, "spin_us": 14, "handshake_timeout_ms": 15, "peers_max": 16, "strangers_max": 17,
   "writable_by_address": true, "null_wire": true,
@@ -62,6 +63,14 @@ fn every_field_arrives() {
         (4096, 11, 12_288)
     );
     assert_eq!((config.ring_bytes, config.inline_bytes), (65_536, 13));
+    assert_eq!(
+        (
+            config.staging_bytes,
+            config.staged_batch_bytes,
+            config.device_pull_batch_bytes
+        ),
+        (131_072, 16_384, 20_480)
+    );
     assert!(!config.drive_while_waiting);
     assert_eq!(
         (config.spin, config.handshake_timeout),
@@ -69,6 +78,18 @@ fn every_field_arrives() {
     );
     assert_eq!((config.peers_max, config.strangers_max), (16, 17));
     assert!(config.writable_by_address && config.null_wire);
+}
+
+#[test]
+fn copies_take_a_share_of_a_gpu() {
+    let percent = |json: &str| {
+        let settings = parse::<EngineSettings>(json, "config").expect("it is known");
+        settings.gpu.percent().ok()
+    };
+    assert_eq!(percent("{}"), Some(8));
+    assert_eq!(percent(ALL), Some(50));
+    assert_eq!(percent(r#"{"gpu": {"multiprocessors_percent": 0}}"#), None);
+    assert_eq!(percent(r#"{"gpu": {"multiprocessors_percent": 101}}"#), None);
 }
 
 #[test]

@@ -108,6 +108,12 @@ fn ends_of_a_transfer_have_their_codes() {
             },
             KVT_MEMORY,
         ),
+        (
+            TransferError::Device {
+                reason: "cuLaunchKernel on cuda:0: an illegal address".into(),
+            },
+            KVT_MEMORY,
+        ),
         (TransferError::Shutdown, KVT_SHUTDOWN),
     ];
     for (error, status) in expected {

@@ -151,18 +151,27 @@ fn kernel_version(release: &str) -> Option<(u32, u32)> {
 }
 
 fn distance(device: &Device, gpu: &Gpu) -> Distance {
-    if device.pci_path.is_empty() || gpu.pci_path.is_empty() {
+    distance_between((&device.pci_path, device.numa), (&gpu.pci_path, gpu.numa))
+}
+
+/// How near two functions are, each by its PCI addresses from the root complex on and its NUMA node.
+pub(crate) fn distance_between(
+    (left, left_node): (&[String], Option<i32>),
+    (right, right_node): (&[String], Option<i32>),
+) -> Distance {
+    if left.is_empty() || right.is_empty() {
         return Distance::Unknown;
     }
-    let pairs = device.pci_path.iter().zip(&gpu.pci_path);
-    let shared = pairs.take_while(|(left, right)| left == right).count();
+    let shared = left
+        .iter()
+        .zip(right)
+        .take_while(|(left, right)| left == right)
+        .count();
     let node = |numa: Option<i32>| numa.filter(|node| *node >= 0);
     match shared {
         2.. => Distance::SameSwitch,
         1 => Distance::SameRoot,
-        _ if node(device.numa).is_some() && node(device.numa) == node(gpu.numa) => {
-            Distance::SameNode
-        }
+        _ if node(left_node).is_some() && node(left_node) == node(right_node) => Distance::SameNode,
         _ => Distance::Far,
     }
 }

@@ -203,8 +203,7 @@ fn lane_ready(
     peer_can_pull: bool,
 ) -> io::Result<()> {
     let local = if stranger.is_local {
-        let host = &link.agreement.host;
-        Some(LocalPath::probe(hub, stranger.socket.as_fd(), host)?)
+        Some(LocalPath::probe(hub, stranger.socket.as_fd(), link)?)
     } else {
         None
     };

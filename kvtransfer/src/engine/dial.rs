@@ -268,7 +268,7 @@ fn open_local(
     let failed = |error: io::Error| format!("the peer's same-host socket: {error}");
     let name = std::os::unix::net::SocketAddr::from_abstract_name(&host.socket_name);
     let stream = UnixStream::connect_addr(&name.map_err(failed)?).map_err(failed)?;
-    let local = LocalPath::probe(hub, stream.as_fd(), host).map_err(failed)?;
+    let local = LocalPath::probe(hub, stream.as_fd(), link).map_err(failed)?;
     if hub.config.same_host == SameHost::PullOnly && !local.can_pull {
         return Err("the peer's memory cannot be read (ptrace scope or container)".into());
     }

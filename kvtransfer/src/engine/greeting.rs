@@ -15,6 +15,7 @@ use rustix::net::{
 use subtle::ConstantTimeEq;
 
 use super::{
+    devices::PeerMemory,
     hub::Hub,
     lanes::Stage,
     link::{Agreement, Link},
@@ -43,6 +44,7 @@ use crate::{
 /// Our introduction.
 pub(super) fn introduce(hub: &Hub, link: u64, lanes: u8) -> Hello {
     let same_host = hub.config.same_host != SameHost::Off;
+    let shared = hub.devices.shared();
     let offers_socket = same_host && hub.config.listen.is_some();
     Hello {
         instance: hub.instance,
@@ -64,11 +66,14 @@ pub(super) fn introduce(hub: &Hub, link: u64, lanes: u8) -> Hello {
         regions: hub
             .regions()
             .iter()
-            .map(|region| RegionAddress {
+            .zip(&shared.places)
+            .map(|(region, place)| RegionAddress {
                 base: region.base_address(),
                 len: region.len() as u64,
+                place: *place,
             })
             .collect(),
+        shares: shared.shares.clone(),
         by_address: hub.config.writable_by_address,
         null_wire: hub.config.null_wire,
         layout: hub.layout.clone(),
@@ -148,6 +153,7 @@ pub(super) fn agree(hub: &Hub, peer: Hello, address: String) -> Result<Agreement
         address,
         host: peer.host,
         regions: peer.regions.into(),
+        shares: peer.shares.into(),
         by_address: peer.by_address,
         rails: peer.rails.into(),
         outgoing,
@@ -302,17 +308,16 @@ pub(super) struct LocalPath {
     pub(super) pid: i32,
     /// We can read its memory.
     pub(super) can_pull: bool,
+    /// Its device's memory.
+    pub(super) memory: PeerMemory,
     /// Our ring, whose descriptor goes to the peer.
     pub(super) ring_out: Region,
 }
 
 impl LocalPath {
     /// Looks at the peer on a Unix stream: who is it, can its memory be read?
-    pub(super) fn probe(
-        hub: &Hub,
-        stream: BorrowedFd<'_>,
-        host: &HostIdentity,
-    ) -> io::Result<Self> {
+    pub(super) fn probe(hub: &Hub, stream: BorrowedFd<'_>, link: &Link) -> io::Result<Self> {
+        let host = &link.agreement.host;
         let credentials = rustix::net::sockopt::socket_peercred(stream)?;
         if credentials.uid != rustix::process::geteuid() {
             return Err(io::ErrorKind::PermissionDenied.into());
@@ -321,10 +326,17 @@ impl LocalPath {
         let wanted = hub.config.same_host != SameHost::RingOnly;
         let can_pull = wanted
             && sys::peek::<16>(pid, host.probe_address).is_ok_and(|got| got == host.probe_cookie);
+        let memory = if can_pull {
+            link.peer_memory(hub)
+        } else {
+            PeerMemory::Host
+        };
+        let can_pull = can_pull && !matches!(memory, PeerMemory::Refused(_));
         let ring_out = Region::memfd("kvtransfer-ring", ring_len(hub)).map_err(io::Error::other)?;
         Ok(Self {
             pid,
             can_pull,
+            memory,
             ring_out,
         })
     }
@@ -351,10 +363,12 @@ pub(super) struct LaneStart {
     pub(super) reason: String,
 }
 
-/// Starts a lane whose handshake is through.
-pub(super) fn start_lane(hub: &Arc<Hub>, link: &Link, start: LaneStart) -> io::Result<()> {
+/// How a lane carries its payload.
+fn setup_of(hub: &Hub, link: &Link, start: &LaneStart) -> LaneSetup {
     let config = &hub.config;
-    let setup = match &start.local {
+    let on_device = hub.devices.device().is_some();
+    let batch_bytes = |host, device| if on_device { device } else { host };
+    match &start.local {
         _ if config.null_wire => LaneSetup {
             mode: PayloadMode::Null,
             path: "null",
@@ -365,15 +379,15 @@ pub(super) fn start_lane(hub: &Arc<Hub>, link: &Link, start: LaneStart) -> io::R
         None => LaneSetup {
             mode: PayloadMode::Inline,
             path: "tcp",
-            path_reason: start.reason,
-            batch_bytes: config.batch_bytes,
+            path_reason: start.reason.clone(),
+            batch_bytes: batch_bytes(config.batch_bytes, config.staged_batch_bytes),
             window: config.lane_window,
         },
         Some(_) if start.peer_can_pull => LaneSetup {
             mode: PayloadMode::Pull,
-            path: "shm-pull",
-            path_reason: start.reason,
-            batch_bytes: config.pull_batch_bytes,
+            path: if on_device { "device-pull" } else { "shm-pull" },
+            path_reason: start.reason.clone(),
+            batch_bytes: batch_bytes(config.pull_batch_bytes, config.device_pull_batch_bytes),
             window: 4,
         },
         Some(_) => LaneSetup {
@@ -381,37 +395,49 @@ pub(super) fn start_lane(hub: &Arc<Hub>, link: &Link, start: LaneStart) -> io::R
             path: "shm-ring",
             path_reason: if config.same_host == SameHost::RingOnly {
                 "pull is switched off by configuration".into()
+            } else if let PeerMemory::Refused(reason) = link.peer_memory(hub) {
+                reason
             } else {
                 "the peer may not read this process's memory (ptrace scope or container)".into()
             },
             batch_bytes: ring_len(hub) as u64 / RING_SLOTS,
             window: usize::try_from(RING_SLOTS).unwrap_or(8),
         },
-    };
+    }
+}
+
+/// Starts a lane whose handshake is through.
+pub(super) fn start_lane(hub: &Arc<Hub>, link: &Link, start: LaneStart) -> io::Result<()> {
+    let setup = setup_of(hub, link, &start);
     let slot = ring_len(hub) as u64 / RING_SLOTS;
     let ring_in = match start.ring_in {
         Some(fd) if start.local.is_some() => {
             let len = usize::try_from(rustix::fs::fstat(&fd)?.st_size).unwrap_or(0);
-            Some(Ring::new(
-                Region::peer_memfd(fd, len).map_err(io::Error::other)?,
-                slot,
-            ))
+            let ring = Region::peer_memfd(fd, len).map_err(io::Error::other)?;
+            let used = start.local.as_ref().is_some_and(|local| !local.can_pull);
+            let device = hub.devices.device().filter(|_| used);
+            Some(Ring::new(ring, slot).pinned(device))
         }
         _ => None,
     };
-    let pid = start
-        .local
-        .as_ref()
-        .filter(|local| local.can_pull)
-        .map(|local| local.pid);
+    let pulled = start.local.as_ref().filter(|local| local.can_pull);
+    let attached = match pulled.map(|local| &local.memory) {
+        Some(PeerMemory::Attached(regions)) => Some(Arc::clone(regions)),
+        _ => None,
+    };
+    let pid = pulled.map(|local| local.pid);
+    let sends = hub.devices.device().filter(|_| !start.peer_can_pull);
     let context = LaneContext {
         hub: Arc::clone(hub),
         peer: link.peer,
         lane: start.lane,
         peer_pid: pid,
         peer_regions: Arc::clone(&link.agreement.regions),
+        attached,
         ring_in,
-        ring_out: start.local.map(|local| Ring::new(local.ring_out, slot)),
+        ring_out: start
+            .local
+            .map(|local| Ring::new(local.ring_out, slot).pinned(sends)),
     };
     link.note_path(&setup);
     // The node must know the lane before its thread asks for work.

@@ -18,6 +18,7 @@ use mio::Waker;
 use super::{
     PeerInfo,
     control::Adopted,
+    devices::DeviceSide,
     handle::{CompletionQueue, Shared},
     lanes::Stage,
     link::Link,
@@ -86,6 +87,7 @@ pub(crate) struct Hub {
     /// Some failed room waits for a network card.
     is_ebbing: AtomicBool,
     regions: Vec<Arc<Region>>,
+    pub(crate) devices: DeviceSide,
     core: Mutex<Core>,
     waker: Waker,
     /// When the control thread will wake by itself.
@@ -103,6 +105,7 @@ impl Hub {
     pub(super) fn new(
         config: EngineConfig,
         regions: Vec<Arc<Region>>,
+        devices: DeviceSide,
         layout: Layout,
         rails: Rails,
     ) -> io::Result<(Self, mio::Poll)> {
@@ -133,6 +136,7 @@ impl Hub {
             null_wire: NullWire::default(),
             is_ebbing: AtomicBool::new(false),
             regions,
+            devices,
             core: Mutex::new(core),
             waker,
             armed: AtomicU64::new(0),

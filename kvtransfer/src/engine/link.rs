@@ -5,13 +5,13 @@ use std::{
     net::SocketAddr,
     os::fd::OwnedFd,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 
-use super::{lanes::Lanes, redial::Redial, write::Turns};
+use super::{devices::PeerMemory, lanes::Lanes, redial::Redial, write::Turns};
 use rustix::net::{SendFlags, Shutdown, send, shutdown};
 
 use crate::{
@@ -39,6 +39,8 @@ pub(crate) struct Agreement {
     pub(crate) address: String,
     pub(crate) host: HostIdentity,
     pub(crate) regions: Arc<[RegionAddress]>,
+    /// Allocations of its device, as it describes them.
+    pub(crate) shares: Arc<[Vec<u8>]>,
     /// Its regions may be written by address.
     pub(crate) by_address: bool,
     /// Its RDMA devices.
@@ -62,6 +64,7 @@ pub(crate) struct Link {
     control: OwnedFd,
     outbox: Mutex<Outbox>,
     pub(crate) lanes: Lanes,
+    pub(super) peer_memory: OnceLock<PeerMemory>,
     /// Where this side dialled it; `None` if the peer dialled.
     pub(crate) dialled: Option<SocketAddr>,
     pub(super) redial: Mutex<Redial>,
@@ -89,6 +92,7 @@ impl Link {
             control,
             outbox: Mutex::default(),
             lanes: Lanes::default(),
+            peer_memory: OnceLock::new(),
             dialled,
             redial: Mutex::default(),
             writes: Turns::default(),

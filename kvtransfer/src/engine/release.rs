@@ -107,6 +107,13 @@ impl Hub {
             });
         }
         drop(core);
+        if let Some(device) = self.devices.device() {
+            device.unshare();
+            // They hold our allocations in use.
+            for info in self.peers() {
+                self.drop_peer(info.peer, REASON);
+            }
+        }
         self.close_rails(&mut old)?;
         tracing::info!(?regions, "memory released");
         Ok(())
@@ -133,6 +140,7 @@ impl Hub {
             let rails = rails.map_err(|error| MemoryError::Rdma(error.to_string()))?;
             let is_open = rails.is_open();
             self.set_rails(rails);
+            self.devices.share_again(self.regions());
             // One that connected while the memory went away knows keys that are void.
             let stale = if is_open { self.peers() } else { Vec::new() };
             for info in stale {

@@ -11,10 +11,13 @@ use std::{
     os::fd::OwnedFd,
     path::Path,
     ptr::NonNull,
+    sync::Arc,
 };
 
 use memmap2::{MmapOptions, MmapRaw};
 use thiserror::Error;
+
+use super::device::{Device, DeviceError, Piece};
 
 /// Alignment of heap regions: a page, so that no two regions share one.
 const PAGE: usize = 4096;
@@ -48,6 +51,15 @@ pub enum RegionError {
         /// The region's length.
         region: usize,
     },
+    /// Processor instructions cannot reach the memory of a device.
+    #[error("the memory of {device} is its device's to copy")]
+    OnDevice {
+        /// The device's name.
+        device: String,
+    },
+    /// The device that should copy did not.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 }
 
 enum Backing {
@@ -55,6 +67,8 @@ enum Backing {
     Map(#[expect(dead_code, reason = "keeps the mapping alive")] MmapRaw),
     /// Memory of somebody who promised to keep it.
     External,
+    /// The same, on a device.
+    Device(Arc<dyn Device>),
 }
 
 /// A range of memory that transfers read from and write to.
@@ -244,6 +258,39 @@ impl Region {
         }
     }
 
+    /// Memory of `device` that somebody else owns.
+    ///
+    /// # Errors
+    /// An impossible length, or address 0.
+    ///
+    /// # Safety
+    /// `address..address + len` must be memory of the device, allocated until the region is dropped, which the engine does no
+    /// earlier than its shutdown; with released memory (`Engine::release_memory`) until that has returned.
+    pub unsafe fn device(
+        device: Arc<dyn Device>,
+        address: u64,
+        len: usize,
+    ) -> Result<Self, RegionError> {
+        let base = usize::try_from(address).ok();
+        let base = base.and_then(|base| NonNull::new(std::ptr::without_provenance_mut(base)));
+        let fits = isize::try_from(len).is_ok() && address.checked_add(len as u64).is_some();
+        let base = base.filter(|_| fits && len > 0);
+        Ok(Self {
+            base: base.ok_or(RegionError::Length(len))?,
+            len,
+            backing: Backing::Device(device),
+            memfd: None,
+        })
+    }
+
+    /// The device whose memory it is; `None` for host memory.
+    pub fn on_device(&self) -> Option<&Arc<dyn Device>> {
+        match &self.backing {
+            Backing::Device(device) => Some(device),
+            _ => None,
+        }
+    }
+
     fn mapped(map: MmapRaw, memfd: Option<OwnedFd>) -> Self {
         let base = NonNull::new(map.as_mut_ptr()).expect("invariant: a mapping is never at null");
         let len = map.len();
@@ -271,50 +318,89 @@ impl Region {
         self.memfd.as_ref()
     }
 
-    /// Pointer to `len` bytes at `offset`, for a system call or copy.
+    /// Pointer to `len` bytes at `offset` of host memory, for a system call or copy.
+    ///
+    /// # Errors
+    /// The range is not inside the region, or the region is a device's.
+    pub(crate) fn at(&self, offset: u64, len: usize) -> Result<NonNull<u8>, RegionError> {
+        let start = self.start_of(offset, len)?;
+        if let Backing::Device(device) = &self.backing {
+            let device = device.name();
+            return Err(RegionError::OnDevice { device });
+        }
+        // SAFETY: `start <= self.len`, so the result is within the allocation or one past its end.
+        Ok(unsafe { self.base.add(start) })
+    }
+
+    /// The device's address of `len` bytes at `offset`.
     ///
     /// # Errors
     /// The range is not inside the region.
-    pub(crate) fn at(&self, offset: u64, len: usize) -> Result<NonNull<u8>, RegionError> {
+    pub(crate) fn piece(&self, offset: u64, len: u64) -> Result<Piece, RegionError> {
+        let bytes = usize::try_from(len).map_err(|_| RegionError::Length(usize::MAX))?;
+        self.start_of(offset, bytes)?;
+        let address = self.base_address() + offset;
+        Ok(Piece { address, len })
+    }
+
+    fn start_of(&self, offset: u64, len: usize) -> Result<usize, RegionError> {
         let outside = || RegionError::OutOfBounds {
             offset,
             len,
             region: self.len,
         };
         let start = usize::try_from(offset).map_err(|_| outside())?;
-        if start.checked_add(len).is_none_or(|end| end > self.len) {
-            return Err(outside());
+        match start.checked_add(len) {
+            Some(end) if end <= self.len => Ok(start),
+            _ => Err(outside()),
         }
-        // SAFETY: `start <= self.len`, so the result is within the allocation or one past its end.
-        Ok(unsafe { self.base.add(start) })
     }
 
-    /// Copies bytes in.
+    /// Copies bytes in. Where the region is a device's, each call makes a stream for itself: good for filling and looking, not for
+    /// data paths.
     ///
     /// # Errors
-    /// The range is not inside the region.
+    /// The range is not inside the region, or its device fails.
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<(), RegionError> {
+        if let Backing::Device(device) = &self.backing {
+            let piece = self.piece(offset, bytes.len() as u64)?;
+            if bytes.is_empty() {
+                return Ok(());
+            }
+            let host = Self::heap(bytes.len())?;
+            host.write_at(0, bytes)?;
+            return Ok(device.copier()?.scatter(&host, 0, &[piece])?);
+        }
         let target = self.at(offset, bytes.len())?;
         // SAFETY: `at` checked the range; `bytes` is an ordinary slice that cannot overlap raw region memory.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target.as_ptr(), bytes.len()) };
         Ok(())
     }
 
-    /// Copies bytes out.
+    /// Copies bytes out; see [`Region::write_at`] for devices.
     ///
     /// # Errors
-    /// The range is not inside the region.
+    /// The range is not inside the region, or its device fails.
     pub fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<(), RegionError> {
+        if let Backing::Device(device) = &self.backing {
+            let piece = self.piece(offset, out.len() as u64)?;
+            if out.is_empty() {
+                return Ok(());
+            }
+            let host = Self::heap(out.len())?;
+            device.copier()?.gather(&[piece], &host, 0)?;
+            return host.read_at(0, out);
+        }
         let source = self.at(offset, out.len())?;
         // SAFETY: `at` checked the range; `out` is an ordinary slice that cannot overlap raw region memory.
         unsafe { std::ptr::copy_nonoverlapping(source.as_ptr(), out.as_mut_ptr(), out.len()) };
         Ok(())
     }
 
-    /// Copies bytes from another region.
+    /// Copies bytes from another region, both of host memory.
     ///
     /// # Errors
-    /// A range is not inside its region.
+    /// A range is not inside its region, or one is a device's.
     pub fn copy_from(
         &self,
         offset: u64,
@@ -329,10 +415,10 @@ impl Region {
         Ok(())
     }
 
-    /// Sets a range to one byte value.
+    /// Sets a range of host memory to one byte value.
     ///
     /// # Errors
-    /// The range is not inside the region.
+    /// The range is not inside the region, or that is a device's.
     pub fn fill(&self, offset: u64, len: usize, value: u8) -> Result<(), RegionError> {
         let target = self.at(offset, len)?;
         // SAFETY: `at` checked the range.
@@ -356,6 +442,7 @@ impl std::fmt::Debug for Region {
             Backing::Heap(_) => "heap",
             Backing::Map(_) => "mapping",
             Backing::External => "external",
+            Backing::Device(_) => "device",
         };
         f.debug_struct("Region")
             .field("kind", &kind)

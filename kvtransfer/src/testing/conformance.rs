@@ -8,12 +8,16 @@
 //! ```
 
 pub mod bytes;
+mod device_fabric;
 mod engine_fabric;
 pub mod peers;
 pub mod rooms;
 mod sim_fabric;
 mod verbs_fabric;
 
+pub use device_fabric::{
+    DevicePullPath, DeviceRingPath, DeviceTcpPath, MixedPullPath, MixedTcpPath,
+};
 pub use engine_fabric::{EngineFabric, Path, PullPath, RingPath, TcpPath};
 pub use sim_fabric::{Inline, Mode, Pull, Ring, SimFabric, Write};
 pub use verbs_fabric::{FakeNetwork, wait_for};

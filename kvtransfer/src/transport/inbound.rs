@@ -2,21 +2,25 @@
 #![expect(unsafe_code, reason = "hands raw region memory to recvmsg")]
 
 mod awaited;
+mod device;
 mod local;
+mod staged;
 
 use std::{io, os::fd::BorrowedFd, sync::Arc};
 
 use local::PullSource;
+use staged::Staged;
 
 use super::{
     LaneError,
     lane::LaneContext,
     outbound::{Outbound, consume, range_of},
+    staging::Stager,
     sys::{self, IOV_MAX, IoRange},
 };
 use crate::{
     clock,
-    memory::Gate,
+    memory::{Gate, device::Move},
     plan::{
         cursor::{Segment, SideCursor},
         descriptor::Descriptor,
@@ -45,6 +49,8 @@ enum Expect {
     /// A pull list of a batch that is not placed.
     SkipItems(BatchHeader),
     Payload(Box<Filling>),
+    /// Payload for a device's memory.
+    Staged(Box<Staged>),
     /// Payload that nobody wants, then its seal.
     Skip(BatchHeader, u64),
     Seal(BatchHeader, Option<BatchIn>, Placement),
@@ -71,6 +77,10 @@ pub(super) struct Inbound {
     remote: Vec<IoRange>,
     descriptors: Box<[Descriptor]>,
     scratch: Box<[u8]>,
+    stager: Stager,
+    /// Segments of one chunk.
+    parts: Vec<Segment>,
+    moves: Vec<Move>,
 }
 
 /// What one system call brought.
@@ -107,6 +117,9 @@ impl Inbound {
             remote: Vec::new(),
             descriptors: Box::default(),
             scratch: Box::default(),
+            stager: Stager::default(),
+            parts: Vec::new(),
+            moves: Vec::new(),
         }
     }
 
@@ -202,6 +215,7 @@ impl Inbound {
                 Ok(Step::Again)
             }
             Expect::Payload(filling) => self.fill_from_buffer(context, filling),
+            Expect::Staged(staged) => self.stage_from_buffer(context, staged),
             Expect::Skip(header, left) => {
                 let have = (self.end - self.start) as u64;
                 let skipped = have.min(left);
@@ -272,7 +286,7 @@ impl Inbound {
                 };
                 self.segment_at = 0;
                 self.segment_end = 0;
-                Expect::Payload(Box::new(filling))
+                self.payload(context, filling)?
             }
             (PayloadMode::Inline, None) => Expect::Skip(header, header.len),
             (PayloadMode::Pull, Some((batch, gate))) => Expect::Items(header, batch, gate),
@@ -373,6 +387,7 @@ impl Inbound {
         self.compact();
         match std::mem::replace(&mut self.expect, Expect::Frame) {
             Expect::Payload(filling) => self.receive_payload(context, socket, filling),
+            Expect::Staged(staged) => self.receive_staged(socket, staged),
             Expect::Skip(header, left) => {
                 self.expect = Expect::Skip(header, left);
                 self.receive_and_drop(socket, left)

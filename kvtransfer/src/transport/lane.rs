@@ -26,9 +26,12 @@ use super::{
 };
 use crate::{
     clock,
-    engine::hub::Hub,
+    engine::{devices::AttachedRegions, hub::Hub},
     ids::{LaneId, PeerId},
-    memory::Region,
+    memory::{
+        Region,
+        device::{Device, Pinned},
+    },
     wire::hello::RegionAddress,
 };
 
@@ -38,13 +41,31 @@ const STACK: usize = 256 << 10;
 /// Shared memory between two processes, cut into slots of one batch each.
 #[derive(Debug)]
 pub(crate) struct Ring {
-    region: Region,
+    region: Arc<Region>,
     slot_bytes: u64,
+    /// Keeps it pinned, where a device copies to or from it.
+    pinned_by: Option<Box<dyn Pinned>>,
 }
 
 impl Ring {
     pub(crate) fn new(region: Region, slot_bytes: u64) -> Self {
-        Self { region, slot_bytes }
+        Self {
+            region: Arc::new(region),
+            slot_bytes,
+            pinned_by: None,
+        }
+    }
+
+    /// The same, which `device` reads and writes as fast as it can.
+    pub(crate) fn pinned(mut self, device: Option<&Arc<dyn Device>>) -> Self {
+        self.pinned_by = device.and_then(|device| {
+            let pinned = device.pin(&self.region);
+            // Slower copies are copies all the same.
+            pinned
+                .inspect_err(|error| tracing::warn!(%error, "a ring is not pinned"))
+                .ok()
+        });
+        self
     }
 
     /// Where batch number `batch` goes. The node lets at most `slots` batches be unacknowledged, so a slot is free again
@@ -71,6 +92,8 @@ pub(crate) struct LaneContext {
     /// The peer's process, if its memory can be read.
     pub(crate) peer_pid: Option<i32>,
     pub(crate) peer_regions: Arc<[RegionAddress]>,
+    /// The peer's device memory, where it can be copied from.
+    pub(crate) attached: Option<Arc<AttachedRegions>>,
     pub(crate) ring_in: Option<Ring>,
     pub(crate) ring_out: Option<Ring>,
 }
@@ -102,7 +125,7 @@ pub(crate) struct Lane {
     socket: OwnedFd,
     io: Mutex<Option<LaneIo>>,
     reader: OnceLock<Thread>,
-    writer: OnceLock<Thread>,
+    writer: Arc<OnceLock<Thread>>,
     /// The reader leaves the socket to a driver.
     parked: AtomicBool,
     /// A caller reads the socket now.
@@ -130,10 +153,11 @@ impl Lane {
         set_socket_timeout(&socket, Timeout::Send, None)?;
         let hub = Arc::clone(&context.hub);
         let name = format!("kvt-lane-{}-{}", context.peer.0, context.lane.0);
+        let writer = Arc::new(OnceLock::new());
         let io = LaneIo {
             context,
             inbound: Inbound::new(rest),
-            outbound: Outbound::new(),
+            outbound: Outbound::new(Arc::clone(&writer)),
             blocked: false,
         };
         let lane = Arc::new(Self {
@@ -141,7 +165,7 @@ impl Lane {
             socket,
             io: Mutex::new(Some(io)),
             reader: OnceLock::new(),
-            writer: OnceLock::new(),
+            writer,
             parked: AtomicBool::new(false),
             driver: AtomicBool::new(false),
             driven_at: AtomicU64::new(0),

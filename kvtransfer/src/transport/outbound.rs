@@ -1,11 +1,20 @@
 //! The sending half of a lane: acknowledgements and batches, straight from the pages to the socket.
 #![expect(unsafe_code, reason = "hands raw region memory to sendmsg")]
 
-use std::{io, os::fd::BorrowedFd, sync::Arc};
+mod staged;
+
+use std::{
+    io,
+    os::fd::BorrowedFd,
+    sync::{Arc, OnceLock},
+    thread::Thread,
+};
 
 use super::{
     LaneError,
     lane::LaneContext,
+    outbound::staged::{Taken, is_staged},
+    staging::{Chunk, Stager},
     sys::{self, IOV_MAX, IoRange},
 };
 use crate::{
@@ -53,10 +62,20 @@ struct Payload {
     cursor: SideCursor,
     /// Bytes not sent yet.
     left: u64,
+    /// Where its pages, or the next of them, wait if they come from a device.
+    staged: Option<Staged>,
     /// The room ended: zeros follow instead of pages.
     void: bool,
     seal: [u8; Seal::LEN],
     seal_sent: usize,
+}
+
+/// Pages of a batch that were copied to host memory.
+struct Staged {
+    chunk: Chunk,
+    /// The unsent part of the chunk.
+    at: usize,
+    filled: usize,
 }
 
 pub(super) struct Outbound {
@@ -73,10 +92,15 @@ pub(super) struct Outbound {
     /// Batches written and not acknowledged yet.
     pub(super) unacked: usize,
     spare_head: Vec<u8>,
+    stager: Stager,
+    /// Segments of one chunk.
+    parts: Vec<Segment>,
+    /// The lane's writer, which is woken when there is staging memory again.
+    writer: Arc<OnceLock<Thread>>,
 }
 
 impl Outbound {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(writer: Arc<OnceLock<Thread>>) -> Self {
         Self {
             acks: Vec::new(),
             acks_sent: 0,
@@ -88,6 +112,9 @@ impl Outbound {
             batches: 0,
             unacked: 0,
             spare_head: Vec::new(),
+            stager: Stager::default(),
+            parts: Vec::new(),
+            writer,
         }
     }
 
@@ -118,6 +145,7 @@ impl Outbound {
             if !self.is_pending() {
                 return Ok(Sent::All);
             }
+            self.stage(context)?;
             match self.send_some(context, socket) {
                 Ok(sent) => self.advance(sent),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -131,6 +159,12 @@ impl Outbound {
 
     /// Takes the next batch from the node, if there is one.
     fn begin(&mut self, context: &LaneContext) -> Result<(), LaneError> {
+        // A batch that was taken must be sent, so its staging memory comes first.
+        let chunk = match self.chunk(context)? {
+            Taken::Chunk(chunk) => Some(chunk),
+            Taken::NotNeeded => None,
+            Taken::Later => return Ok(()),
+        };
         let next = context
             .hub
             .next_batch(clock::now(), context.peer, context.lane);
@@ -151,6 +185,9 @@ impl Outbound {
                 Some(Payload {
                     cursor: source_cursor(&batch)?,
                     left: fields.len,
+                    staged: chunk
+                        .filter(|_| is_staged(context, &batch))
+                        .map(Staged::new),
                     void: false,
                     seal: Seal::new(fields.seq, true).to_bytes(),
                     seal_sent: 0,
@@ -222,16 +259,10 @@ impl Outbound {
             let Some(_pass) = gate.pass() else {
                 return Ok(VOID_PLACE);
             };
-            for segment in &self.segments[..filled] {
-                let len = len_of(segment);
-                let source = context
-                    .hub
-                    .region(segment.region)
-                    .ok_or_else(|| no_region(segment))?;
-                let copied = ring.region().copy_from(place, source, segment.offset, len);
-                copied.map_err(|error| LaneError::Protocol(error.to_string()))?;
-                place += segment.len;
-            }
+            let segments = &self.segments[..filled];
+            let hub = &context.hub;
+            self.stager.gather(hub, segments, ring.region(), place)?;
+            place += segments.iter().map(|segment| segment.len).sum::<u64>();
         }
         Ok(first)
     }
@@ -255,20 +286,28 @@ impl Outbound {
             return unsafe { sys::send(socket, &self.ranges) };
         };
         // Held during the call: when the room's end is reported, the kernel no longer reads its pages.
-        let pass = if payload.left > 0 && !payload.void {
+        let needs_pages = payload.left > 0 && payload.staged.is_none();
+        let pass = if needs_pages && !payload.void {
             writing.gate.pass()
         } else {
             None
         };
-        if payload.left > 0 && pass.is_none() && !payload.void {
-            payload.void = true;
-            payload.seal = Seal::new(payload.batch.fields.seq, false).to_bytes();
+        if needs_pages && pass.is_none() && !payload.void {
+            payload.give_up();
         }
         if payload.void {
             let len = usize::try_from(payload.left)
                 .unwrap_or(usize::MAX)
                 .min(ZEROS.len());
             push_bytes(&mut self.ranges, &ZEROS[..len]);
+            if len as u64 == payload.left {
+                push_bytes(&mut self.ranges, &payload.seal[payload.seal_sent..]);
+            }
+        } else if let Some(staged) = &payload.staged {
+            let len = staged.filled - staged.at;
+            let base = staged.chunk.region().at(staged.at as u64, len);
+            let base = base.map_err(io::Error::other)?;
+            self.ranges.push(IoRange::new(base.as_ptr(), len));
             if len as u64 == payload.left {
                 push_bytes(&mut self.ranges, &payload.seal[payload.seal_sent..]);
             }
@@ -322,7 +361,9 @@ impl Outbound {
             Some(payload) => {
                 let bytes = (sent as u64).min(payload.left);
                 payload.left -= bytes;
-                if !payload.void {
+                if let Some(staged) = &mut payload.staged {
+                    staged.at += usize::try_from(bytes).unwrap_or(sent);
+                } else if !payload.void {
                     let segments = &mut self.segments[..self.segment_end];
                     self.segment_at = consume(segments, self.segment_at, bytes);
                 }
@@ -338,10 +379,6 @@ impl Outbound {
 
 fn missing_ring(who: &str) -> LaneError {
     LaneError::Protocol(format!("a ring batch, but the {who} side has no ring"))
-}
-
-fn no_region(segment: &Segment) -> LaneError {
-    LaneError::Protocol(format!("region {} does not exist", segment.region.0))
 }
 
 fn source_cursor(batch: &BatchOut) -> Result<SideCursor, LaneError> {

@@ -4,7 +4,7 @@
 //! verbs object each. Nothing here is linked: the same binary starts on a host without RDMA and says what is missing.
 #![expect(
     dead_code,
-    reason = "dma-buf registration waits for GPU memory; some accessors are for tests only"
+    reason = "registering GPU memory waits for the rails; some accessors are for tests only"
 )]
 
 pub(crate) mod chain;

@@ -11,6 +11,7 @@ use crate::{
         Attention, Component, ComponentKind, Entry, Layout, RegionId, SLICE_GROUPS_MAX, Shard,
         StateShape, StateSlice,
     },
+    memory::device::SHARE_BYTES_MAX,
 };
 
 /// Most bytes of a bearer token.
@@ -19,6 +20,8 @@ pub const TOKEN_BYTES_MAX: usize = 512;
 pub const LANES_MAX: u8 = 16;
 /// Most regions of one engine: a region per layer and buffer of a deep model, with room to spare.
 pub const REGIONS_MAX: usize = 8192;
+/// Most allocations of one engine's device that it shares: K and V of 1024 layers. Together they fit a stranger's message.
+pub const SHARES_MAX: usize = 2048;
 /// Most components of a layout; SGLang 0.5.23 knows 13 state types.
 pub const COMPONENTS_MAX: usize = 64;
 /// Most entries of a component: K and V of 1024 layers, and drafts.
@@ -41,13 +44,31 @@ pub struct HostIdentity {
     pub probe_cookie: [u8; 16],
 }
 
+/// Where a region's bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In the owner's process.
+    Host,
+    /// On its device, in an allocation that other processes cannot use.
+    Device,
+    /// On its device, in an allocation that processes of the same host can use.
+    Shared {
+        /// Index in [`Hello::shares`].
+        share: u32,
+        /// Where the region begins in that allocation, in bytes.
+        offset: u64,
+    },
+}
+
 /// A registered region as a peer must know it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RegionAddress {
-    /// Virtual address in the owner's process (for same-host pulls).
+    /// Virtual address in the owner's process (for same-host pulls), or on its device.
     pub base: u64,
     /// Bytes.
     pub len: u64,
+    /// Where they are.
+    pub place: Place,
 }
 
 /// First message each way on a control stream.
@@ -67,6 +88,8 @@ pub struct Hello {
     pub host: HostIdentity,
     /// Its regions, indexed by [`RegionId`].
     pub regions: Vec<RegionAddress>,
+    /// Allocations of its device that processes of the same host can use, in the device's own description.
+    pub shares: Vec<Vec<u8>>,
     /// Whether its peers may write to any address in them.
     pub by_address: bool,
     /// Whether its data connections carry no bytes (measurements only).
@@ -91,10 +114,14 @@ impl Hello {
         w.u64(self.host.probe_address);
         w.raw(&self.host.probe_cookie);
         w.u8(u8::from(self.by_address) | u8::from(self.null_wire) << 1);
+        w.count(self.shares.len());
+        for share in &self.shares {
+            w.count(share.len());
+            w.raw(share);
+        }
         w.count(self.regions.len());
         for region in &self.regions {
-            w.u64(region.base);
-            w.u64(region.len);
+            write_region(w, region);
         }
         w.count(self.rails.len());
         for rail in &self.rails {
@@ -129,13 +156,11 @@ impl Hello {
                 got: flags.into(),
             });
         }
-        let regions = (0..r.count("region count", REGIONS_MAX, 16)?)
-            .map(|_| {
-                Ok(RegionAddress {
-                    base: r.u64()?,
-                    len: r.u64()?,
-                })
-            })
+        let shares: Vec<_> = (0..r.count("share count", SHARES_MAX, 4)?)
+            .map(|_| r.bytes("share", SHARE_BYTES_MAX))
+            .collect::<Result<_, WireError>>()?;
+        let regions = (0..r.count("region count", REGIONS_MAX, 17)?)
+            .map(|_| read_region(r, shares.len()))
             .collect::<Result<_, WireError>>()?;
         let rails = (0..r.count("rail count", RAILS_MAX, 22)?)
             .map(|_| RailOffer::read(r))
@@ -149,12 +174,52 @@ impl Hello {
             token,
             host,
             regions,
+            shares,
             by_address: flags & 1 != 0,
             null_wire: flags & 2 != 0,
             rails,
             layout,
         })
     }
+}
+
+fn write_region(w: &mut Writer<'_>, region: &RegionAddress) {
+    w.u64(region.base);
+    w.u64(region.len);
+    match region.place {
+        Place::Host => w.u8(0),
+        Place::Device => w.u8(1),
+        Place::Shared { share, offset } => {
+            w.u8(2);
+            w.u32(share);
+            w.u64(offset);
+        }
+    }
+}
+
+fn read_region(r: &mut Reader<'_>, shares: usize) -> Result<RegionAddress, WireError> {
+    let (base, len) = (r.u64()?, r.u64()?);
+    let place = match r.u8()? {
+        0 => Place::Host,
+        1 => Place::Device,
+        2 => {
+            let (share, offset) = (r.u32()?, r.u64()?);
+            if share as usize >= shares {
+                return Err(WireError::Value {
+                    what: "share index",
+                    got: share.into(),
+                });
+            }
+            Place::Shared { share, offset }
+        }
+        got => {
+            return Err(WireError::Value {
+                what: "place of a region",
+                got: got.into(),
+            });
+        }
+    };
+    Ok(RegionAddress { base, len, place })
 }
 
 /// Most bytes of the reason against RDMA that a [`Face`] tells; a longer one is cut.

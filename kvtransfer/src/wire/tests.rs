@@ -12,7 +12,7 @@ use crate::{
         WireError,
         blocks::{WRITE_MILLIS_MAX, WriteOpen},
         control::{Control, ControlDecoder, FailureCode, GRANT_ITEMS_MAX, Grant, REASON_BYTES_MAX},
-        hello::{Face, Hello, HostIdentity, RegionAddress},
+        hello::{Face, Hello, HostIdentity, Place, RegionAddress},
         lane::{
             Ack, AckStatus, BATCH_BYTES_MAX, BATCHES_MAX, BatchFields, BatchHeader,
             NULL_BATCH_BYTES_MAX, PayloadMode, Seal, WINDOW_ITEMS_MAX,
@@ -55,8 +55,13 @@ fn hello() -> Hello {
             .map(|len| RegionAddress {
                 base: 1 << 40,
                 len: *len as u64,
+                place: Place::Shared {
+                    share: 0,
+                    offset: 7,
+                },
             })
             .collect(),
+        shares: vec![vec![7; 64]],
         by_address: true,
         null_wire: false,
         layout,

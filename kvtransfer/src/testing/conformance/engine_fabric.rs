@@ -25,6 +25,13 @@ pub trait Path {
     type Network;
     /// Makes it.
     fn network() -> Self::Network;
+    /// Memory for the rank's region of that index.
+    ///
+    /// # Panics
+    /// If this host has none.
+    fn region(_network: &Self::Network, _rank: usize, _index: usize, len: usize) -> Region {
+        Region::heap(len).expect("this host has memory")
+    }
     /// How the rank of that index uses RDMA.
     fn rdma(_network: &Self::Network, _rank: usize) -> RdmaConfig {
         RdmaConfig::default()
@@ -79,8 +86,8 @@ fn start<P: Path>(
     address: SocketAddr,
 ) -> Engine {
     let mut memory = Memory::new();
-    for len in &spec.regions {
-        memory.add(Region::heap(*len).expect("this host has memory"));
+    for (index, len) in spec.regions.iter().enumerate() {
+        memory.add(P::region(network, rank, index, *len));
     }
     let config = EngineConfig {
         listen: Some(address),
@@ -89,6 +96,9 @@ fn start<P: Path>(
         batch_bytes: 64 << 10,
         pull_batch_bytes: 64 << 10,
         ring_bytes: 512 << 10,
+        staged_batch_bytes: 64 << 10,
+        staging_bytes: 256 << 10,
+        device_pull_batch_bytes: 64 << 10,
         node: spec.node.clone(),
         ..EngineConfig::default()
     };

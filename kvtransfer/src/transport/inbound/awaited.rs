@@ -13,6 +13,7 @@ impl Inbound {
     pub(in crate::transport) fn payload_left(&self) -> u64 {
         match &self.expect {
             Expect::Payload(filling) => filling.left,
+            Expect::Staged(staged) => staged.left(),
             Expect::Skip(_, left) => *left,
             _ => 0,
         }

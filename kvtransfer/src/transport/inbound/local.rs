@@ -18,7 +18,7 @@ use crate::{
     transport::{
         LaneError,
         lane::LaneContext,
-        outbound::{len_of, range_of},
+        outbound::range_of,
         sys::{self, IOV_MAX, IoRange},
     },
     wire::lane::{BatchHeader, VOID_PLACE},
@@ -79,6 +79,11 @@ impl Inbound {
             Ok(cursor) => cursor,
             Err(error) => return misbehaved(error.to_string()),
         };
+        let hub = &context.hub;
+        if hub.is_on_device(&batch.pairing, batch.component, End::Target) {
+            let pulled = self.pull_on_device(context, cursor, gate, items, batch);
+            return pulled.map_or_else(|placement| placement, |()| look_back(pid, header, source));
+        }
         if self.descriptors.is_empty() {
             self.descriptors = vec![Descriptor::EMPTY; IOV_MAX].into_boxed_slice();
         }
@@ -89,11 +94,7 @@ impl Inbound {
                 return placement;
             }
         }
-        match sys::peek::<8>(pid, header.place) {
-            Ok(cell) if cell == source.token => Placement::Placed,
-            Ok(_) => Placement::Void,
-            Err(error) => memory_error(&error),
-        }
+        look_back(pid, header, source)
     }
 
     /// Pulls the first `filled` descriptors, a bounded number of bytes per call.
@@ -166,19 +167,24 @@ impl Inbound {
             let Some(_pass) = gate.pass() else {
                 return Ok(Placement::GateClosed);
             };
-            for segment in &self.segments[..filled] {
-                let target = context.hub.region(segment.region);
-                let copied = target.map(|target| {
-                    target.copy_from(segment.offset, ring.region(), place, len_of(segment))
-                });
-                match copied {
-                    Some(Ok(())) => place += segment.len,
-                    Some(Err(error)) => return Err(LaneError::Protocol(error.to_string())),
-                    None => return Err(LaneError::Protocol("a region is gone".into())),
-                }
+            let segments = &self.segments[..filled];
+            let hub = &context.hub;
+            match self.stager.scatter(hub, segments, ring.region(), place) {
+                Err(LaneError::Device(error)) => return Ok(super::staged::failed(&error)),
+                scattered => scattered?,
             }
+            place += segments.iter().map(|segment| segment.len).sum::<u64>();
         }
         Ok(Placement::Placed)
+    }
+}
+
+/// Whether the pages were still the room's when they had been read.
+fn look_back(pid: i32, header: &BatchHeader, source: &PullSource) -> Placement {
+    match sys::peek::<8>(pid, header.place) {
+        Ok(cell) if cell == source.token => Placement::Placed,
+        Ok(_) => Placement::Void,
+        Err(error) => memory_error(&error),
     }
 }
 

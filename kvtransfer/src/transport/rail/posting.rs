@@ -21,7 +21,7 @@ use crate::{
         chain::{CHAIN_SGES_MAX, CHAIN_WRS_MAX, Chain, Flags, Sge},
         cq::{Completion, POLL_MAX},
     },
-    wire::hello::RegionAddress,
+    wire::hello::{Place, RegionAddress},
 };
 
 /// One queue pair on a device that does nothing, and pages to write.
@@ -57,7 +57,12 @@ impl PostDriver {
         let mut prepared = Prepared::compat(&rail)?;
         prepared.connect_to_itself()?;
         let offer = rail.offer();
-        let regions: Arc<[RegionAddress]> = [RegionAddress { base, len }].into();
+        let regions: Arc<[RegionAddress]> = [RegionAddress {
+            base,
+            len,
+            place: Place::Host,
+        }]
+        .into();
         Ok(Self {
             targets: Targets::new(&regions, &offer),
             limits: (offer.chunk_bytes, offer.message_bytes_max),

@@ -63,8 +63,12 @@ mod tests {
 
     #[test]
     fn every_offset_has_the_key_of_its_chunk() {
-        let regions: [RegionAddress; 3] = [(0x1000, 4096), (0x9000, 10_000), (0x20_000, 4097)]
-            .map(|(base, len)| RegionAddress { base, len });
+        let regions: [RegionAddress; 3] =
+            [(0x1000, 4096), (0x9000, 10_000), (0x20_000, 4097)].map(|(base, len)| RegionAddress {
+                base,
+                len,
+                place: crate::wire::hello::Place::Host,
+            });
         let offer = RailOffer {
             name: "x".into(),
             connector: Connector::Compat,

@@ -1,0 +1,126 @@
+//! The lists of a launch on their way to the device: a ring of pinned slots, each with its place in device memory.
+//!
+//! A slot is used again once the launch that reads it is done, which its event tells; so a thread waits only when it is
+//! `SLOTS` launches ahead of the device, and the device is never synchronised.
+#![expect(unsafe_code, reason = "enqueues copies to device memory")]
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::gpu::{
+    GpuError,
+    driver::Context,
+    memory::DeviceBuffer,
+    pinned::Pinned,
+    stream::{Event, EventKind, Priority, Stream},
+};
+
+/// Bytes of a slot: 65,536 pairs. A GiB of 16 KiB pages then takes one launch, half a millisecond on the fastest devices.
+pub(super) const SLOT_BYTES: usize = 1 << 20;
+
+/// Slots: one is filled while another is uploaded and a third is read.
+const SLOTS: usize = 4;
+
+/// Tables up to this are uploaded in the copy's own stream. Longer ones go through a stream of their own, so that they travel
+/// while the previous launch copies.
+const INLINE_BYTES_MAX: usize = 64 << 10;
+
+struct Slot {
+    /// Behind the last launch that reads it.
+    read: Event,
+    /// Behind its upload.
+    uploaded: Event,
+}
+
+struct Ring {
+    slots: Vec<Slot>,
+    next: usize,
+}
+
+/// The ring.
+pub(super) struct Tables {
+    pinned: Pinned,
+    device: DeviceBuffer,
+    uploads: Stream,
+    ring: Mutex<Ring>,
+}
+
+impl Tables {
+    pub(super) fn new(context: &Arc<Context>) -> Result<Self, GpuError> {
+        let slot = || {
+            Ok(Slot {
+                read: Event::new(context, EventKind::Sleep)?,
+                uploaded: Event::new(context, EventKind::Spin)?,
+            })
+        };
+        let slots = (0..SLOTS)
+            .map(|_| slot())
+            .collect::<Result<_, GpuError>>()?;
+        Ok(Self {
+            pinned: Pinned::allocate(context, SLOTS * SLOT_BYTES)?,
+            device: DeviceBuffer::new(context, SLOTS * SLOT_BYTES)?,
+            uploads: Stream::new(context, Priority::High)?,
+            ring: Mutex::new(Ring { slots, next: 0 }),
+        })
+    }
+
+    /// Uploads `parts`, one behind the other, then calls `launch` with their device address; what it enqueues on
+    /// `stream` may read them. At most [`SLOT_BYTES`] together.
+    pub(super) fn with(
+        &self,
+        stream: &Stream,
+        parts: &[&[u8]],
+        launch: impl FnOnce(u64) -> Result<(), GpuError>,
+    ) -> Result<(), GpuError> {
+        let len: usize = parts.iter().map(|part| part.len()).sum();
+        if len > SLOT_BYTES {
+            return Err(GpuError::Limit {
+                what: "bytes of a launch's lists",
+                asked: len as u64,
+                limit: SLOT_BYTES as u64,
+            });
+        }
+        let mut ring = self.lock();
+        let place = ring.next;
+        ring.next = (place + 1) % SLOTS;
+        let slot = &ring.slots[place];
+        slot.read.synchronize()?;
+        let offset = (place * SLOT_BYTES) as u64;
+        let mut at = offset;
+        for part in parts {
+            let written = self.pinned.region().write_at(at, part);
+            written.map_err(|_| GpuError::Misuse("a slot holds what was measured"))?;
+            at += part.len() as u64;
+        }
+        let (source, target) = (
+            self.pinned.device_address() + offset,
+            self.device.address() + offset,
+        );
+        let is_inline = len <= INLINE_BYTES_MAX;
+        let path = if is_inline { stream } else { &self.uploads };
+        // SAFETY: both ends are the ring's, and this slot is nobody else's until `read`.
+        unsafe { path.copy(target, source, len) }?;
+        if !is_inline {
+            self.uploads.record(&slot.uploaded)?;
+            stream.wait(&slot.uploaded)?;
+        }
+        let launched = launch(target);
+        // Also after a failed launch: the upload still reads the slot.
+        stream.record(&slot.read)?;
+        launched
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Ring> {
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Tables {
+    fn drop(&mut self) {
+        // Launches may still read the tables; freeing pinned memory under an upload would be worse than a wait here.
+        for slot in &self.lock().slots {
+            if let Err(error) = slot.read.synchronize() {
+                tracing::debug!(%error, "the last launch of a slot failed");
+            }
+        }
+    }
+}

@@ -1,0 +1,367 @@
+//! A device of host memory with the manners of a GPU: its addresses fault when the processor touches them, its copies know
+//! no bytes outside of allocations, other processes take allocations into use by a description, and calls can be made to fail.
+#![expect(unsafe_code, reason = "reserves addresses that nothing may touch")]
+
+use std::{
+    collections::BTreeMap,
+    fs::OpenOptions,
+    os::fd::{AsRawFd, OwnedFd},
+    ptr::NonNull,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
+};
+
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+
+use crate::memory::{
+    Region,
+    device::{Attached, Copier, Device, DeviceError, Move, Piece, Pinned, Share},
+};
+
+/// Addresses that fault.
+#[derive(Debug)]
+struct Reservation {
+    base: NonNull<std::ffi::c_void>,
+    len: usize,
+}
+
+// SAFETY: nothing is ever read or written through the address.
+unsafe impl Send for Reservation {}
+// SAFETY: as above.
+unsafe impl Sync for Reservation {}
+
+impl Reservation {
+    fn new(len: usize) -> Result<Self, DeviceError> {
+        // SAFETY: a mapping at an address of the kernel's choice touches no other.
+        let base = unsafe {
+            mmap_anonymous(
+                std::ptr::null_mut(),
+                len,
+                ProtFlags::empty(),
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
+        };
+        let base = base.map_err(|error| refused("reserve", &error.to_string()))?;
+        let base = NonNull::new(base).expect("invariant: a mapping is never at null");
+        Ok(Self { base, len })
+    }
+
+    fn address(&self) -> u64 {
+        self.base.addr().get() as u64
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is our own and is unmapped once, here.
+        let unmapped = unsafe { munmap(self.base.as_ptr(), self.len) };
+        debug_assert!(unmapped.is_ok(), "our own mapping");
+    }
+}
+
+fn refused(call: &'static str, reason: &str) -> DeviceError {
+    DeviceError {
+        call,
+        device: NAME.into(),
+        reason: reason.into(),
+    }
+}
+
+const NAME: &str = "fake:0";
+
+impl Default for FakeDevice {
+    fn default() -> Self {
+        Self::named(NAME)
+    }
+}
+
+/// Memory of an allocation, and where the device has it.
+#[derive(Clone, Debug)]
+struct Allocation {
+    memory: Arc<Region>,
+    _reservation: Arc<Reservation>,
+    len: u64,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    allocations: Mutex<BTreeMap<u64, Allocation>>,
+    pulls: AtomicU64,
+    gathered: AtomicU64,
+    scattered: AtomicU64,
+    attached: AtomicUsize,
+    unshared: AtomicUsize,
+    shares_nothing: AtomicBool,
+    attaches_nothing: AtomicBool,
+    copies_nothing: AtomicBool,
+}
+
+/// What the device was asked to do so far.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FakeCounts {
+    /// Bytes copied to host memory.
+    pub gathered: u64,
+    /// Bytes copied from host memory.
+    pub scattered: u64,
+    /// Bytes copied from device to device memory.
+    pub pulled: u64,
+    /// Allocations of other processes in use now.
+    pub attached: usize,
+    /// How often it was told that its memory goes away.
+    pub unshared: usize,
+}
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub struct FakeDevice {
+    name: &'static str,
+    inner: Arc<Inner>,
+}
+
+impl FakeDevice {
+    /// A device without allocations.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// One that is not the others' device.
+    pub fn named(name: &'static str) -> Self {
+        Self {
+            name,
+            inner: Arc::default(),
+        }
+    }
+
+    /// A region of new memory, zeroed.
+    ///
+    /// # Panics
+    /// If the host has none.
+    pub fn region(&self, len: usize) -> Region {
+        let memory = Region::memfd("fake-device", len).expect("this host has memory");
+        let address = self.place(Arc::new(memory)).expect("addresses can be had");
+        let device: Arc<dyn Device> = Arc::new(self.clone());
+        // SAFETY: the allocation lives as long as the device, which the region keeps.
+        unsafe { Region::device(device, address, len) }.expect("a length that was just allocated")
+    }
+
+    /// What it was asked to do.
+    pub fn counts(&self) -> FakeCounts {
+        let inner = &self.inner;
+        FakeCounts {
+            gathered: inner.gathered.load(Ordering::SeqCst),
+            scattered: inner.scattered.load(Ordering::SeqCst),
+            pulled: inner.pulls.load(Ordering::SeqCst),
+            attached: inner.attached.load(Ordering::SeqCst),
+            unshared: inner.unshared.load(Ordering::SeqCst),
+        }
+    }
+
+    /// From now on allocations cannot be shared, as with memory of a CUDA pool.
+    pub fn share_nothing(&self) {
+        self.inner.shares_nothing.store(true, Ordering::SeqCst);
+    }
+
+    /// From now on allocations of others cannot be reached, as where peer access is refused.
+    pub fn attach_nothing(&self) {
+        self.inner.attaches_nothing.store(true, Ordering::SeqCst);
+    }
+
+    /// From now on copies fail, as after an illegal address on a GPU.
+    pub fn break_copies(&self) {
+        self.inner.copies_nothing.store(true, Ordering::SeqCst);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Allocation>> {
+        self.inner
+            .allocations
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn place(&self, memory: Arc<Region>) -> Result<u64, DeviceError> {
+        let reservation = Reservation::new(memory.len())?;
+        let address = reservation.address();
+        let allocation = Allocation {
+            len: memory.len() as u64,
+            memory,
+            _reservation: Arc::new(reservation),
+        };
+        self.lock().insert(address, allocation);
+        Ok(address)
+    }
+
+    /// The allocation that holds a range, and where in it.
+    fn find(&self, address: u64, len: u64) -> Result<(Allocation, u64), DeviceError> {
+        let allocations = self.lock();
+        let below = allocations.range(..=address).next_back();
+        let outside = || refused("copy", "an illegal address was encountered");
+        let (base, allocation) = below.ok_or_else(outside)?;
+        let offset = address - base;
+        let end = offset.checked_add(len).ok_or_else(outside)?;
+        if end > allocation.len {
+            return Err(outside());
+        }
+        Ok((allocation.clone(), offset))
+    }
+
+    fn check_copies(&self) -> Result<(), DeviceError> {
+        if self.inner.copies_nothing.load(Ordering::SeqCst) {
+            return Err(refused("copy", "the device is broken (so said the test)"));
+        }
+        Ok(())
+    }
+}
+
+/// Another process's allocation.
+#[derive(Debug)]
+struct FakeAttached {
+    device: FakeDevice,
+    address: u64,
+    len: u64,
+}
+
+impl Attached for FakeAttached {
+    fn address(&self) -> u64 {
+        self.address
+    }
+
+    fn len(&self) -> u64 {
+        self.len
+    }
+}
+
+impl Drop for FakeAttached {
+    fn drop(&mut self) {
+        self.device.lock().remove(&self.address);
+        self.device.inner.attached.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+#[derive(Debug)]
+struct FakePinned;
+
+impl Pinned for FakePinned {}
+
+#[derive(Debug)]
+struct FakeCopier(FakeDevice);
+
+fn host_error(error: &crate::memory::RegionError) -> DeviceError {
+    refused("copy", &error.to_string())
+}
+
+impl Copier for FakeCopier {
+    fn gather(
+        &mut self,
+        pieces: &[Piece],
+        host: &Region,
+        mut offset: u64,
+    ) -> Result<(), DeviceError> {
+        self.0.check_copies()?;
+        for piece in pieces {
+            let (allocation, at) = self.0.find(piece.address, piece.len)?;
+            let len = usize::try_from(piece.len).expect("invariant: within an allocation");
+            let copied = host.copy_from(offset, &allocation.memory, at, len);
+            copied.map_err(|error| host_error(&error))?;
+            offset += piece.len;
+            self.0.inner.gathered.fetch_add(piece.len, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    fn scatter(
+        &mut self,
+        host: &Region,
+        mut offset: u64,
+        pieces: &[Piece],
+    ) -> Result<(), DeviceError> {
+        self.0.check_copies()?;
+        for piece in pieces {
+            let (allocation, at) = self.0.find(piece.address, piece.len)?;
+            let len = usize::try_from(piece.len).expect("invariant: within an allocation");
+            let copied = allocation.memory.copy_from(at, host, offset, len);
+            copied.map_err(|error| host_error(&error))?;
+            offset += piece.len;
+            self.0
+                .inner
+                .scattered
+                .fetch_add(piece.len, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    fn copy(&mut self, moves: &[Move]) -> Result<(), DeviceError> {
+        self.0.check_copies()?;
+        for each in moves {
+            let (source, from) = self.0.find(each.source, each.len)?;
+            let (target, to) = self.0.find(each.target, each.len)?;
+            let len = usize::try_from(each.len).expect("invariant: within an allocation");
+            let copied = target.memory.copy_from(to, &source.memory, from, len);
+            copied.map_err(|error| host_error(&error))?;
+            self.0.inner.pulls.fetch_add(each.len, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+}
+
+impl Device for FakeDevice {
+    fn name(&self) -> String {
+        self.name.into()
+    }
+
+    fn share(&self, address: u64, len: u64) -> Result<Share, DeviceError> {
+        if self.inner.shares_nothing.load(Ordering::SeqCst) {
+            return Err(refused("share", "memory of a pool has no handle"));
+        }
+        let (allocation, offset) = self.find(address, len)?;
+        let fd = allocation.memory.memfd_fd().map(AsRawFd::as_raw_fd);
+        let fd = fd.ok_or_else(|| refused("share", "the allocation is another process's"))?;
+        let mut bytes = std::process::id().to_le_bytes().to_vec();
+        bytes.extend_from_slice(&fd.to_le_bytes());
+        bytes.extend_from_slice(&allocation.len.to_le_bytes());
+        Ok(Share {
+            allocation: bytes,
+            offset,
+        })
+    }
+
+    fn unshare(&self) {
+        self.inner.unshared.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn attach(&self, allocation: &[u8]) -> Result<Arc<dyn Attached>, DeviceError> {
+        if self.inner.attaches_nothing.load(Ordering::SeqCst) {
+            return Err(refused("attach", "peer access is not supported"));
+        }
+        let bad = |reason: &str| refused("attach", reason);
+        let bytes: &[u8; 16] = allocation
+            .try_into()
+            .map_err(|_| bad("it is not a description of ours"))?;
+        let [pid, fd, len @ ..] = bytemuck::cast::<[u8; 16], [u32; 4]>(*bytes);
+        let len = u64::from(len[0]) | u64::from(len[1]) << 32;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(format!("/proc/{pid}/fd/{fd}"))
+            .map_err(|error| bad(&error.to_string()))?;
+        let bytes = usize::try_from(len).map_err(|_| bad("too long"))?;
+        let memory = Region::peer_memfd(OwnedFd::from(file), bytes);
+        let memory = memory.map_err(|error| bad(&error.to_string()))?;
+        let address = self.place(Arc::new(memory))?;
+        self.inner.attached.fetch_add(1, Ordering::SeqCst);
+        Ok(Arc::new(FakeAttached {
+            device: self.clone(),
+            address,
+            len,
+        }))
+    }
+
+    fn copier(&self) -> Result<Box<dyn Copier>, DeviceError> {
+        Ok(Box::new(FakeCopier(self.clone())))
+    }
+
+    fn pin(&self, _region: &Arc<Region>) -> Result<Box<dyn Pinned>, DeviceError> {
+        Ok(Box::new(FakePinned))
+    }
+}

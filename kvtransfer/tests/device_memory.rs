@@ -1,0 +1,291 @@
+//! Memory of a device: which path it takes and why, that staging memory is bounded, that failures are told, that nothing of a
+//! peer stays in use, and that no byte moves after an end.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::{
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use kvtransfer::{
+    config::{EngineConfig, SameHost},
+    engine::{Block, Engine, Memory},
+    ids::PeerId,
+    layout::{Layout, RegionId},
+    memory::Region,
+    testing::{conformance::SOON, fake_device::FakeDevice},
+};
+
+const LEN: usize = 1 << 20;
+
+fn config(path: SameHost) -> EngineConfig {
+    let mut config = EngineConfig::default();
+    config.listen = Some(([127, 0, 0, 1], 0).into());
+    config.same_host = path;
+    config.writable_by_address = true;
+    config.ring_bytes = 512 << 10;
+    config.staged_batch_bytes = 64 << 10;
+    config.staging_bytes = 128 << 10;
+    config
+}
+
+fn engine(config: EngineConfig, region: Region) -> Engine {
+    let mut memory = Memory::new();
+    memory.add(region);
+    Engine::start(config, memory, Layout::raw()).unwrap()
+}
+
+struct Pair {
+    devices: [FakeDevice; 2],
+    writer: Engine,
+    written: Engine,
+    peer: PeerId,
+}
+
+fn connect(writer: &Engine, written: &Engine) -> (PeerId, &'static str, String) {
+    let info = writer.connect(written.local_addr().unwrap(), SOON).unwrap();
+    (info.peer, info.path, info.path_reason)
+}
+
+fn pair(path: SameHost) -> Pair {
+    let devices = [FakeDevice::new(), FakeDevice::new()];
+    let [writer, written] = [0, 1].map(|rank| engine(config(path), devices[rank].region(LEN)));
+    let (peer, ..) = connect(&writer, &written);
+    Pair {
+        devices,
+        writer,
+        written,
+        peer,
+    }
+}
+
+fn base(engine: &Engine) -> u64 {
+    engine.region(RegionId(0)).unwrap().base_address()
+}
+
+fn pattern(salt: usize) -> Vec<u8> {
+    (0..LEN)
+        .map(|at| (at * 7 + at / 251 + salt) as u8)
+        .collect()
+}
+
+fn image(engine: &Engine) -> Vec<u8> {
+    let mut bytes = vec![0; LEN];
+    engine
+        .region(RegionId(0))
+        .unwrap()
+        .read_at(0, &mut bytes)
+        .unwrap();
+    bytes
+}
+
+/// Every second piece of `len` bytes, in turn from the front to the back half.
+fn scattered(writer: &Engine, written: &Engine, len: u64) -> Vec<Block> {
+    let count = LEN as u64 / len;
+    let piece = |index: u64| Block {
+        source_address: base(writer) + index * len,
+        target_address: base(written) + (count - 1 - index) * len,
+        len,
+    };
+    (0..count).step_by(2).map(piece).collect()
+}
+
+fn expected(source: &[u8], before: &[u8], len: usize) -> Vec<u8> {
+    let mut bytes = before.to_vec();
+    let count = LEN / len;
+    for index in (0..count).step_by(2) {
+        let (from, to) = (index * len, (count - 1 - index) * len);
+        bytes[to..to + len].copy_from_slice(&source[from..from + len]);
+    }
+    bytes
+}
+
+fn fill(engine: &Engine, bytes: &[u8]) {
+    engine
+        .region(RegionId(0))
+        .unwrap()
+        .write_at(0, bytes)
+        .unwrap();
+}
+
+#[test]
+fn scattered_pieces_arrive_over_every_path_and_nothing_else_changes() {
+    for path in [SameHost::Off, SameHost::RingOnly, SameHost::PullOnly] {
+        let pair = pair(path);
+        for len in [24, 1000, 16 << 10, 300 << 10] {
+            let (source, before) = (pattern(1), pattern(100));
+            fill(&pair.writer, &source);
+            fill(&pair.written, &before);
+            let blocks = scattered(&pair.writer, &pair.written, len as u64);
+            pair.writer.write(pair.peer, &blocks, SOON).unwrap();
+            let wanted = expected(&source, &before, len);
+            assert!(image(&pair.written) == wanted, "{path:?}, pieces of {len}");
+        }
+    }
+}
+
+#[test]
+fn each_path_copies_as_it_says() {
+    let moved = LEN as u64 / 2;
+    let counts = |path| {
+        let pair = pair(path);
+        let before = [0, 1].map(|rank| pair.devices[rank].counts());
+        let blocks = scattered(&pair.writer, &pair.written, 4096);
+        pair.writer.write(pair.peer, &blocks, SOON).unwrap();
+        let after = [0, 1].map(|rank| pair.devices[rank].counts());
+        (
+            after[0].gathered - before[0].gathered,
+            after[1].scattered - before[1].scattered,
+            after[1].pulled - before[1].pulled,
+        )
+    };
+    assert_eq!(counts(SameHost::Off), (moved, moved, 0));
+    assert_eq!(counts(SameHost::RingOnly), (moved, moved, 0));
+    assert_eq!(counts(SameHost::PullOnly), (0, 0, moved));
+}
+
+#[test]
+fn memory_that_cannot_be_shared_goes_through_the_ring_and_the_reason_is_shown() {
+    let devices = [FakeDevice::new(), FakeDevice::new()];
+    devices[0].share_nothing();
+    let [writer, written] =
+        [0, 1].map(|rank| engine(config(SameHost::Auto), devices[rank].region(LEN)));
+    let (_, path, _) = connect(&writer, &written);
+    assert_eq!(path, "shm-ring");
+    let seen = written.peers();
+    assert_eq!(seen[0].path, "device-pull", "its own memory can be shared");
+
+    let devices = [FakeDevice::new(), FakeDevice::new()];
+    devices.iter().for_each(FakeDevice::attach_nothing);
+    let [writer, written] =
+        [0, 1].map(|rank| engine(config(SameHost::Auto), devices[rank].region(LEN)));
+    let (_, path, reason) = connect(&writer, &written);
+    assert_eq!(path, "shm-ring");
+    assert!(reason.contains("peer access is not supported"), "{reason}");
+}
+
+#[test]
+fn host_memory_and_device_memory_meet_in_the_ring() {
+    let device = FakeDevice::new();
+    let writer = engine(config(SameHost::Auto), Region::heap(LEN).unwrap());
+    let written = engine(config(SameHost::Auto), device.region(LEN));
+    let (peer, path, reason) = connect(&writer, &written);
+    assert_eq!(path, "shm-ring");
+    assert!(reason.contains("on a device"), "{reason}");
+    let (source, before) = (pattern(3), pattern(9));
+    fill(&writer, &source);
+    fill(&written, &before);
+    writer
+        .write(peer, &scattered(&writer, &written, 4096), SOON)
+        .unwrap();
+    assert!(image(&written) == expected(&source, &before, 4096));
+}
+
+#[test]
+fn an_engine_has_one_device() {
+    let mut memory = Memory::new();
+    memory.add(FakeDevice::new().region(LEN));
+    memory.add(FakeDevice::named("fake:1").region(LEN));
+    let refused = Engine::start(config(SameHost::Auto), memory, Layout::raw());
+    let Err(error) = refused else {
+        panic!("two devices in one engine");
+    };
+    assert!(
+        error.to_string().contains("fake:0 and on fake:1"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_broken_device_is_named_to_both_sides() {
+    for path in [SameHost::Off, SameHost::RingOnly, SameHost::PullOnly] {
+        for broken in [0, 1] {
+            let pair = pair(path);
+            // The puller is the one that copies.
+            let broken = if path == SameHost::PullOnly {
+                1
+            } else {
+                broken
+            };
+            pair.devices[broken].break_copies();
+            let blocks = scattered(&pair.writer, &pair.written, 4096);
+            let patience = Duration::from_millis(500);
+            let error = pair.writer.write(pair.peer, &blocks, patience).unwrap_err();
+            let words = error.to_string();
+            assert!(
+                words.contains("the device is broken"),
+                "{path:?}, {broken}: {words}"
+            );
+        }
+    }
+}
+
+#[test]
+fn more_lanes_than_staging_memory_take_turns() {
+    let mut settings = config(SameHost::Off);
+    settings.lanes = 8;
+    let devices = [FakeDevice::new(), FakeDevice::new()];
+    let [writer, written] = [0, 1].map(|rank| engine(settings.clone(), devices[rank].region(LEN)));
+    let (peer, ..) = connect(&writer, &written);
+    let back = written.peers()[0].peer;
+    let (writer, written) = (Arc::new(writer), Arc::new(written));
+    // Both ways at once: whoever waits for staging memory must not keep the other from receiving.
+    let threads = (0..4).flat_map(|_| {
+        [(&writer, &written, peer), (&written, &writer, back)].map(|(from, to, peer)| {
+            let (from, to) = (Arc::clone(from), Arc::clone(to));
+            thread::spawn(move || {
+                for _ in 0..20 {
+                    let blocks = scattered(&from, &to, 8 << 10);
+                    from.write(peer, &blocks, SOON).unwrap();
+                }
+            })
+        })
+    });
+    for thread in threads.collect::<Vec<_>>() {
+        thread.join().unwrap();
+    }
+}
+
+#[test]
+fn a_thousand_peers_leave_nothing_in_use() {
+    let device = FakeDevice::new();
+    let written = engine(config(SameHost::PullOnly), device.region(LEN));
+    for life in 0..1000 {
+        let other = FakeDevice::new();
+        let writer = engine(config(SameHost::PullOnly), other.region(LEN));
+        let (peer, path, _) = connect(&writer, &written);
+        assert_eq!(path, "device-pull");
+        if life % 100 == 0 {
+            let blocks = scattered(&writer, &written, 64 << 10);
+            writer.write(peer, &blocks, SOON).unwrap();
+        }
+    }
+    wait_until(|| device.counts().attached == 0);
+}
+
+#[test]
+fn released_memory_is_given_up_by_peers_and_shared_anew() {
+    let pair = pair(SameHost::PullOnly);
+    assert_eq!(pair.devices[1].counts().attached, 1);
+    pair.writer.release_memory(&[RegionId(0)], SOON).unwrap();
+    wait_until(|| pair.devices[1].counts().attached == 0);
+    assert_eq!(pair.devices[0].counts().unshared, 1);
+    pair.writer.restore_memory(&[RegionId(0)]).unwrap();
+    let (peer, path, _) = connect(&pair.writer, &pair.written);
+    assert_eq!(path, "device-pull");
+    let (source, before) = (pattern(5), pattern(6));
+    fill(&pair.writer, &source);
+    fill(&pair.written, &before);
+    let blocks = scattered(&pair.writer, &pair.written, 4096);
+    pair.writer.write(peer, &blocks, SOON).unwrap();
+    assert!(image(&pair.written) == expected(&source, &before, 4096));
+}
+
+fn wait_until(what: impl Fn() -> bool) {
+    let end = Instant::now() + SOON;
+    while !what() {
+        assert!(Instant::now() < end, "it does not happen");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
