@@ -213,7 +213,7 @@ typedef struct kvt_entry_t {
    */
   int64_t layer_id;
   /**
-   * `KVT_HOST_MEMORY` or `KVT_CUDA_MEMORY`. This version refuses the latter with `KVT_REGION`.
+   * `KVT_HOST_MEMORY` or `KVT_CUDA_MEMORY`.
    */
   int32_t memory;
   /**

@@ -367,7 +367,10 @@ fn check_entry(entry: &kvt_entry_t, has_items: bool, what: &str) -> Result<(), F
         KVT_HOST_MEMORY => {}
         KVT_CUDA_MEMORY if entry.device >= 0 => {}
         KVT_CUDA_MEMORY => {
-            let text = format!("{what} is on CUDA device {}, no device's number", entry.device);
+            let text = format!(
+                "{what} is on CUDA device {}, no device's number",
+                entry.device
+            );
             return Err(Failure::argument(text));
         }
         other => {
@@ -436,7 +439,8 @@ fn memory_over(regions: &Regions, percent: u32) -> Result<Memory, Failure> {
                 Some((_, device)) => Arc::clone(device),
                 None => {
                     let opened = CudaDevice::open(gpu, percent);
-                    let opened = opened.map_err(|error| Failure::new(KVT_REGION, error.to_string()))?;
+                    let opened =
+                        opened.map_err(|error| Failure::new(KVT_REGION, error.to_string()))?;
                     let opened: Arc<dyn Device> = Arc::new(opened);
                     devices.push((gpu, Arc::clone(&opened)));
                     opened

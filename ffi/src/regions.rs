@@ -54,7 +54,9 @@ impl Regions {
                 Some(last) if stretch.start < last.end => {
                     if last.gpu != stretch.gpu {
                         let (start, end) = (stretch.start, last.end.min(stretch.end));
-                        let text = format!("{start:#x}..{end:#x} is described twice, as memory of different devices");
+                        let text = format!(
+                            "{start:#x}..{end:#x} is described twice, as memory of different devices"
+                        );
                         return Err(Failure::new(KVT_BAD_LAYOUT, text));
                     }
                     last.end = last.end.max(stretch.end);

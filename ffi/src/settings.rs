@@ -130,7 +130,8 @@ impl GpuSettings {
         match self.multiprocessors_percent.unwrap_or(PERCENT_DEFAULT) {
             percent @ 1..=100 => Ok(percent),
             other => {
-                let text = format!("gpu.multiprocessors_percent is {other}, it must be within 1..=100");
+                let text =
+                    format!("gpu.multiprocessors_percent is {other}, it must be within 1..=100");
                 Err(Failure::new(KVT_BAD_CONFIG, text))
             }
         }

@@ -89,7 +89,10 @@ fn copies_take_a_share_of_a_gpu() {
     assert_eq!(percent("{}"), Some(8));
     assert_eq!(percent(ALL), Some(50));
     assert_eq!(percent(r#"{"gpu": {"multiprocessors_percent": 0}}"#), None);
-    assert_eq!(percent(r#"{"gpu": {"multiprocessors_percent": 101}}"#), None);
+    assert_eq!(
+        percent(r#"{"gpu": {"multiprocessors_percent": 101}}"#),
+        None
+    );
 }
 
 #[test]

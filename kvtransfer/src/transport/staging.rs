@@ -123,12 +123,6 @@ impl Staging {
         }
         Chunk::take(half, state).map(Some)
     }
-
-    /// Bytes of pinned memory that exist.
-    pub(crate) fn pinned_bytes(&self) -> usize {
-        let of = |half: &Half| half.lock().made * half.chunk_bytes;
-        of(&self.out) + of(&self.inbound)
-    }
 }
 
 /// Pinned memory for one batch, or a part of one; it goes back when dropped.
