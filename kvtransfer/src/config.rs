@@ -236,27 +236,6 @@ impl EngineConfig {
             ),
             ("lane_window", self.lane_window as u64, 1, 4096),
             (
-                "rdma.queue_pairs",
-                self.rdma.queue_pairs.into(),
-                1,
-                u64::from(LANES_MAX),
-            ),
-            (
-                "rdma.batch_bytes",
-                self.rdma.batch_bytes,
-                4096,
-                BATCH_BYTES_MAX,
-            ),
-            ("rdma.window", self.rdma.window as u64, 1, 256),
-            ("rdma.send_queue", self.rdma.send_queue.into(), 16, 8192),
-            ("rdma.drain in ms", millis(self.rdma.drain), 0, 200),
-            (
-                "rdma.heartbeat in ms",
-                millis(self.rdma.heartbeat),
-                10,
-                60_000,
-            ),
-            (
                 "ring_bytes",
                 self.ring_bytes as u64,
                 RING_SLOTS * 4096,
@@ -276,7 +255,7 @@ impl EngineConfig {
                 "null_wire moves no bytes, and does not go with rdma.usage: leave it off".into(),
             );
         }
-        for (name, value, least, most) in ranges {
+        for (name, value, least, most) in ranges.into_iter().chain(self.rdma.ranges()) {
             if !(least..=most).contains(&value) {
                 return Err(format!(
                     "{name} is {value}, it must be within {least}..={most}"
@@ -284,6 +263,23 @@ impl EngineConfig {
             }
         }
         Ok(())
+    }
+}
+
+impl RdmaConfig {
+    /// Names, values, and the least and most that they may be.
+    fn ranges(&self) -> [(&'static str, u64, u64, u64); 6] {
+        use crate::wire::lane::BATCH_BYTES_MAX;
+        let (pairs, queue) = (self.queue_pairs.into(), self.send_queue.into());
+        let heartbeat = millis(self.heartbeat);
+        [
+            ("rdma.queue_pairs", pairs, 1, u64::from(LANES_MAX)),
+            ("rdma.batch_bytes", self.batch_bytes, 4096, BATCH_BYTES_MAX),
+            ("rdma.window", self.window as u64, 1, 256),
+            ("rdma.send_queue", queue, 16, 8192),
+            ("rdma.drain in ms", millis(self.drain), 0, 200),
+            ("rdma.heartbeat in ms", heartbeat, 10, 60_000),
+        ]
     }
 }
 

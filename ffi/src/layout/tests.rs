@@ -90,7 +90,7 @@ fn entries_find_their_regions_and_shared_memory_is_registered_once() {
     let components = [component(KVT_COMPONENT_KV, "", &pages), mamba];
     let given = layout(&components);
     // SAFETY: everything the layout points to lives until the end of this test.
-    let (regions, layout) = unsafe { described(&raw const given) }.expect("a good layout");
+    let (regions, layout) = unsafe { described(&raw const given, 8) }.expect("a good layout");
     let region = regions.region(RegionId(0)).expect("there is one");
     assert_eq!((region.base_address(), region.len()), (base, 16_384));
     assert!(regions.region(RegionId(1)).is_none(), "joined into one");
@@ -130,7 +130,7 @@ fn buffers_grouped_by_compression_ratio_are_named_by_layer() {
     let mut given = layout(&components);
     (given.compression_ratios, given.compression_ratios_len) = (ratios.as_ptr(), ratios.len());
     // SAFETY: everything the layout points to lives until the end of this test.
-    let (_, layout) = unsafe { described(&raw const given) }.expect("a good layout");
+    let (_, layout) = unsafe { described(&raw const given, 8) }.expect("a good layout");
     let named: Vec<_> = layout.components[0]
         .entries
         .iter()

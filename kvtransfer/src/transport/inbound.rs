@@ -277,16 +277,7 @@ impl Inbound {
         let admitted = context.hub.admit(context.peer, &header);
         self.expect = match (header.mode(), admitted) {
             (PayloadMode::Inline, Some((batch, gate))) => {
-                let filling = Filling {
-                    cursor: target_cursor(&batch)?,
-                    left: header.len,
-                    header,
-                    batch,
-                    gate,
-                };
-                self.segment_at = 0;
-                self.segment_end = 0;
-                self.payload(context, filling)?
+                self.payload(context, header, batch, gate)?
             }
             (PayloadMode::Inline, None) => Expect::Skip(header, header.len),
             (PayloadMode::Pull, Some((batch, gate))) => Expect::Items(header, batch, gate),

@@ -182,17 +182,8 @@ impl Outbound {
                 head.extend_from_slice(&BatchHeader::new(fields).to_bytes());
                 self.segment_at = 0;
                 self.segment_end = 0;
-                Some(Payload {
-                    cursor: source_cursor(&batch)?,
-                    left: fields.len,
-                    staged: chunk
-                        .filter(|_| is_staged(context, &batch))
-                        .map(Staged::new),
-                    void: false,
-                    seal: Seal::new(fields.seq, true).to_bytes(),
-                    seal_sent: 0,
-                    batch,
-                })
+                let chunk = chunk.filter(|_| is_staged(context, &batch));
+                Some(Payload::new(batch, chunk)?)
             }
             PayloadMode::Pull => {
                 let (address, token) = gate.cell();

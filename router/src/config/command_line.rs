@@ -152,9 +152,10 @@ struct Arguments {
     #[command(flatten)]
     ops: OpsArgs,
     #[command(flatten)]
-    epp: EppArguments,
-    #[command(flatten)]
     sources: SourceArguments,
+    // Last: its heading would hold for what follows.
+    #[command(flatten)]
+    epp: EppArguments,
 }
 
 /// A parsed command line.

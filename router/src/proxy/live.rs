@@ -22,6 +22,7 @@ use super::leg::{
 use super::logprobs::PromptLogprobs;
 use super::pair::PairRequest;
 use super::placement::{Booking, Placement};
+use super::shape::Shape;
 use super::sse::{self, InbandAbort};
 use crate::metrics::bump;
 use crate::observe::{Attempt, LegEnd};
@@ -138,6 +139,16 @@ pub struct LivePair {
     _rooms: RoomLease,
 }
 
+/// The ids of a request on the workers, as JSON: the client's, or our own, by which it can be aborted.
+fn rids_of(shape: &Shape, count: usize) -> Arc<[String]> {
+    if !shape.client_rids.is_empty() {
+        return shape.client_rids.as_slice().into();
+    }
+    (0..count)
+        .map(|_| format!("\"{:032x}\"", rand::random::<u128>()))
+        .collect()
+}
+
 impl LivePair {
     /// Sends both requests to the pair of `placement`.
     pub fn start(front: &Arc<Front>, request: &PairRequest, placement: Placement) -> Self {
@@ -173,13 +184,7 @@ impl LivePair {
             .rooms
             .reserve(count, u64::from(rank), u64::from(dp_size));
         booking.rooms(rooms.rooms());
-        let rids: Arc<[String]> = if shape.client_rids.is_empty() {
-            (0..count)
-                .map(|_| format!("\"{:032x}\"", rand::random::<u128>()))
-                .collect()
-        } else {
-            shape.client_rids.as_slice().into()
-        };
+        let rids = rids_of(shape, count);
         let (headers, body) = dispatch::joined(
             &request.headers,
             &request.body,

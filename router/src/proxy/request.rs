@@ -78,18 +78,7 @@ pub fn understand(
         Dialect::Native(endpoint) => endpoint,
         Dialect::Messages => {
             body = messages::request::to_chat(&body)?.into();
-            for name in ANTHROPIC_HEADERS {
-                parts.headers.remove(name);
-            }
-            // Anthropic's clients send their key in a header of its own.
-            if let Some(key) = parts.headers.remove("x-api-key")
-                && !parts.headers.contains_key(AUTHORIZATION)
-                && let Ok(mut bearer) =
-                    HeaderValue::from_bytes(&[b"Bearer ", key.as_bytes()].concat())
-            {
-                bearer.set_sensitive(true);
-                parts.headers.insert(AUTHORIZATION, bearer);
-            }
+            leave_anthropic(&mut parts.headers);
             PairEndpoint::Chat
         }
     };
@@ -135,6 +124,21 @@ pub fn understand(
         trail,
         explains,
     })
+}
+
+/// Turns the headers of Anthropic's clients into those that SGLang's chat endpoint knows.
+fn leave_anthropic(headers: &mut HeaderMap) {
+    for name in ANTHROPIC_HEADERS {
+        headers.remove(name);
+    }
+    // They send their key in a header of its own.
+    if let Some(key) = headers.remove("x-api-key")
+        && !headers.contains_key(AUTHORIZATION)
+        && let Ok(mut bearer) = HeaderValue::from_bytes(&[b"Bearer ", key.as_bytes()].concat())
+    {
+        bearer.set_sensitive(true);
+        headers.insert(AUTHORIZATION, bearer);
+    }
 }
 
 /// The router looks into bodies, and does not unpack them.

@@ -1,20 +1,21 @@
 //! Payload for a device's memory: received into host memory chunk by chunk, copied from there under the room's gate.
 #![expect(unsafe_code, reason = "hands raw memory to recvmsg")]
 
-use std::{io, os::fd::BorrowedFd};
+use std::{io, os::fd::BorrowedFd, sync::Arc};
 
-use super::{AHEAD, Expect, Filling, Inbound, Received, Step, consume};
+use super::{AHEAD, Expect, Filling, Inbound, Received, Step, consume, target_cursor};
 use crate::{
     error::TransferError,
-    memory::device::DeviceError,
+    memory::{Gate, device::DeviceError},
     plan::mismatch::End,
-    transfer::Placement,
+    transfer::{BatchIn, Placement},
     transport::{
         LaneError,
         lane::LaneContext,
         staging::Chunk,
         sys::{self, IoRange},
     },
+    wire::lane::BatchHeader,
 };
 
 /// A batch on its way through a chunk.
@@ -59,8 +60,19 @@ impl Inbound {
     pub(super) fn payload(
         &mut self,
         context: &LaneContext,
-        filling: Filling,
+        header: BatchHeader,
+        batch: BatchIn,
+        gate: Arc<Gate>,
     ) -> Result<Expect, LaneError> {
+        let filling = Filling {
+            cursor: target_cursor(&batch)?,
+            left: header.len,
+            header,
+            batch,
+            gate,
+        };
+        self.segment_at = 0;
+        self.segment_end = 0;
         let batch = &filling.batch;
         let hub = &context.hub;
         let staging = hub.devices.staging();

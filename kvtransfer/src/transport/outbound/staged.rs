@@ -1,7 +1,7 @@
 //! Pages of a device on their way to a socket: copied to host memory chunk by chunk, sent from there.
 #![forbid(unsafe_code)]
 
-use super::{Outbound, Payload, Staged, consume};
+use super::{Outbound, Payload, Staged, consume, source_cursor};
 use crate::{
     plan::mismatch::End,
     transfer::BatchOut,
@@ -37,6 +37,20 @@ impl Staged {
 }
 
 impl Payload {
+    /// What is written of a batch behind its header; from `chunk` where its pages lie on a device.
+    pub(super) fn new(batch: BatchOut, chunk: Option<Chunk>) -> Result<Self, LaneError> {
+        let fields = &batch.fields;
+        Ok(Self {
+            cursor: source_cursor(&batch)?,
+            left: fields.len,
+            staged: chunk.map(Staged::new),
+            void: false,
+            seal: Seal::new(fields.seq, true).to_bytes(),
+            seal_sent: 0,
+            batch,
+        })
+    }
+
     /// The room ended: what is left to send are zeros, and the seal says so.
     pub(super) fn give_up(&mut self) {
         self.staged = None;
