@@ -9,7 +9,7 @@ use kvtransfer::{
     ids::InstanceId,
     wire::{
         control::{Control, ControlDecoder},
-        hello::{Hello, HostIdentity, RegionAddress},
+        hello::{Hello, HostIdentity, Place, RegionAddress},
     },
 };
 
@@ -89,6 +89,7 @@ pub(crate) fn hello(instance: u8, lanes: u8) -> Hello {
     let len = |bytes| RegionAddress {
         base: 1 << 40,
         len: bytes,
+        place: Place::Host,
     };
     Hello {
         instance: InstanceId([instance; 16]),
@@ -107,6 +108,7 @@ pub(crate) fn hello(instance: u8, lanes: u8) -> Hello {
             len(rig::BUFFERS * rig::PAGE * rig::PAGES),
             len(rig::ROWS * rig::AUX),
         ],
+        shares: Vec::new(),
         by_address: false,
         null_wire: false,
         layout: rig::layout(),
