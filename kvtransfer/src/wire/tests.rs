@@ -12,7 +12,7 @@ use crate::{
         WireError,
         blocks::{WRITE_MILLIS_MAX, WriteOpen},
         control::{Control, ControlDecoder, FailureCode, GRANT_ITEMS_MAX, Grant, REASON_BYTES_MAX},
-        hello::{Face, Hello, HostIdentity, Place, RegionAddress},
+        hello::{self, Face, Hello, HostIdentity, RegionAddress},
         lane::{
             Ack, AckStatus, BATCH_BYTES_MAX, BATCHES_MAX, BatchFields, BatchHeader,
             NULL_BATCH_BYTES_MAX, PayloadMode, Seal, WINDOW_ITEMS_MAX,
@@ -55,7 +55,7 @@ fn hello() -> Hello {
             .map(|len| RegionAddress {
                 base: 1 << 40,
                 len: *len as u64,
-                place: Place::Shared {
+                place: hello::Place::Shared {
                     share: 0,
                     offset: 7,
                 },

@@ -92,6 +92,7 @@ fn check(page: &str) -> Vec<Sample> {
 fn the_page_of_a_small_engine() {
     let mut picture = Snapshot {
         instance: "engine \"a\"\\\n".into(),
+        engines: Vec::new(),
         epoch: 3,
         monotonic_ns: 5_000_000_000,
         wall_ns: 1_700_000_000_500_000_000,
