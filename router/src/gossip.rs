@@ -1,6 +1,6 @@
 //! Replicas tell each other their bookings, so that several routers decide like one.
 //!
-//! Each replica serves its own bookings on a port of its own ([`serve`]) and follows every other one ([`follow`]): those in a
+//! Each replica serves its own bookings on a port of its own ([`serve`]) and follows every other one ([`follow_all`]): those in a
 //! list, and those that a name resolves to, asked again every few seconds. What a replica told is forgotten as soon as its
 //! stream ends. Lost gossip costs good choices and nothing else.
 #![forbid(unsafe_code)]

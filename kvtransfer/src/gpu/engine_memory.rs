@@ -211,16 +211,18 @@ impl CudaCopier {
             }
             debug_assert!(first.len > 0, "a piece has bytes");
             match way {
-                // SAFETY: the caller's contract; the bounce buffer is ours, and the stream keeps the order.
-                Way::ToHost => unsafe {
-                    self.list()?;
-                    self.whole(bounce, host, filled, way)?;
-                },
-                // SAFETY: as above.
-                Way::ToDevice => unsafe {
-                    self.whole(bounce, host, filled, way)?;
-                    self.list()?;
-                },
+                Way::ToHost => {
+                    // SAFETY: the caller's contract; the bounce buffer is ours.
+                    unsafe { self.list() }?;
+                    // SAFETY: as above; the stream keeps the order.
+                    unsafe { self.whole(bounce, host, filled, way) }?;
+                }
+                Way::ToDevice => {
+                    // SAFETY: as above.
+                    unsafe { self.whole(bounce, host, filled, way) }?;
+                    // SAFETY: as above.
+                    unsafe { self.list() }?;
+                }
             }
             host += filled;
             rest = &rest[next..];
