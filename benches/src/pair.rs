@@ -93,7 +93,7 @@ impl Pair {
         let kind = path.reference(case.name);
         let waiting = Waiting::new(kind)?;
         let mut target = TargetProcess::start()?;
-        let connected = target.ask(&Command::Setup(Setup {
+        let connected = target.ask(&Command::Setup(Box::new(Setup {
             case: case.name,
             path,
             extent: plan.extent,
@@ -104,7 +104,7 @@ impl Pair {
             reference: waiting.address()?,
             source_pid: std::process::id(),
             source_base: source.base_address(),
-        }))?;
+        })))?;
         let Answer::Connected { path: got, reason } = connected else {
             anyhow::bail!("an unexpected answer: {connected:?}");
         };

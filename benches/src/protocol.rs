@@ -176,7 +176,7 @@ pub(crate) struct Setup {
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Command {
-    Setup(Setup),
+    Setup(Box<Setup>),
     /// Overwrite the target blocks.
     Poison,
     /// Open a receiving room per transfer, numbered from `first_room`.

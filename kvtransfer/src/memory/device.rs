@@ -1,5 +1,5 @@
 //! Memory that processor instructions cannot reach: a GPU's. The engine sees it through these traits alone, so that it needs
-//! no CUDA to build, to start or to be tested ([`crate::testing::fake_device`]).
+//! no CUDA to build, to start or to be tested (`testing::fake_device`).
 #![forbid(unsafe_code)]
 
 use std::{fmt::Debug, sync::Arc};

@@ -3,6 +3,7 @@
     clippy::all,
     clippy::allow_attributes_without_reason,
     clippy::cast_possible_truncation,
+    clippy::too_many_lines,
     clippy::use_self,
     dead_code,
     elided_lifetimes_in_paths,

@@ -149,7 +149,7 @@ fn traces_uri(endpoint: &Uri) -> Uri {
 }
 
 impl Exporter {
-    /// Sends spans until `closing` resolves, then those that are left, for at most [`CLOSING_TIME`].
+    /// Sends spans until `closing` resolves, then those that are left, for at most `CLOSING_TIME`.
     pub async fn run(mut self, closing: impl Future<Output = ()>) {
         tokio::pin!(closing);
         let mut batch = Vec::with_capacity(BATCH_MAX);
