@@ -1,10 +1,15 @@
 #!/usr/bin/env python3
-"""What copies cost a model beside them: a bf16 matrix product in a loop, alone and while pages are copied by our kernels
-on a low-priority stream of the same process. Needs torch and cupy; the kernels are compiled from copy.cu.
+"""What copies cost a model beside them: a bf16 matrix product in a loop, alone and while pages are copied on a low-priority
+stream of the same process, by our kernels, by the copy engine, or not at all (blocks that only sit on a multiprocessor, so
+that what the seats cost is told apart from what the bytes cost). Needs torch and cupy; the kernels are compiled from copy.cu.
 
     theft.py copy.cu
 """
+import ctypes
+import json
+import os
 import sys
+import tempfile
 import time
 
 import cupy
@@ -29,12 +34,41 @@ def vector_shape(total_bytes):
     return shape
 
 
-def bulk_shape(pages):
-    parts, stages = PAGE // 4096, 12
+def bulk_shape(pages, part=4096, stages=12):
+    parts = PAGE // part
     shape = numpy.zeros(1, dtype=[("strides", "u8", 2), ("numbers", "u4", 12)])
     shape["strides"] = PAGE
-    shape["numbers"] = (0, pages * parts, PAGE, 4096, stages, stages // 3, *divisor(parts), *divisor(1))
+    shape["numbers"] = (0, pages * parts, PAGE, part, stages, stages // 3, *divisor(parts), *divisor(1))
     return shape
+
+
+# A block that holds all of a multiprocessor's shared memory and moves nothing.
+HOLD = r"""
+extern "C" __global__ void __launch_bounds__(32, 1) hold(unsigned long long nanoseconds) {
+    unsigned long long begin, now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(begin));
+    do {
+        __nanosleep(1000);
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    } while (now - begin < nanoseconds);
+}
+"""
+
+
+def resources_of_product(torch, left, right):
+    """What the product's kernel takes of a multiprocessor, as the profiler tells it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        torch.mm(left, right)
+        torch.cuda.synchronize()
+    path = os.path.join(tempfile.mkdtemp(), "trace.json")
+    profile.export_chrome_trace(path)
+    with open(path, encoding="utf-8") as file:
+        events = json.load(file)["traceEvents"]
+    for event in events:
+        if event.get("cat") == "kernel":
+            facts = event["args"]
+            print("product's kernel:", event["name"][:90], {key: facts.get(key) for key in (
+                "registers per thread", "shared memory", "block", "grid", "blocks per SM", "est. achieved occupancy %")})
 
 
 def main():
@@ -44,6 +78,9 @@ def main():
     deep = module.get_function("kvt_pairs_16_deep")
     bulk = module.get_function("kvt_bulk_pairs")
     bulk.max_dynamic_shared_size_bytes = 4 * 12 * 4096
+    thin = module.get_function("kvt_thin_pairs")
+    hold = cupy.RawModule(code=HOLD, backend="nvrtc").get_function("hold")
+    hold.max_dynamic_shared_size_bytes = 200 << 10
 
     pages = GIB * (1 << 30) // PAGE
     source_pool = torch.randint(0, 255, (GIB << 30,), dtype=torch.uint8, device="cuda")
@@ -58,10 +95,40 @@ def main():
     model = torch.cuda.Stream(priority=-1)
     side = torch.cuda.Stream(priority=least)
 
+    cuda = ctypes.CDLL("libcuda.so.1")
+    no_batches = []
+
+    def batch_copy(stream):
+        """Pages one by one, as the driver's list of copies: copy engines only. 4,096 of them."""
+        count = 4096
+        if not batch_copy.lists:
+            host = pairs[:count].cpu().numpy().astype(numpy.uint64)
+            batch_copy.lists = [numpy.ascontiguousarray(host[:, 1]), numpy.ascontiguousarray(host[:, 0]),
+                                numpy.full(count, PAGE, dtype=numpy.uint64)]
+        target, source, sizes = (each.ctypes.data_as(ctypes.c_void_p) for each in batch_copy.lists)
+        # CUmemcpyAttributes: source is read in stream order, no location hints.
+        attributes, first = (ctypes.c_uint * 6)(1), (ctypes.c_size_t * 1)(0)
+        code = cuda.cuMemcpyBatchAsync_v2(target, source, sizes, ctypes.c_size_t(count), attributes, first, ctypes.c_size_t(1),
+                                          ctypes.c_void_p(stream))
+        if code and not no_batches:
+            no_batches.append(code)
+            print(f"cuMemcpyBatchAsync: error {code}")
+    batch_copy.lists = None
+
     def launch_copy(kind, blocks, pages=pages):
         pointer = numpy.uint64(pairs.data_ptr())
         with cupy.cuda.ExternalStream(side.cuda_stream):
-            if kind == "bulk":
+            if kind == "hold":
+                hold((blocks,), (32,), (numpy.uint64(2_000_000),), shared_mem=200 << 10)
+            elif kind == "engine":
+                with torch.cuda.stream(side):
+                    target_pool.copy_(source_pool, non_blocking=True)
+            elif kind == "batch":
+                batch_copy(side.cuda_stream)
+            elif kind.startswith("thin"):
+                kib = int(kind[4:])
+                thin((blocks,), (32,), (pointer, bulk_shape(pages, 2048, kib // 2)), shared_mem=kib << 10)
+            elif kind == "bulk":
                 bulk((blocks,), (128,), (pointer, bulk_shape(pages)), shared_mem=4 * 12 * 4096)
             else:
                 kernel, threads = (deep, 1024) if blocks <= 132 else (vector, 256)
@@ -124,19 +191,34 @@ def main():
     view = target_pool.view(pages, PAGE)
     right_bytes = torch.equal(view, source_pool.view(pages, PAGE)[order])
     print(f"bulk copy checked against torch: {'right' if right_bytes else 'WRONG'}")
+    resources_of_product(torch, left, right)
     matmuls(None)
     time.sleep(0.2)
     alone = min(matmuls(None)[0] for _ in range(3))
     print(f"matmul alone: {alone:.3f} ms, {2 * N ** 3 / alone / 1e9:.0f} TFLOP/s")
-    for kind, blocks in [("bulk", 2), ("bulk", 4), ("bulk", 6), ("bulk", 10), ("vector", 4), ("vector", 6), ("vector", 10), ("vector", 2112)]:
+    sm_all = torch.cuda.get_device_properties(0).multi_processor_count
+    for kind, blocks in [("hold", 2), ("hold", 4), ("hold", 10), ("thin4", sm_all), ("thin8", sm_all // 3), ("thin8", sm_all), ("thin12", sm_all),
+                         ("thin12", 2 * sm_all), ("bulk", 1), ("bulk", 2), ("bulk", 4), ("bulk", 10), ("vector", 4), ("vector", 10),
+                         ("vector", 2112), ("engine", 0), ("batch", 0)]:
+        if kind == "batch" and not hasattr(cuda, "cuMemcpyBatchAsync_v2"):
+            continue
+        launch_copy(kind, blocks)
+        torch.cuda.synchronize()
+        if kind == "batch" and no_batches:
+            continue
         rate = copy_rate((kind, blocks))
         again = min(matmuls(None)[0] for _ in range(2))
         both, copies = min(matmuls((kind, blocks)) for _ in range(3))
         moved = copies * pages * PAGE / (both * REPEATS) / 1e6
+        if kind == "hold":
+            print(f"hold   {blocks:5} blocks that move nothing: the matmul takes {both / again:.3f} of its time alone ({again:.3f} ms)")
+            continue
+        if kind == "batch":
+            rate, moved = rate * 4096 / pages, moved * 4096 / pages
         print(f"{kind:6} {blocks:5} blocks: alone {rate:7.0f} GB/s; beside a matmul about {moved:6.0f} GB/s, "
               f"the matmul takes {both / again:.3f} of its time alone ({again:.3f} ms)")
     moved = 448 << 20
-    for kind, blocks in [("bulk", 10), ("vector", 10), ("vector", 2112)]:
+    for kind, blocks in [("bulk", 10), ("thin12", sm_all), ("vector", 10), ("vector", 2112)]:
         turns = [(once(None, 0), once((kind, blocks), moved)) for _ in range(9)]
         extra = sorted(both - alone for alone, both in turns)[4]
         base = sorted(alone for alone, _ in turns)[4]

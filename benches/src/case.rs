@@ -27,6 +27,10 @@ pub(crate) enum CaseName {
     #[value(name = "pages-4k")]
     #[serde(rename = "pages-4k")]
     Pages4k,
+    /// 64 layers of 128 scattered pages of 16 KiB: 128 MiB, for `--faults` and `--restarts`
+    #[value(name = "short-16k", hide = true)]
+    #[serde(rename = "short-16k")]
+    Short16k,
     /// One 16 KiB page per transfer, from push to acknowledged
     #[value(name = "latency-16k")]
     #[serde(rename = "latency-16k")]
@@ -140,6 +144,7 @@ impl Case {
         let (entries, block_bytes, pages, transfers) = match name {
             CaseName::One1Gib => (1, (1 << 30) / divisor, 1, 1),
             CaseName::Pages16k => (64, 16 << 10, 512 / divisor, 1),
+            CaseName::Short16k => (64, 16 << 10, 128 / divisor, 1),
             CaseName::Pages4k => (64, 4 << 10, 1024 / divisor, 1),
             CaseName::Latency16k => (1, 16 << 10, samples / divisor, samples / divisor),
             CaseName::Latency64 => (1, 64, samples / divisor, samples / divisor),
@@ -228,6 +233,16 @@ impl Case {
     fn place(&self, entry: usize, page: i32) -> u64 {
         let page = usize::try_from(page).expect("invariant: pages are not negative");
         ((entry * self.pool + page) * self.block_bytes) as u64
+    }
+
+    /// The same the other way round, in the pages beside: what one direction reads and writes is not the other's.
+    pub(crate) fn reversed(&self) -> Self {
+        let beside = |items: &[i32]| items.iter().map(|item| item - 1).collect();
+        Self {
+            source: beside(&self.target),
+            target: beside(&self.source),
+            ..self.clone()
+        }
     }
 
     /// The layout that both engines present: one buffer per layer, back to back in region 0.

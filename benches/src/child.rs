@@ -17,6 +17,7 @@ use anyhow::Context as _;
 use crate::{
     TARGET_SUBCOMMAND,
     protocol::{Answer, Command},
+    raw::{self, Signal},
 };
 
 /// How long a step may take before the child is killed, which ends every wait for it: a pass and its check take seconds.
@@ -88,6 +89,13 @@ impl TargetProcess {
     pub(crate) fn ask(&mut self, command: &Command) -> anyhow::Result<Answer> {
         self.tell(command)?;
         self.answer()
+    }
+
+    /// Stops it, lets it go on, or ends it.
+    pub(crate) fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        let child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
+        // It is not waited for anywhere but in `kill`, so the number is still its own.
+        Ok(raw::signal(child.id(), signal)?)
     }
 
     /// Processor seconds of the target so far.

@@ -7,8 +7,9 @@
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use clap::ValueEnum;
 use kvtransfer::{
-    gpu::{Context, CudaDevice, memory::DeviceBuffer},
+    gpu::{Context, CudaDevice, Method, memory::DeviceBuffer},
     memory::{Region, device::Device},
 };
 use serde::{Deserialize, Serialize};
@@ -18,12 +19,39 @@ use serde::{Deserialize, Serialize};
 pub(crate) struct Gpu {
     pub(crate) ordinal: u32,
     pub(crate) percent: u32,
+    pub(crate) kernel: Kernel,
+}
+
+/// Which kind of kernel copies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Kernel {
+    /// The engine's choice
+    Auto,
+    /// Through registers
+    Vector,
+    /// Through shared memory, blocks that have a multiprocessor to themselves
+    Bulk,
+    /// Through shared memory, one warp beside whatever else runs on every multiprocessor
+    Thin,
+}
+
+impl From<Kernel> for Method {
+    fn from(kernel: Kernel) -> Self {
+        match kernel {
+            Kernel::Auto => Self::Auto,
+            Kernel::Vector => Self::Vector,
+            Kernel::Bulk => Self::Bulk,
+            Kernel::Thin => Self::Thin,
+        }
+    }
 }
 
 /// Memory of a GPU as large as a region of the host.
 pub(crate) struct GpuMemory {
     // Dropped before the memory it stands for; engines are dropped before both.
     region: Arc<Region>,
+    context: Arc<Context>,
     _buffer: DeviceBuffer,
 }
 
@@ -31,13 +59,23 @@ impl GpuMemory {
     pub(crate) fn new(gpu: Gpu, len: usize) -> anyhow::Result<Self> {
         let context = Context::primary(gpu.ordinal)?;
         let buffer = DeviceBuffer::new(&context, len)?;
-        let device: Arc<dyn Device> = Arc::new(CudaDevice::open(gpu.ordinal, gpu.percent)?);
+        let device: Arc<dyn Device> = Arc::new(CudaDevice::open_with(
+            gpu.ordinal,
+            gpu.percent,
+            gpu.kernel.into(),
+        )?);
         // SAFETY: the buffer is kept beside the region for as long as anybody can use it.
         let region = unsafe { Region::device(device, buffer.address(), len) }?;
         Ok(Self {
             region: Arc::new(region),
+            context,
             _buffer: buffer,
         })
+    }
+
+    /// Free MiB of the GPU.
+    pub(crate) fn free_mib(&self) -> anyhow::Result<u64> {
+        Ok(self.context.free_bytes()? >> 20)
     }
 
     pub(crate) fn region(&self) -> &Arc<Region> {

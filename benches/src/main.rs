@@ -16,6 +16,7 @@ mod reference;
 mod report;
 mod target;
 mod verbs;
+mod watch;
 
 use std::{
     io::{self, Write as _},
@@ -29,7 +30,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{
     case::{Case, CaseName, Extent},
-    gpu::Gpu,
+    gpu::{Gpu, Kernel},
     pair::{Pair, Plan},
     protocol::{Path, Tuning},
     report::{Machine, Report},
@@ -51,6 +52,9 @@ Examples:
   kvbench --path shm --rounds 25        more rounds for a noisy machine
   kvbench --path verbs --mib 256        RDMA beside perftest, between the devices that are found
   kvbench --path verbs --rdma-devices rxe1,rxe0 --mib 8
+  kvbench --gpu 0 --peer-gpu 1          between the memories of two GPUs
+  kvbench --gpu 0 --faults 40 --restarts 1000
+                                        what is late and what is left when either side freezes, dies or starts again
   kvbench idle                          resident memory of an idle engine
 Latency over verbs goes from push to acknowledged: one WRITE of the page, one SEND with its notice, one SEND with the
 answer, and both engines' work. Beside it stands perftest's typical time of one way of `ib_write_lat` with the page's
@@ -101,6 +105,19 @@ struct Cli {
     /// Share of the GPU that our copies may take, in percent; 100 is all of it
     #[arg(long, default_value_t = kvtransfer::gpu::PERCENT_DEFAULT, value_parser = clap::value_parser!(u32).range(1..=100))]
     gpu_percent: u32,
+    /// The target's GPU, if it is another one
+    #[arg(long, value_name = "NUMBER", requires = "gpu")]
+    peer_gpu: Option<u32>,
+    /// Kind of kernel that copies on the GPU
+    #[arg(long, value_enum, default_value_t = Kernel::Auto)]
+    gpu_kernel: Kernel,
+    /// Freeze and kill either side in the middle of so many transfers over each path instead of measuring, and count what
+    /// arrives late and what is told too late
+    #[arg(long, value_name = "COUNT", conflicts_with = "case")]
+    faults: Option<usize>,
+    /// Replace the target's engine so many times over each path, and count what is left behind
+    #[arg(long, value_name = "COUNT", conflicts_with = "case")]
+    restarts: Option<usize>,
     #[command(flatten)]
     tuning: Tuning,
 }
@@ -115,6 +132,26 @@ impl Cli {
             samples: self
                 .samples
                 .map_or_else(|| Extent::samples(self.rounds.into()), usize::from),
+        }
+    }
+}
+
+impl Cli {
+    fn plan(&self) -> Plan {
+        let gpu = |ordinal| Gpu {
+            ordinal,
+            percent: self.gpu_percent,
+            kernel: self.gpu_kernel,
+        };
+        let gpus = self
+            .gpu
+            .map(|first| [gpu(first), gpu(self.peer_gpu.unwrap_or(first))]);
+        Plan {
+            extent: self.extent(),
+            lanes: self.lanes,
+            rdma: None,
+            gpu: gpus,
+            tuning: self.tuning.clone(),
         }
     }
 }
@@ -164,6 +201,9 @@ fn measure(cli: &Cli) -> anyhow::Result<ExitCode> {
         Some("verbs") => return measure_verbs(cli),
         Some(name) => vec![Path::from_str(name, false).map_err(anyhow::Error::msg)?],
     };
+    if cli.faults.is_some() || cli.restarts.is_some() {
+        return provoke(cli, &paths);
+    }
     let mut reports = Vec::new();
     let mut sound = true;
     for path in paths {
@@ -186,6 +226,27 @@ fn measure(cli: &Cli) -> anyhow::Result<ExitCode> {
     }
     if !cli.json {
         report::table(&reports, &mut io::stderr())?;
+    }
+    Ok(if sound {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// Freezes, kills and restarts.
+fn provoke(cli: &Cli, paths: &[Path]) -> anyhow::Result<ExitCode> {
+    let mut sound = true;
+    for path in paths {
+        let found = pair::faults::run(
+            *path,
+            &cli.plan(),
+            cli.faults.unwrap_or(0),
+            cli.restarts.unwrap_or(0),
+        );
+        let found = found.with_context(|| format!("over {path:?}"))?;
+        sound &= found.is_sound();
+        print_line(&found)?;
     }
     Ok(if sound {
         ExitCode::SUCCESS
@@ -217,15 +278,7 @@ fn measure_verbs(cli: &Cli) -> anyhow::Result<ExitCode> {
 }
 
 fn one(cli: &Cli, name: CaseName, path: Path) -> anyhow::Result<Report> {
-    let plan = Plan {
-        extent: cli.extent(),
-        lanes: cli.lanes,
-        rdma: None,
-        gpu: cli.gpu.map(|ordinal| Gpu {
-            ordinal,
-            percent: cli.gpu_percent,
-        }),
-    };
+    let plan = cli.plan();
     let machine = Machine::here();
     let case = Case::new(name, plan.extent);
     let mut pair = Pair::start(case, path, plan.clone())?;

@@ -1,6 +1,8 @@
 //! The initiator: one case over one path, ours and the plain reference in turns, between the same two processes.
 #![forbid(unsafe_code)]
 
+pub(crate) mod faults;
+
 use std::sync::Arc;
 
 use anyhow::Context as _;
@@ -18,7 +20,7 @@ use crate::{
     child::TargetProcess,
     data::{self, Side},
     gpu::{Gpu, GpuMemory},
-    protocol::{Answer, Command, Path, Rdma, ReferenceKind, Setup},
+    protocol::{Answer, Command, Path, Rdma, ReferenceAddress, ReferenceKind, Setup, Tuning},
     raw,
     reference::{self, Sender, Waiting},
     target::TRANSFER_MAX,
@@ -31,8 +33,9 @@ pub(crate) struct Plan {
     pub(crate) lanes: u8,
     /// The initiator's use of RDMA and the target's.
     pub(crate) rdma: Option<[Rdma; 2]>,
-    /// Where both engines' memory lies, if not in the host's.
-    pub(crate) gpu: Option<Gpu>,
+    /// Where the initiator engine's memory lies, and the target's, if not in the host's.
+    pub(crate) gpu: Option<[Gpu; 2]>,
+    pub(crate) tuning: Tuning,
 }
 
 /// What one pass over all transfers of a case took.
@@ -67,7 +70,7 @@ pub(crate) struct Pair {
     scratch: Region,
     engine: Engine,
     /// Dropped after the engine, which uses it.
-    gpu: Option<GpuMemory>,
+    gpu: Option<Arc<GpuMemory>>,
     reference: Sender,
     next_room: u64,
     pub(crate) path_reason: String,
@@ -79,9 +82,9 @@ impl Pair {
         let source = Arc::new(Region::mmap(case.region_bytes())?);
         let scratch = Region::mmap(case.region_bytes())?;
         let mut memory = Memory::new();
-        let gpu = plan.gpu.map(|gpu| GpuMemory::new(gpu, source.len()));
-        let gpu = gpu.transpose()?;
-        let used = gpu.as_ref().map_or(&source, GpuMemory::region);
+        let gpu = plan.gpu.map(|[gpu, _]| GpuMemory::new(gpu, source.len()));
+        let gpu = gpu.transpose()?.map(Arc::new);
+        let used = gpu.as_deref().map_or(&source, GpuMemory::region);
         memory.add_shared(Arc::clone(used));
         let mut config = EngineConfig::default();
         config.listen = Some("127.0.0.1:0".parse()?);
@@ -89,32 +92,13 @@ impl Pair {
         if let Some([rdma, _]) = &plan.rdma {
             config.rdma = rdma.config();
         }
+        plan.tuning.apply(&mut config);
         let engine = Engine::start(config, memory, case.layout())?;
         let kind = path.reference(case.name);
         let waiting = Waiting::new(kind)?;
-        let mut target = TargetProcess::start()?;
-        let connected = target.ask(&Command::Setup(Box::new(Setup {
-            case: case.name,
-            path,
-            extent: plan.extent,
-            lanes: plan.lanes,
-            rdma: plan.rdma.as_ref().map(|[_, rdma]| rdma.clone()),
-            gpu: plan.gpu,
-            engine: engine.local_addr().context("the engine listens")?,
-            reference: waiting.address()?,
-            source_pid: std::process::id(),
-            source_base: source.base_address(),
-        })))?;
-        let Answer::Connected { path: got, reason } = connected else {
-            anyhow::bail!("an unexpected answer: {connected:?}");
-        };
-        let wanted = path.engine_name(plan.gpu.is_some());
-        anyhow::ensure!(
-            got == wanted,
-            "the engines take {got} instead of {wanted}: {reason}"
-        );
-        let reference = Sender::new(kind, waiting.accept()?, &case, &source);
-        Ok(Self {
+        let target = TargetProcess::start()?;
+        let mut pair = Self {
+            reference: Sender::new(kind, None, &case, &source),
             target,
             case,
             path,
@@ -123,10 +107,41 @@ impl Pair {
             gpu,
             scratch,
             engine,
-            reference,
             next_room: 1,
-            path_reason: reason,
-        })
+            path_reason: String::new(),
+        };
+        pair.connect_target(waiting.address()?)?;
+        pair.reference = Sender::new(kind, waiting.accept()?, &pair.case, &pair.source);
+        Ok(pair)
+    }
+
+    /// Tells the target process what to do and sees to it that its engine takes the path.
+    fn connect_target(&mut self, reference: Option<ReferenceAddress>) -> anyhow::Result<()> {
+        let (plan, path) = (&self.plan, self.path);
+        let setup = Setup {
+            case: self.case.name,
+            path,
+            extent: plan.extent,
+            lanes: plan.lanes,
+            rdma: plan.rdma.as_ref().map(|[_, rdma]| rdma.clone()),
+            gpu: plan.gpu.map(|[_, gpu]| gpu),
+            tuning: plan.tuning.clone(),
+            engine: self.engine.local_addr().context("the engine listens")?,
+            reference,
+            source_pid: std::process::id(),
+            source_base: self.source.base_address(),
+        };
+        let connected = self.target.ask(&Command::Setup(Box::new(setup)))?;
+        let Answer::Connected { path: got, reason } = connected else {
+            anyhow::bail!("an unexpected answer: {connected:?}");
+        };
+        let wanted = path.engine_name(plan.gpu.is_some());
+        anyhow::ensure!(
+            got == wanted,
+            "the engines take {got} instead of {wanted}: {reason}"
+        );
+        self.path_reason = reason;
+        Ok(())
     }
 
     /// Fresh data, then both passes, each into poisoned blocks and checked. They take turns in going first.

@@ -4,7 +4,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use clap::ValueEnum;
-use kvtransfer::config::{RdmaConfig, RdmaUse, SameHost};
+use kvtransfer::config::{EngineConfig, RdmaConfig, RdmaUse, SameHost};
 use kvtransfer::wire::rdma::Connector;
 use serde::{Deserialize, Serialize};
 
@@ -129,6 +129,26 @@ pub(crate) struct Tuning {
     /// Notices as immediate data, where both devices can (verbs)
     #[arg(long)]
     rdma_immediate: bool,
+    /// MiB of a ring [same-host rings; default: the engine's]
+    #[arg(long, value_name = "MIB")]
+    ring_mib: Option<usize>,
+    /// Most KiB of a batch that goes through pinned memory [--gpu; default: the engine's]
+    #[arg(long, value_name = "KIB")]
+    staged_kib: Option<u64>,
+    /// Most MiB of a batch that a GPU copies out of the other's memory [--gpu; default: the engine's]
+    #[arg(long, value_name = "MIB")]
+    pull_mib: Option<u64>,
+}
+
+impl Tuning {
+    /// What concerns every path.
+    pub(crate) fn apply(&self, config: &mut EngineConfig) {
+        config.ring_bytes = self.ring_mib.map_or(config.ring_bytes, |mib| mib << 20);
+        let staged = self.staged_kib.map(|kib| kib << 10);
+        config.staged_batch_bytes = staged.unwrap_or(config.staged_batch_bytes);
+        let pulled = self.pull_mib.map(|mib| mib << 20);
+        config.device_pull_batch_bytes = pulled.unwrap_or(config.device_pull_batch_bytes);
+    }
 }
 
 impl Rdma {
@@ -166,6 +186,7 @@ pub(crate) struct Setup {
     pub(crate) rdma: Option<Rdma>,
     /// Where the target engine's memory lies, if not in the host's.
     pub(crate) gpu: Option<Gpu>,
+    pub(crate) tuning: Tuning,
     /// The initiator's engine.
     pub(crate) engine: SocketAddr,
     pub(crate) reference: Option<ReferenceAddress>,
@@ -189,6 +210,30 @@ pub(crate) enum Command {
     Reference,
     /// Tell the processor time used so far.
     Usage,
+    /// As `Grant`, for a transfer that ends in so many milliseconds at most; its end is watched, and what the blocks hold then
+    /// is remembered.
+    GrantBriefly {
+        room: u64,
+        millis: u64,
+    },
+    /// The same the other way round: this side sends the pages before the target's, to be granted by the initiator.
+    SendBack {
+        room: u64,
+        millis: u64,
+    },
+    /// Stop the initiator's process after some microseconds, for some milliseconds.
+    Freeze {
+        after_micros: u64,
+        millis: u64,
+    },
+    /// How the watched transfer ended.
+    End,
+    /// Count blocks that have changed since the watched transfer ended.
+    Late,
+    /// Replace the engine by a new one.
+    Restart,
+    /// Count what this process holds.
+    Resources,
     /// Compare every target block with these checksums.
     Check {
         sums: Vec<u64>,
@@ -206,6 +251,12 @@ pub(crate) enum Answer {
     Usage {
         cpu_seconds: f64,
     },
+    /// The reason of a failure, and milliseconds from its opening.
+    Ended {
+        error: Option<String>,
+        millis: u64,
+    },
+    Resources(Resources),
     /// Blocks that differ.
     Checked {
         wrong: usize,
@@ -213,6 +264,19 @@ pub(crate) enum Answer {
     Failed {
         error: String,
     },
+}
+
+/// What a process holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Resources {
+    /// Open descriptors.
+    pub(crate) descriptors: usize,
+    /// Mappings of its address space.
+    pub(crate) mappings: usize,
+    /// KiB that drivers have pinned or locked.
+    pub(crate) pinned_kib: u64,
+    /// Free MiB of its GPU, whoever holds the rest.
+    pub(crate) gpu_free_mib: Option<u64>,
 }
 
 /// Sent on the reference's socket by a target that is about to read it.

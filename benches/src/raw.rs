@@ -174,6 +174,31 @@ pub(crate) fn die_with_parent() {
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
 }
 
+/// What another process is told by the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Signal {
+    /// Sleep until told to continue.
+    Stop,
+    Continue,
+    /// End without a word.
+    Kill,
+}
+
+/// Signals a process that the caller knows to live: its child, or its parent.
+pub(crate) fn signal(process: u32, signal: Signal) -> io::Result<()> {
+    let number = match signal {
+        Signal::Stop => libc::SIGSTOP,
+        Signal::Continue => libc::SIGCONT,
+        Signal::Kill => libc::SIGKILL,
+    };
+    let process = i32::try_from(process).map_err(io::Error::other)?;
+    // SAFETY: touches no memory.
+    match unsafe { libc::kill(process, number) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::{os::unix::net::UnixStream, thread};

@@ -226,7 +226,7 @@ mod tests {
     use crate::{
         case::{Case, CaseName, Extent},
         pair::{Pass, Plan, Round},
-        protocol::Path,
+        protocol::{Path, Tuning},
     };
 
     fn pass(nanos: u64, wrong: usize) -> Pass {
@@ -259,6 +259,7 @@ mod tests {
             lanes: 2,
             rdma: None,
             gpu: None,
+            tuning: Tuning::default(),
         };
         Report::new(
             &case,

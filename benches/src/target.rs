@@ -4,25 +4,28 @@
 use std::{
     io::{self, BufRead as _, Write as _},
     sync::Arc,
+    thread,
     time::Duration,
 };
 
 use anyhow::Context as _;
 use kvtransfer::{
+    clock,
     config::EngineConfig,
     engine::{Engine, Memory, PeerInfo, Transfer},
     ids::Room,
     memory::Region,
-    transfer::{ReceiveRequest, Source},
+    transfer::{Chunk, ReceiveRequest, SendRequest, Source},
 };
 
 use crate::{
     case::Case,
     data::{self, Side},
     gpu::GpuMemory,
-    protocol::{Answer, Command, Setup},
-    raw,
+    protocol::{Answer, Command, Resources, Setup},
+    raw::{self, Signal},
     reference::{self, Receiver},
+    watch::{Blocks, Watch},
 };
 
 /// How long a room may take, and the connection to the initiator.
@@ -56,12 +59,50 @@ pub(crate) fn run() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Starts this side's engine and connects it to the initiator's.
+fn start_engine(
+    setup: &Setup,
+    case: &Case,
+    region: &Arc<Region>,
+) -> anyhow::Result<(Engine, PeerInfo)> {
+    let mut memory = Memory::new();
+    memory.add_shared(Arc::clone(region));
+    let mut config = EngineConfig::default();
+    config.same_host = setup.path.same_host();
+    config.lanes = setup.lanes;
+    if let Some(rdma) = &setup.rdma {
+        config.rdma = rdma.config();
+    }
+    setup.tuning.apply(&mut config);
+    let engine = Engine::start(config, memory, case.layout())?;
+    let info = engine.connect(setup.engine, TRANSFER_MAX)?;
+    Ok((engine, info))
+}
+
+/// Stops the initiator, which is this process's parent, after a while and for a while.
+fn freeze(after_micros: u64, millis: u64) {
+    let parent = std::os::unix::process::parent_id();
+    thread::spawn(move || {
+        thread::sleep(Duration::from_micros(after_micros));
+        let stopped = raw::signal(parent, Signal::Stop);
+        thread::sleep(Duration::from_millis(millis));
+        let continued = raw::signal(parent, Signal::Continue);
+        if let Err(error) = stopped.and(continued) {
+            tracing::error!(%error, "the initiator was not stopped");
+        }
+    });
+}
+
 struct Target {
     case: Case,
     region: Arc<Region>,
     engine: Engine,
     /// Dropped after the engine, which uses it.
-    gpu: Option<GpuMemory>,
+    gpu: Option<Arc<GpuMemory>>,
+    setup: Setup,
+    watched: Option<Watch>,
+    /// Of the blocks when the watched transfer ended.
+    at_end: Vec<u64>,
     /// Whether the GPU's bytes are what is to be checked.
     is_ours: bool,
     source: Source,
@@ -73,19 +114,10 @@ impl Target {
     fn start(setup: &Setup) -> anyhow::Result<(Self, PeerInfo)> {
         let case = Case::new(setup.case, setup.extent);
         let region = Arc::new(Region::mmap(case.region_bytes())?);
-        let mut memory = Memory::new();
         let gpu = setup.gpu.map(|gpu| GpuMemory::new(gpu, region.len()));
-        let gpu = gpu.transpose()?;
-        let used = gpu.as_ref().map_or(&region, GpuMemory::region);
-        memory.add_shared(Arc::clone(used));
-        let mut config = EngineConfig::default();
-        config.same_host = setup.path.same_host();
-        config.lanes = setup.lanes;
-        if let Some(rdma) = &setup.rdma {
-            config.rdma = rdma.config();
-        }
-        let engine = Engine::start(config, memory, case.layout())?;
-        let info = engine.connect(setup.engine, TRANSFER_MAX)?;
+        let gpu = gpu.transpose()?.map(Arc::new);
+        let used = gpu.as_deref().map_or(&region, GpuMemory::region);
+        let (engine, info) = start_engine(setup, &case, used)?;
         let socket = setup.reference.as_ref().map(reference::connect);
         let receiver = Receiver::new(
             setup.path.reference(setup.case),
@@ -99,6 +131,9 @@ impl Target {
             region,
             engine,
             gpu,
+            setup: setup.clone(),
+            watched: None,
+            at_end: Vec::new(),
             is_ours: false,
             source: Source {
                 peer: info.peer,
@@ -127,6 +162,31 @@ impl Target {
             Command::Reference => {
                 self.receiver.serve(&self.region)?;
                 self.is_ours = false;
+            }
+            Command::GrantBriefly { room, millis } => self.grant_briefly(room, millis)?,
+            Command::SendBack { room, millis } => self.send_back(room, millis)?,
+            Command::Freeze {
+                after_micros,
+                millis,
+            } => freeze(after_micros, millis),
+            Command::End => {
+                let watched = self.watched.take().context("nothing is watched")?;
+                let ended = watched.end()?;
+                self.at_end = ended.sums;
+                self.is_ours = true;
+                return Ok(Answer::Ended {
+                    error: ended.error,
+                    millis: ended.millis,
+                });
+            }
+            Command::Late => {
+                let now = self.blocks().sums()?;
+                let wrong = now.iter().zip(&self.at_end).filter(|(a, b)| a != b).count();
+                return Ok(Answer::Checked { wrong });
+            }
+            Command::Restart => self.restart()?,
+            Command::Resources => {
+                return Ok(Answer::Resources(Resources::here(self.gpu.as_deref())?));
             }
             Command::Usage => {
                 return Ok(Answer::Usage {
@@ -158,6 +218,57 @@ impl Target {
             };
             self.rooms.push(self.engine.receive(&request)?);
         }
+        Ok(())
+    }
+
+    fn blocks(&self) -> Blocks {
+        Blocks {
+            case: self.case.clone(),
+            region: Arc::clone(&self.region),
+            gpu: self.gpu.clone(),
+        }
+    }
+
+    fn grant_briefly(&mut self, room: u64, millis: u64) -> anyhow::Result<()> {
+        let begun = clock::now();
+        let request = ReceiveRequest {
+            room: Room::new(room).context("rooms count from 1")?,
+            sources: vec![self.source],
+            receivers_expected: 1,
+            prefix_tokens: 0,
+            items: vec![self.case.target_items(0)],
+            timeout: Duration::from_millis(millis),
+        };
+        let receiving = self.engine.receive(&request)?;
+        self.watched = Some(Watch::start(receiving, begun, Some(self.blocks())));
+        Ok(())
+    }
+
+    fn send_back(&mut self, room: u64, millis: u64) -> anyhow::Result<()> {
+        let begun = clock::now();
+        let timeout = Duration::from_millis(millis);
+        let room = Room::new(room).context("rooms count from 1")?;
+        let sending = self.engine.send(&SendRequest { room, timeout })?;
+        sending.wait_ready(timeout)?;
+        sending.push(&Chunk {
+            items: vec![self.case.reversed().source_items(0)],
+            last: true,
+        })?;
+        self.watched = Some(Watch::start(sending, begun, None));
+        Ok(())
+    }
+
+    /// A new engine over the same memory, connected as the last one was.
+    fn restart(&mut self) -> anyhow::Result<()> {
+        // A watched transfer keeps the old engine alive.
+        if let Some(watched) = self.watched.take() {
+            watched.end()?;
+        }
+        self.rooms.clear();
+        let memory = self.gpu.as_deref().map_or(&self.region, GpuMemory::region);
+        let (engine, info) = start_engine(&self.setup, &self.case, memory)?;
+        self.engine = engine;
+        self.source.peer = info.peer;
         Ok(())
     }
 

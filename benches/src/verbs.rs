@@ -112,6 +112,7 @@ pub(crate) fn measure(
         lanes: 1,
         rdma: Some(rdma),
         gpu: None,
+        tuning: tuning.clone(),
     };
     let case = Case::new(name, extent);
     let mut pair = Pair::start(case.clone(), Path::Verbs, plan)?;

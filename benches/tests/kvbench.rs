@@ -94,3 +94,50 @@ fn help_teaches_and_nonsense_is_refused() {
     assert_eq!(refused.status.code(), Some(2));
     assert!(said.contains("tcp, shm, ring, verbs, all"), "{said}");
 }
+
+/// Freezes, kills and restarts, in host memory: nothing is late, wrong or left behind.
+fn provoke(path: &str) {
+    let output = kvbench(&[
+        "--json",
+        "--tiny",
+        "--seed",
+        "9",
+        "--path",
+        path,
+        "--faults",
+        "8",
+        "--restarts",
+        "20",
+    ]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said} {:?}", lines(&output));
+    let found = &lines(&output)[0];
+    for kind in [
+        "frozen_receivers",
+        "frozen_senders",
+        "killed_receivers",
+        "killed_senders",
+    ] {
+        assert_eq!(found[kind], 2, "{found}");
+    }
+    for bad in ["late_blocks", "wrong_blocks", "told_late"] {
+        assert_eq!(found[bad], 0, "{found}");
+    }
+    assert_eq!(found["restarts"], 20, "{found}");
+    assert_eq!(found["leaked"].as_array().map(Vec::len), Some(0), "{found}");
+}
+
+#[test]
+fn whoever_freezes_or_dies_leaves_nothing_late_over_tcp() {
+    provoke("tcp");
+}
+
+#[test]
+fn whoever_freezes_or_dies_leaves_nothing_late_where_the_receiver_pulls() {
+    provoke("shm");
+}
+
+#[test]
+fn whoever_freezes_or_dies_leaves_nothing_late_over_a_ring() {
+    provoke("ring");
+}

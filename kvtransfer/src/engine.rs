@@ -5,6 +5,7 @@
 //! bytes move outside of it. A dial runs in the caller's thread.
 
 mod accept;
+mod awaited;
 mod control;
 pub(crate) mod devices;
 mod dial;
@@ -20,6 +21,7 @@ pub(crate) mod redial;
 mod release;
 mod write;
 
+pub use awaited::EVENTS_MAX;
 pub use dial::ConnectError;
 pub use handle::{CompletionQueue, Poll, Transfer};
 pub use probe::ProbeError;

@@ -3,7 +3,8 @@
 //! The modules stack up like this:
 //! * [`pairing`] compares the layouts of two ranks once and pairs their buffers, or says in a [`mismatch`] why it cannot;
 //! * [`stream`] gives every byte of a chunk (one component, one window of items) a number that both ranks agree on;
-//! * [`cursor`] turns a range of those numbers into byte ranges of one side, [`descriptor`] into pairs of both sides;
+//! * [`cursor`] turns a range of those numbers into byte ranges of one side, [`descriptor`] into pairs of both sides,
+//!   [`grid`] into descriptions that name no single row;
 //! * [`ranges`] cuts a stream into batches and stripes it over rails.
 //!
 //! Everything here is arithmetic on validated numbers: no sockets, no clock, no memory is touched, and nothing is
@@ -14,6 +15,7 @@
 pub mod blocks;
 pub mod cursor;
 pub mod descriptor;
+pub mod grid;
 mod heads;
 mod matching;
 pub mod mismatch;

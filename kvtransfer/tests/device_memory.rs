@@ -7,11 +7,12 @@ use std::{sync::Arc, thread, time::Duration};
 use kvtransfer::{
     clock,
     config::{EngineConfig, SameHost},
-    engine::{Block, Engine, Memory},
-    ids::PeerId,
-    layout::{Layout, RegionId},
+    engine::{Block, Engine, Memory, Transfer},
+    ids::{PeerId, Room},
+    layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard, StateShape},
     memory::Region,
     testing::{conformance::SOON, fake_device::FakeDevice},
+    transfer::{Chunk, ReceiveRequest, SendRequest, Source},
 };
 
 const LEN: usize = 1 << 20;
@@ -192,6 +193,153 @@ fn an_engine_has_one_device() {
         error.to_string().contains("fake:0 and on fake:1"),
         "{error}"
     );
+}
+
+#[test]
+fn short_rows_are_described_to_the_device_and_long_ones_listed() {
+    let grids = |len: u64| {
+        let pair = pair(SameHost::PullOnly);
+        let blocks = scattered(&pair.writer, &pair.written, len);
+        pair.writer.write(pair.peer, &blocks, SOON).unwrap();
+        pair.devices[1].counts().grids
+    };
+    assert!(grids(16 << 10) > 0);
+    assert_eq!(grids(LEN as u64), 0, "one block of a MiB");
+}
+
+/// Pages of 4 KiB in one buffer.
+const PAGE: usize = 4096;
+
+fn paged() -> Layout {
+    Layout {
+        page_size: 16,
+        kv_dtype: "bfloat16".into(),
+        kv_layout: "nhd".into(),
+        attention: Attention::Latent,
+        tp: Shard::ONE,
+        pp: Shard::ONE,
+        layers: 0..1,
+        components: vec![Component {
+            kind: ComponentKind::Kv,
+            entries: vec![Entry {
+                region: RegionId(0),
+                offset: 0,
+                item_len: PAGE as u64,
+                item_count: (LEN / PAGE) as u64,
+                layer_id: None,
+            }],
+            draft_entries: 0,
+            state: StateShape::default(),
+        }],
+    }
+}
+
+/// Two engines with pages, and a granted room from the first to the second: page n goes to page n + 100.
+struct Rooms {
+    devices: [FakeDevice; 2],
+    engines: [Engine; 2],
+    sending: Transfer,
+    receiving: Transfer,
+}
+
+fn rooms(path: SameHost, pages: i32) -> Rooms {
+    let devices = [FakeDevice::new(), FakeDevice::new()];
+    let engines = [0, 1].map(|rank| {
+        let mut memory = Memory::new();
+        memory.add(devices[rank].region(LEN));
+        Engine::start(config(path), memory, paged()).unwrap()
+    });
+    let (peer, ..) = connect(&engines[1], &engines[0]);
+    let room = Room::new(7).unwrap();
+    let receiving = engines[1]
+        .receive(&ReceiveRequest {
+            room,
+            sources: vec![Source { peer, dummy: false }],
+            receivers_expected: 1,
+            prefix_tokens: 0,
+            items: vec![(100..100 + pages).collect()],
+            timeout: SOON,
+        })
+        .unwrap();
+    let sending = engines[0]
+        .send(&SendRequest {
+            room,
+            timeout: SOON,
+        })
+        .unwrap();
+    sending.wait_ready(SOON).unwrap();
+    Rooms {
+        devices,
+        engines,
+        sending,
+        receiving,
+    }
+}
+
+fn chunk(items: std::ops::Range<i32>, last: bool) -> Chunk {
+    Chunk {
+        items: vec![items.collect()],
+        last,
+    }
+}
+
+#[test]
+fn no_byte_is_read_before_its_events_have_happened_and_nobody_waits_for_them() {
+    for path in [SameHost::Off, SameHost::RingOnly, SameHost::PullOnly] {
+        let rooms = rooms(path, 30);
+        let [device, _] = &rooms.devices;
+        fill(&rooms.engines[0], &pattern(1));
+        for event in [5, 6] {
+            device.record_event(event);
+        }
+        rooms
+            .sending
+            .push_after(&chunk(0..10, false), &[5, 6])
+            .unwrap();
+        // Behind it, though it waits for nothing itself.
+        rooms.sending.push(&chunk(10..20, false)).unwrap();
+        // The application may use its event for something else at once.
+        device.complete_event(5);
+        device.record_event(5);
+        let read = |rooms: &Rooms| {
+            let counts = [0, 1].map(|rank| rooms.devices[rank].counts());
+            counts[0].gathered + counts[1].pulled
+        };
+        let before = read(&rooms);
+        thread::sleep(Duration::from_millis(20));
+        assert_eq!(read(&rooms), before, "{path:?}: event 6 has not happened");
+        // What the pages hold by then is what arrives.
+        let late = pattern(77);
+        fill(&rooms.engines[0], &late);
+        device.complete_event(6);
+        rooms
+            .sending
+            .push_after(&chunk(20..30, true), &[6])
+            .unwrap();
+        rooms.sending.wait(SOON).unwrap().unwrap();
+        rooms.receiving.wait(SOON).unwrap().unwrap();
+        let arrived = &image(&rooms.engines[1])[100 * PAGE..130 * PAGE];
+        assert!(arrived == &late[..30 * PAGE], "{path:?}");
+    }
+}
+
+#[test]
+fn an_event_that_never_happens_ends_by_the_deadline_and_one_that_fails_at_once() {
+    let rooms = rooms(SameHost::Off, 10);
+    let [device, _] = &rooms.devices;
+    device.record_event(1);
+    let refused = rooms.sending.push_after(&chunk(0..10, true), &[2]);
+    assert!(refused.unwrap_err().to_string().contains("no such event"));
+    rooms.sending.push_after(&chunk(0..10, true), &[1]).unwrap();
+    assert!(rooms.sending.wait(Duration::from_millis(20)).is_none());
+    device.break_copies();
+    let error = rooms.sending.wait(SOON).unwrap().unwrap_err();
+    assert!(
+        error.to_string().contains("the device is broken"),
+        "{error}"
+    );
+    let told = rooms.receiving.wait(SOON).unwrap().unwrap_err();
+    assert!(told.to_string().contains("the device is broken"), "{told}");
 }
 
 #[test]

@@ -270,6 +270,21 @@ impl Hub {
     }
 }
 
+impl Hub {
+    /// Whether all of one side's bytes of a component lie on our device.
+    pub(crate) fn is_all_on_device(&self, pairing: &Pairing, component: usize, end: End) -> bool {
+        let paired = pairing.components.get(component);
+        let is_ours = |region: RegionId| {
+            let region = self.region(region);
+            region.is_some_and(|region| region.on_device().is_some())
+        };
+        paired.is_some_and(|paired| {
+            let mut pieces = paired.pieces().iter();
+            pieces.all(|piece| is_ours(piece.side(end).region))
+        })
+    }
+}
+
 impl Link {
     /// The peer's device memory; taken into use at the first call.
     pub(super) fn peer_memory(&self, hub: &Hub) -> PeerMemory {

@@ -15,7 +15,7 @@ use std::{
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::hub::Hub;
+use super::{awaited, hub::Hub};
 use crate::{
     clock,
     error::{SubmitError, TransferError, plain_text},
@@ -87,6 +87,11 @@ impl Shared {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the end has been published.
+    pub(super) fn is_over(&self) -> bool {
+        self.lock().result.is_some()
     }
 
     /// Sleeps while `waiting` holds, at most until `timeout`.
@@ -249,11 +254,36 @@ impl Transfer {
             return Err(SubmitError::Ended(error.clone()));
         }
         check_lists(&self.hub.layout, &chunk.items)?;
+        if self.hub.waiting.has(self.id) {
+            return awaited::push_after(&self.hub, self.id, &self.shared, chunk, &[]);
+        }
         let lane = self.hub.push(self.id, chunk)?;
         if lane.is_some() {
             self.shared.lock().lane = lane;
         }
         Ok(())
+    }
+
+    /// As [`push`](Self::push), for pages that the device still writes: not a byte of them is read before each of `events` has
+    /// happened, which are events of the device's driver as integers (`torch.cuda.Event.cuda_event`), recorded before this
+    /// call, and the caller's again when it returns. It does not wait. Chunks that are pushed later wait behind this one. What
+    /// [`push`](Self::push) would refuse by then ends the transfer instead.
+    ///
+    /// # Errors
+    /// See [`SubmitError`]: also events without a device, or more than
+    /// [`EVENTS_MAX`](crate::engine::EVENTS_MAX) of them. Nothing is queued then.
+    pub fn push_after(&self, chunk: &Chunk, events: &[u64]) -> Result<(), SubmitError> {
+        if events.is_empty() {
+            return self.push(chunk);
+        }
+        if let Some(Err(error)) = &self.shared.lock().result {
+            return Err(SubmitError::Ended(error.clone()));
+        }
+        if self.ready().is_none() {
+            return Err(SubmitError::NotReady);
+        }
+        check_lists(&self.hub.layout, &chunk.items)?;
+        awaited::push_after(&self.hub, self.id, &self.shared, chunk, events)
     }
 
     /// Where it stands.

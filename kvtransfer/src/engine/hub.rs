@@ -17,6 +17,7 @@ use mio::Waker;
 
 use super::{
     PeerInfo,
+    awaited::Waiting,
     control::Adopted,
     devices::DeviceSide,
     handle::{CompletionQueue, Shared},
@@ -84,6 +85,8 @@ pub(crate) struct Hub {
     pub(super) closing_gates: AtomicUsize,
     /// What lanes without a wire have been asked to send.
     pub(crate) null_wire: NullWire,
+    /// Chunks whose pages are not written yet.
+    pub(super) waiting: Waiting,
     /// Some failed room waits for a network card.
     is_ebbing: AtomicBool,
     regions: Vec<Arc<Region>>,
@@ -134,6 +137,7 @@ impl Hub {
             idle_waiters: AtomicUsize::new(0),
             closing_gates: AtomicUsize::new(0),
             null_wire: NullWire::default(),
+            waiting: Waiting::default(),
             is_ebbing: AtomicBool::new(false),
             regions,
             devices,

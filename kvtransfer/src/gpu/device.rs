@@ -199,6 +199,18 @@ fn read(text: &[c_char]) -> String {
 }
 
 impl Context {
+    /// Bytes of the device that no process holds.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn free_bytes(&self) -> Result<u64, GpuError> {
+        let _current = self.enter()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: writes two numbers.
+        unsafe { cuda!(self.calls(), cuMemGetInfo_v2(&raw mut free, &raw mut total)) }?;
+        Ok(free as u64)
+    }
+
     /// Whether this GPU can map the memory of `other`: the same one, or over NVLink or PCIe.
     ///
     /// # Errors

@@ -22,7 +22,7 @@ pub mod twin;
 
 use crc::Tables as CrcTables;
 pub use crc::crc32c;
-use lists::{BulkShape, Shape, WindowTables};
+use lists::{Bulk, BulkShape, Shape, WindowTables};
 pub use lists::{Pair, Piece, Rows, Side, Window};
 use module::{Function, Module};
 pub use module::{KernelOptions, Origin};
@@ -79,6 +79,9 @@ pub enum Method {
     Vector,
     /// Rows through shared memory, where device and shape allow.
     Bulk,
+    /// The same by one warp on every multiprocessor, beside whatever else runs there; the number of blocks is not looked at,
+    /// but for [`Blocks::Count`], which is kept to.
+    Thin,
 }
 
 /// How a copy is launched.
@@ -208,13 +211,16 @@ impl Kernels {
         let launch = launch.into();
         let width = lists::check_window(window)?;
         let how = self.how(launch, width, &window.rows, &window.range)?;
-        let list = |side: Side<'_>| side.items.map_or(&[][..], bytemuck::cast_slice).to_vec();
-        let (source, target) = (list(window.source), list(window.target));
+        let list = |items: Option<&'_ [i32]>| items.map_or(0, size_of_val);
         debug_assert_eq!(
             WindowTables::bytes(window),
-            size_of_val(window.buffers) + source.len() + target.len()
+            size_of_val(window.buffers) + list(window.source.items) + list(window.target.items)
         );
-        let parts: [&[u8]; 3] = [bytemuck::cast_slice(window.buffers), &source, &target];
+        let parts: [&[u8]; 3] = [
+            bytemuck::cast_slice(window.buffers),
+            window.source.items.map_or(&[], bytemuck::cast_slice),
+            window.target.items.map_or(&[], bytemuck::cast_slice),
+        ];
         self.tables.with(stream, &parts, |address| {
             let mut tables = WindowTables::at(window, address);
             let tables = (&raw mut tables).cast();
@@ -328,8 +334,16 @@ impl Kernels {
         (blocks.min(units.div_ceil(threads)).max(1), threads, 0)
     }
 
-    fn bulk_grid(&self, launch: Launch, shape: &BulkShape) -> (u32, u32, u32) {
+    fn bulk_grid(&self, launch: Launch, shape: &BulkShape, bulk: Bulk) -> (u32, u32, u32) {
         let multiprocessors = self.context.facts().multiprocessors.max(1);
+        if bulk == Bulk::Thin {
+            let wanted = match launch.blocks {
+                Blocks::Count(count) => count.clamp(1, BLOCKS_MAX),
+                Blocks::Polite | Blocks::Full => multiprocessors,
+            };
+            let blocks = wanted.min(shape.total).max(1);
+            return (blocks, module::THIN_THREADS, module::THIN_SHARED_BYTES);
+        }
         // One block fills a multiprocessor's shared memory.
         let blocks = launch.blocks(multiprocessors).0.min(multiprocessors);
         let warps = module::BULK_THREADS / 32;
@@ -346,14 +360,17 @@ impl Kernels {
         range: &Range<u64>,
     ) -> Result<How, GpuError> {
         let (_, is_alone) = launch.blocks(self.context.facts().multiprocessors);
-        let is_wanted = match launch.method {
-            Method::Auto => is_alone && rows.bytes >= BULK_ROW_BYTES_MIN,
-            Method::Vector => false,
-            Method::Bulk => true,
+        let wanted = match launch.method {
+            Method::Auto => (is_alone && rows.bytes >= BULK_ROW_BYTES_MIN).then_some(Bulk::Wide),
+            Method::Vector => None,
+            Method::Bulk => Some(Bulk::Wide),
+            Method::Thin => Some(Bulk::Thin),
         };
-        let is_wanted = is_wanted && width == 16 && self.module.bulk.is_some();
-        if let Some(shape) = is_wanted.then(|| BulkShape::new(rows, range)).flatten() {
-            return Ok(How::Bulk(shape));
+        let wanted = wanted.filter(|_| width == 16 && self.module.bulk.is_some());
+        if let Some(bulk) = wanted
+            && let Some(shape) = BulkShape::new(rows, range, bulk)
+        {
+            return Ok(How::Bulk(shape, bulk));
         }
         Ok(How::Units(Shape::new(rows, width, range)?, width))
     }
@@ -363,7 +380,7 @@ impl Kernels {
         Functions {
             units: &module.pairs,
             deep: module.deep,
-            bulk: module.bulk.map(|bulk| bulk.0),
+            bulk: module.bulk.map(|bulk| (bulk.wide.0, bulk.thin.0)),
         }
     }
 
@@ -372,7 +389,7 @@ impl Kernels {
         Functions {
             units: &module.window,
             deep: module.window[0],
-            bulk: module.bulk.map(|bulk| bulk.1),
+            bulk: module.bulk.map(|bulk| (bulk.wide.1, bulk.thin.1)),
         }
     }
 
@@ -390,13 +407,17 @@ impl Kernels {
     ) -> Result<(), GpuError> {
         let (_, is_alone) = launch.blocks(self.context.facts().multiprocessors);
         match (how, functions.bulk) {
-            (How::Bulk(mut shape), Some(function)) => {
-                let grid = self.bulk_grid(launch, &shape);
+            (How::Bulk(mut shape, bulk), Some((wide, thin))) => {
+                let grid = self.bulk_grid(launch, &shape, bulk);
+                let function = match bulk {
+                    Bulk::Wide => wide,
+                    Bulk::Thin => thin,
+                };
                 let mut values = [tables, (&raw mut shape).cast::<c_void>()];
                 // SAFETY: the caller vouches for the tables; the shape is of the kernel's own type.
                 unsafe { self.module.launch(function, stream, grid, &mut values) }
             }
-            (How::Bulk(_), None) => Err(GpuError::Misuse("this GPU has no bulk kernels")),
+            (How::Bulk(..), None) => Err(GpuError::Misuse("this GPU has no bulk kernels")),
             (How::Units(mut shape, width), _) => {
                 let function = if is_alone && width == 16 {
                     functions.deep
@@ -416,14 +437,15 @@ impl Kernels {
 #[derive(Clone, Copy)]
 enum How {
     Units(Shape, u32),
-    Bulk(BulkShape),
+    Bulk(BulkShape, Bulk),
 }
 
 /// The kernels that take the same table.
 struct Functions<'a> {
     units: &'a [Function; 4],
     deep: Function,
-    bulk: Option<Function>,
+    /// For wide and for thin blocks.
+    bulk: Option<(Function, Function)>,
 }
 
 /// The place of a width among a module's functions.

@@ -117,6 +117,8 @@ call_table! {
         cuDeviceGetName: fn(*mut c_char, c_int, c_int);
         cuDeviceGetAttribute: fn(*mut c_int, c_uint, c_int);
         cuDeviceTotalMem_v2: fn(*mut usize, c_int);
+        /// Free and total bytes of the current context's device.
+        cuMemGetInfo_v2: fn(*mut usize, *mut usize);
         cuDeviceGetPCIBusId: fn(*mut c_char, c_int, c_int);
         cuDeviceGetUuid_v2: fn(*mut [u8; 16], c_int);
         cuDeviceCanAccessPeer: fn(*mut c_int, c_int, c_int);

@@ -2,7 +2,7 @@
 //! no CUDA to build, to start or to be tested (`testing::fake_device`).
 #![forbid(unsafe_code)]
 
-use std::{fmt::Debug, sync::Arc};
+use std::{fmt::Debug, ops::Range, sync::Arc};
 
 use thiserror::Error;
 
@@ -44,6 +44,46 @@ pub struct Move {
     pub len: u64,
 }
 
+/// Where both sides of a buffer begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ends {
+    /// Address to read.
+    pub source: u64,
+    /// Address to write.
+    pub target: u64,
+}
+
+/// Bytes from one item, and from one row of an item, to the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Strides {
+    /// From item to item.
+    pub item: u64,
+    /// From row to row.
+    pub row: u64,
+}
+
+/// Many copies in few words: *for each buffer, for each item, for each row* `row_len` bytes, of all of which the bytes numbered
+/// `range` are copied. Row `r` of the item numbered `i` in a list starts at `begin + i * stride.item + r * stride.row`.
+#[derive(Clone, Debug)]
+pub struct Grid<'a> {
+    /// Where each buffer's item 0 begins.
+    pub buffers: &'a [Ends],
+    /// The items to read.
+    pub source_items: &'a [i32],
+    /// The items to write, as many.
+    pub target_items: &'a [i32],
+    /// Where they are read.
+    pub source: Strides,
+    /// Where they are written.
+    pub target: Strides,
+    /// Rows of an item, at least one.
+    pub rows: u32,
+    /// Bytes of a row, at least one.
+    pub row_len: u32,
+    /// Bytes, counted from the first row of the first item in the first buffer.
+    pub range: Range<u64>,
+}
+
 /// An allocation as another process on this host can take it into use.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Share {
@@ -79,6 +119,13 @@ pub trait Device: Send + Sync + Debug {
     /// The driver has no stream or memory for it.
     fn copier(&self) -> Result<Box<dyn Copier>, DeviceError>;
 
+    /// Watches for what an application's event stands for now. The event, an integer of the driver, may be recorded anew or
+    /// destroyed when this returns.
+    ///
+    /// # Errors
+    /// The driver does not know it.
+    fn await_event(&self, event: u64) -> Result<Box<dyn Awaited>, DeviceError>;
+
     /// Pins host memory for as long as the result lives, so that the device reads and writes it at full speed.
     ///
     /// # Errors
@@ -98,11 +145,31 @@ pub trait Attached: Send + Sync + Debug {
     }
 }
 
+/// Something on the device that is waited for.
+pub trait Awaited: Send + Sync + Debug {
+    /// Whether it has happened.
+    ///
+    /// # Errors
+    /// It failed, and with it whatever was to be written.
+    fn is_done(&self) -> Result<bool, DeviceError>;
+}
+
 /// Host memory that is pinned until this is dropped.
 pub trait Pinned: Send + Sync + Debug {}
 
-/// Copies between device and host memory (pinned or not), and within device memory. Each call returns when its bytes are where they belong and
-/// reads and writes nothing afterwards, so that a gate held over the call bounds it.
+/// Bytes on their way between host memory and a buffer that is the copier's own. The host memory must not be used otherwise
+/// before [`Flight::wait`] says so; a copier that is dropped waits for its flights.
+pub trait Flight: Send + Sync + Debug {
+    /// Waits until the first `bytes` bytes have arrived (or all, if there are fewer).
+    ///
+    /// # Errors
+    /// The copy failed, and with it everything behind it.
+    fn wait(&self, bytes: u64) -> Result<(), DeviceError>;
+}
+
+/// Copies between device and host memory (pinned or not), and within device memory. Each call touches pages of the device only
+/// until it returns, so that a gate held over the call bounds it; [`Copier::fetch`] and [`Copier::send`] go on with a
+/// buffer of their own.
 pub trait Copier: Send + Debug {
     /// Device pieces, one behind the other, into `host` from `offset` on.
     ///
@@ -121,4 +188,39 @@ pub trait Copier: Send + Debug {
     /// # Errors
     /// As for [`Copier::gather`].
     fn copy(&mut self, moves: &[Move]) -> Result<(), DeviceError>;
+
+    /// As [`Copier::copy`], for copies that are described rather than listed.
+    ///
+    /// # Errors
+    /// As for [`Copier::gather`].
+    fn copy_grid(&mut self, grid: &Grid<'_>) -> Result<(), DeviceError>;
+
+    /// As [`Copier::gather`], but the bytes reach `host` in the background, part by part in order. The flight of the last
+    /// call must have ended.
+    ///
+    /// # Errors
+    /// As for [`Copier::gather`].
+    fn fetch(
+        &mut self,
+        pieces: &[Piece],
+        host: &Arc<Region>,
+        offset: u64,
+    ) -> Result<Box<dyn Flight>, DeviceError>;
+
+    /// Lets the bytes `range` of `host` start for the device in the background. What was sent since the last
+    /// [`Copier::deliver`] began at `host`'s first byte and goes on at this one.
+    ///
+    /// # Errors
+    /// As for [`Copier::gather`].
+    fn send(
+        &mut self,
+        host: &Arc<Region>,
+        range: Range<u64>,
+    ) -> Result<Box<dyn Flight>, DeviceError>;
+
+    /// Writes what was sent into device pieces, one behind the other.
+    ///
+    /// # Errors
+    /// As for [`Copier::gather`].
+    fn deliver(&mut self, pieces: &[Piece]) -> Result<(), DeviceError>;
 }

@@ -5,6 +5,7 @@
 use std::{
     collections::BTreeMap,
     fs::OpenOptions,
+    ops::Range,
     os::fd::{AsRawFd, OwnedFd},
     ptr::NonNull,
     sync::{
@@ -17,7 +18,9 @@ use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 use crate::memory::{
     Region,
-    device::{Attached, Copier, Device, DeviceError, Move, Piece, Pinned, Share},
+    device::{
+        Attached, Awaited, Copier, Device, DeviceError, Flight, Grid, Move, Piece, Pinned, Share,
+    },
 };
 
 /// Addresses that fault.
@@ -89,10 +92,12 @@ struct Allocation {
 struct Inner {
     allocations: Mutex<BTreeMap<u64, Allocation>>,
     pulls: AtomicU64,
+    grids: AtomicU64,
     gathered: AtomicU64,
     scattered: AtomicU64,
     attached: AtomicUsize,
     unshared: AtomicUsize,
+    events: Mutex<BTreeMap<u64, Arc<AtomicBool>>>,
     shares_nothing: AtomicBool,
     attaches_nothing: AtomicBool,
     copies_nothing: AtomicBool,
@@ -107,6 +112,8 @@ pub struct FakeCounts {
     pub scattered: u64,
     /// Bytes copied from device to device memory.
     pub pulled: u64,
+    /// Copies from device to device that were described and not listed.
+    pub grids: u64,
     /// Allocations of other processes in use now.
     pub attached: usize,
     /// How often it was told that its memory goes away.
@@ -153,6 +160,7 @@ impl FakeDevice {
             gathered: inner.gathered.load(Ordering::SeqCst),
             scattered: inner.scattered.load(Ordering::SeqCst),
             pulled: inner.pulls.load(Ordering::SeqCst),
+            grids: inner.grids.load(Ordering::SeqCst),
             attached: inner.attached.load(Ordering::SeqCst),
             unshared: inner.unshared.load(Ordering::SeqCst),
         }
@@ -171,6 +179,23 @@ impl FakeDevice {
     /// From now on copies fail, as after an illegal address on a GPU.
     pub fn break_copies(&self) {
         self.inner.copies_nothing.store(true, Ordering::SeqCst);
+    }
+
+    /// Records an application's event under a number: what it stood for before is no longer to be found by it.
+    pub fn record_event(&self, event: u64) {
+        self.events().insert(event, Arc::default());
+    }
+
+    /// What the event stands for has happened.
+    pub fn complete_event(&self, event: u64) {
+        if let Some(happened) = self.events().get(&event) {
+            happened.store(true, Ordering::SeqCst);
+        }
+    }
+
+    fn events(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<AtomicBool>>> {
+        let events = self.inner.events.lock();
+        events.unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Allocation>> {
@@ -240,12 +265,88 @@ impl Drop for FakeAttached {
 }
 
 #[derive(Debug)]
+struct FakeAwaited {
+    device: FakeDevice,
+    happened: Arc<AtomicBool>,
+}
+
+impl Awaited for FakeAwaited {
+    fn is_done(&self) -> Result<bool, DeviceError> {
+        self.device.check_copies()?;
+        Ok(self.happened.load(Ordering::SeqCst))
+    }
+}
+
+#[derive(Debug)]
 struct FakePinned;
 
 impl Pinned for FakePinned {}
 
+/// A lane's copies, and what it sent to the device's buffer.
 #[derive(Debug)]
-struct FakeCopier(FakeDevice);
+struct FakeCopier {
+    device: FakeDevice,
+    sent: Vec<Arc<Way>>,
+}
+
+/// Bytes between the host and a buffer, which move when somebody waits for them and not before: as late as can be.
+#[derive(Debug)]
+struct Way {
+    host: Arc<Region>,
+    offset: u64,
+    state: Mutex<Moved>,
+    is_to_host: bool,
+}
+
+#[derive(Debug)]
+struct Moved {
+    buffer: Vec<u8>,
+    bytes: usize,
+}
+
+impl Way {
+    fn new(host: &Arc<Region>, offset: u64, buffer: Vec<u8>, is_to_host: bool) -> Arc<Self> {
+        let state = Mutex::new(Moved { buffer, bytes: 0 });
+        Arc::new(Self {
+            host: Arc::clone(host),
+            offset,
+            state,
+            is_to_host,
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Moved> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn go_on(&self, bytes: u64) -> Result<(), DeviceError> {
+        let mut state = self.lock();
+        let wanted = usize::try_from(bytes).unwrap_or(usize::MAX);
+        let (from, to) = (state.bytes, wanted.min(state.buffer.len()));
+        if from >= to {
+            return Ok(());
+        }
+        let at = self.offset + from as u64;
+        let part = &mut state.buffer[from..to];
+        let moved = if self.is_to_host {
+            self.host.write_at(at, part)
+        } else {
+            self.host.read_at(at, part)
+        };
+        moved.map_err(|error| host_error(&error))?;
+        state.bytes = to;
+        Ok(())
+    }
+}
+
+#[derive(Debug)]
+struct FakeFlight(Arc<Way>);
+
+impl Flight for FakeFlight {
+    fn wait(&self, bytes: u64) -> Result<(), DeviceError> {
+        self.0.go_on(bytes)
+    }
+}
 
 fn host_error(error: &crate::memory::RegionError) -> DeviceError {
     refused("copy", &error.to_string())
@@ -258,14 +359,17 @@ impl Copier for FakeCopier {
         host: &Region,
         mut offset: u64,
     ) -> Result<(), DeviceError> {
-        self.0.check_copies()?;
+        self.device.check_copies()?;
         for piece in pieces {
-            let (allocation, at) = self.0.find(piece.address, piece.len)?;
+            let (allocation, at) = self.device.find(piece.address, piece.len)?;
             let len = usize::try_from(piece.len).expect("invariant: within an allocation");
             let copied = host.copy_from(offset, &allocation.memory, at, len);
             copied.map_err(|error| host_error(&error))?;
             offset += piece.len;
-            self.0.inner.gathered.fetch_add(piece.len, Ordering::SeqCst);
+            self.device
+                .inner
+                .gathered
+                .fetch_add(piece.len, Ordering::SeqCst);
         }
         Ok(())
     }
@@ -276,14 +380,14 @@ impl Copier for FakeCopier {
         mut offset: u64,
         pieces: &[Piece],
     ) -> Result<(), DeviceError> {
-        self.0.check_copies()?;
+        self.device.check_copies()?;
         for piece in pieces {
-            let (allocation, at) = self.0.find(piece.address, piece.len)?;
+            let (allocation, at) = self.device.find(piece.address, piece.len)?;
             let len = usize::try_from(piece.len).expect("invariant: within an allocation");
             let copied = allocation.memory.copy_from(at, host, offset, len);
             copied.map_err(|error| host_error(&error))?;
             offset += piece.len;
-            self.0
+            self.device
                 .inner
                 .scattered
                 .fetch_add(piece.len, Ordering::SeqCst);
@@ -292,16 +396,88 @@ impl Copier for FakeCopier {
     }
 
     fn copy(&mut self, moves: &[Move]) -> Result<(), DeviceError> {
-        self.0.check_copies()?;
+        self.device.check_copies()?;
         for each in moves {
-            let (source, from) = self.0.find(each.source, each.len)?;
-            let (target, to) = self.0.find(each.target, each.len)?;
+            let (source, from) = self.device.find(each.source, each.len)?;
+            let (target, to) = self.device.find(each.target, each.len)?;
             let len = usize::try_from(each.len).expect("invariant: within an allocation");
             let copied = target.memory.copy_from(to, &source.memory, from, len);
             copied.map_err(|error| host_error(&error))?;
-            self.0.inner.pulls.fetch_add(each.len, Ordering::SeqCst);
+            self.device
+                .inner
+                .pulls
+                .fetch_add(each.len, Ordering::SeqCst);
         }
         Ok(())
+    }
+
+    fn copy_grid(&mut self, grid: &Grid<'_>) -> Result<(), DeviceError> {
+        let item_bytes = u64::from(grid.rows) * u64::from(grid.row_len);
+        let items = grid.source_items.len() as u64;
+        let mut at = grid.range.start;
+        while at < grid.range.end {
+            let (number, within) = (at / item_bytes, at % item_bytes);
+            let row = within / u64::from(grid.row_len);
+            let byte = within % u64::from(grid.row_len);
+            let index = |number: u64| usize::try_from(number).expect("invariant: few");
+            let buffer = grid.buffers.get(index(number / items));
+            let buffer = buffer.ok_or_else(|| refused("copy", "a range beyond its buffers"))?;
+            let item = index(number % items);
+            let place = |list: &[i32]| u64::from(list[item].cast_unsigned());
+            let (from, to) = (place(grid.source_items), place(grid.target_items));
+            let len = (u64::from(grid.row_len) - byte).min(grid.range.end - at);
+            self.copy(&[Move {
+                source: buffer.source + from * grid.source.item + row * grid.source.row + byte,
+                target: buffer.target + to * grid.target.item + row * grid.target.row + byte,
+                len,
+            }])?;
+            at += len;
+        }
+        self.device.inner.grids.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn fetch(
+        &mut self,
+        pieces: &[Piece],
+        host: &Arc<Region>,
+        offset: u64,
+    ) -> Result<Box<dyn Flight>, DeviceError> {
+        let len = pieces.iter().map(|piece| piece.len).sum::<u64>();
+        let len = usize::try_from(len).expect("invariant: within allocations");
+        let buffer = Region::heap(len).map_err(|error| host_error(&error))?;
+        self.gather(pieces, &buffer, 0)?;
+        let mut bytes = vec![0; len];
+        let read = buffer.read_at(0, &mut bytes);
+        read.map_err(|error| host_error(&error))?;
+        Ok(Box::new(FakeFlight(Way::new(host, offset, bytes, true))))
+    }
+
+    fn send(
+        &mut self,
+        host: &Arc<Region>,
+        range: Range<u64>,
+    ) -> Result<Box<dyn Flight>, DeviceError> {
+        self.device.check_copies()?;
+        if range.start == 0 {
+            self.sent.clear();
+        }
+        let len = usize::try_from(range.end - range.start).expect("invariant: within a chunk");
+        let way = Way::new(host, range.start, vec![0; len], false);
+        self.sent.push(Arc::clone(&way));
+        Ok(Box::new(FakeFlight(way)))
+    }
+
+    fn deliver(&mut self, pieces: &[Piece]) -> Result<(), DeviceError> {
+        let mut bytes = Vec::new();
+        for way in self.sent.drain(..) {
+            way.go_on(u64::MAX)?;
+            bytes.extend_from_slice(&way.lock().buffer);
+        }
+        let buffer = Region::heap(bytes.len()).map_err(|error| host_error(&error))?;
+        let written = buffer.write_at(0, &bytes);
+        written.map_err(|error| host_error(&error))?;
+        self.scatter(&buffer, 0, pieces)
     }
 }
 
@@ -358,7 +534,20 @@ impl Device for FakeDevice {
     }
 
     fn copier(&self) -> Result<Box<dyn Copier>, DeviceError> {
-        Ok(Box::new(FakeCopier(self.clone())))
+        Ok(Box::new(FakeCopier {
+            device: self.clone(),
+            sent: Vec::new(),
+        }))
+    }
+
+    fn await_event(&self, event: u64) -> Result<Box<dyn Awaited>, DeviceError> {
+        let events = self.events();
+        let happened = events.get(&event);
+        let happened = happened.ok_or_else(|| refused("await", "no such event"))?;
+        Ok(Box::new(FakeAwaited {
+            device: self.clone(),
+            happened: Arc::clone(happened),
+        }))
     }
 
     fn pin(&self, _region: &Arc<Region>) -> Result<Box<dyn Pinned>, DeviceError> {

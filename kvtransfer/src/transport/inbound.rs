@@ -20,7 +20,10 @@ use super::{
 };
 use crate::{
     clock,
-    memory::{Gate, device::Move},
+    memory::{
+        Gate,
+        device::{Ends, Move},
+    },
     plan::{
         cursor::{Segment, SideCursor},
         descriptor::Descriptor,
@@ -81,6 +84,7 @@ pub(super) struct Inbound {
     /// Segments of one chunk.
     parts: Vec<Segment>,
     moves: Vec<Move>,
+    ends: Vec<Ends>,
 }
 
 /// What one system call brought.
@@ -120,6 +124,7 @@ impl Inbound {
             stager: Stager::default(),
             parts: Vec::new(),
             moves: Vec::new(),
+            ends: Vec::new(),
         }
     }
 

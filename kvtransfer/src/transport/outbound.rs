@@ -75,6 +75,8 @@ struct Staged {
     chunk: Chunk,
     /// The unsent part of the chunk.
     at: usize,
+    /// Where the part ends that has arrived.
+    ready: usize,
     filled: usize,
 }
 
@@ -295,7 +297,7 @@ impl Outbound {
                 push_bytes(&mut self.ranges, &payload.seal[payload.seal_sent..]);
             }
         } else if let Some(staged) = &payload.staged {
-            let len = staged.filled - staged.at;
+            let len = staged.ready - staged.at;
             let base = staged.chunk.region().at(staged.at as u64, len);
             let base = base.map_err(io::Error::other)?;
             self.ranges.push(IoRange::new(base.as_ptr(), len));

@@ -1,11 +1,14 @@
 //! Between a device and a wire that only host memory can reach: chunks of pinned memory, and the copies in and out.
 //!
-//! A sending lane gathers the next bytes of its batch into a chunk and sends from there; a receiving lane fills a chunk from
-//! the socket and scatters it when it is full or the batch is complete. Chunks are the engine's, in two halves, so that lanes
+//! A sending lane gathers the next bytes of its batch, which then come to a chunk part by part while the first of them are
+//! sent; a receiving lane fills a chunk from the socket, lets its parts start for the device, and scatters them there when the
+//! chunk is full or the batch is complete. Pages are touched by the gather and the scatter alone, under the room's gate; the
+//! way between goes through a buffer of the device's. Chunks are the engine's, in two halves, so that lanes
 //! which send cannot keep those from receiving on which their own peers wait. A sending lane without a chunk begins no batch and
 //! is woken when one is free; a receiving lane waits, which holds its peer up through the socket.
 
 use std::{
+    ops::Range,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread::Thread,
     time::Duration,
@@ -16,13 +19,16 @@ use crate::{
     engine::hub::Hub,
     memory::{
         Region,
-        device::{Copier, Device, DeviceError, Piece, Pinned},
+        device::{Copier, Device, DeviceError, Flight, Piece, Pinned},
     },
     plan::cursor::Segment,
 };
 
 /// Sending lanes that wait for a chunk; each waits once, and lanes are bounded by peers.
 const WAITING_MAX: usize = 1 << 16;
+
+/// Bytes after which a wire, or a device, is given the first part of a chunk while the next is on its way.
+pub(super) const PART_BYTES: usize = 1 << 20;
 
 /// How long a receiving lane waits for a chunk before it looks whether it is still wanted.
 pub(super) const WAIT: Duration = Duration::from_millis(10);
@@ -129,6 +135,8 @@ impl Staging {
 pub(super) struct Chunk {
     half: Arc<Half>,
     memory: Option<Memory>,
+    /// What is on its way to or from it.
+    flights: Vec<Box<dyn Flight>>,
 }
 
 impl Chunk {
@@ -142,6 +150,7 @@ impl Chunk {
         let mut chunk = Self {
             half: Arc::clone(half),
             memory,
+            flights: Vec::new(),
         };
         if chunk.memory.is_none() {
             match Memory::new(&*half.device, half.chunk_bytes) {
@@ -155,7 +164,13 @@ impl Chunk {
         Ok(chunk)
     }
 
-    pub(super) fn region(&self) -> &Region {
+    /// Waits until its first `bytes` bytes have come from the device.
+    pub(super) fn wait(&self, bytes: usize) -> Result<(), DeviceError> {
+        let mut flights = self.flights.iter();
+        flights.try_for_each(|flight| flight.wait(bytes as u64))
+    }
+
+    pub(super) fn region(&self) -> &Arc<Region> {
         let memory = self.memory.as_ref();
         let memory = memory.expect("invariant: a chunk has memory until it is dropped");
         &memory.region
@@ -164,6 +179,11 @@ impl Chunk {
 
 impl Drop for Chunk {
     fn drop(&mut self) {
+        // Whoever gets it next must not meet the last one's bytes.
+        if let Err(error) = self.wait(usize::MAX) {
+            tracing::debug!(%error, "a chunk's last copy failed");
+        }
+        self.flights.clear();
         let mut state = self.half.lock();
         state.taken -= 1;
         state.free.extend(self.memory.take());
@@ -224,6 +244,72 @@ impl Stager {
         offset: u64,
     ) -> Result<(), LaneError> {
         self.move_all(hub, segments, host, offset, Way::Scatter)
+    }
+
+    /// As [`Self::gather`] into a chunk, from its first byte on. The bytes may come later: see [`Chunk::wait`].
+    pub(super) fn fetch(
+        &mut self,
+        hub: &Hub,
+        segments: &[Segment],
+        chunk: &mut Chunk,
+    ) -> Result<(), LaneError> {
+        chunk.flights.clear();
+        let Some(device) = self.list(hub, segments)? else {
+            return self.gather(hub, segments, chunk.region(), 0);
+        };
+        let pieces = std::mem::take(&mut self.pieces);
+        let host = Arc::clone(chunk.region());
+        let fetched = self.copier(&*device)?.fetch(&pieces, &host, 0);
+        self.pieces = pieces;
+        chunk.flights.push(fetched?);
+        Ok(())
+    }
+
+    /// Lets bytes of a chunk start for the device.
+    pub(super) fn send(
+        &mut self,
+        device: &dyn Device,
+        chunk: &mut Chunk,
+        range: Range<usize>,
+    ) -> Result<(), LaneError> {
+        let host = Arc::clone(chunk.region());
+        let range = range.start as u64..range.end as u64;
+        let flight = self.copier(device)?.send(&host, range)?;
+        chunk.flights.push(flight);
+        Ok(())
+    }
+
+    /// Writes what was sent into the segments, which all lie on the device.
+    pub(super) fn deliver(&mut self, hub: &Hub, segments: &[Segment]) -> Result<(), LaneError> {
+        let mixed = "bytes for host memory were sent to the device";
+        let device = self.list(hub, segments)?;
+        let device = device.ok_or_else(|| LaneError::Protocol(mixed.into()))?;
+        let pieces = std::mem::take(&mut self.pieces);
+        let delivered = self.copier(&*device)?.deliver(&pieces);
+        self.pieces = pieces;
+        Ok(delivered?)
+    }
+
+    /// Lists the pieces of segments. `None`: not all of them are on the device.
+    fn list(
+        &mut self,
+        hub: &Hub,
+        segments: &[Segment],
+    ) -> Result<Option<Arc<dyn Device>>, LaneError> {
+        let mut device = None;
+        self.pieces.clear();
+        for segment in segments {
+            let region = hub
+                .region(segment.region)
+                .ok_or_else(|| no_region(segment))?;
+            let Some(found) = region.on_device() else {
+                return Ok(None);
+            };
+            device = Some(found);
+            let piece = region.piece(segment.offset, segment.len);
+            self.pieces.push(piece.map_err(refused)?);
+        }
+        Ok(device.cloned())
     }
 
     /// Device segments in one call as far as they follow each other, host segments by themselves.

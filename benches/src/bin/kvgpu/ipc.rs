@@ -32,6 +32,9 @@ pub(crate) struct Options {
     /// GiB that are pulled.
     #[arg(long, default_value_t = 8)]
     gib: usize,
+    /// The GPU of the process that pulls, if it is another one.
+    #[arg(long)]
+    peer_gpu: Option<u32>,
     /// Times that the receiver maps and unmaps the memory.
     #[arg(long, default_value_t = 100)]
     mappings: usize,
@@ -42,6 +45,8 @@ pub(crate) struct Options {
 pub(crate) struct ReceiverOptions {
     #[arg(long)]
     socket: PathBuf,
+    #[arg(long)]
+    owner_gpu: u32,
     #[arg(long)]
     mappings: usize,
     #[arg(long)]
@@ -74,8 +79,10 @@ pub(crate) fn run(gpu: u32, options: &Options) -> Result<Table> {
     let mut child = Command::new(program)
         .args([
             "--gpu",
-            &gpu.to_string(),
+            &options.peer_gpu.unwrap_or(gpu).to_string(),
             "ipc-receiver",
+            "--owner-gpu",
+            &gpu.to_string(),
             "--seed",
             &seed.to_string(),
         ])
@@ -200,14 +207,28 @@ pub(crate) fn receive(gpu: u32, options: &ReceiverOptions) -> Result<()> {
     let plain = Received::hear(&mut peer)?;
     let expandable = Received::hear(&mut peer)?;
     let context = Context::primary(gpu)?;
+    let mut table = Table::default();
+    if options.owner_gpu != gpu {
+        let owner = Context::primary(options.owner_gpu)?;
+        let words = if context.reaches(&owner)? {
+            "granted by the driver"
+        } else {
+            "refused by the driver: engines stage"
+        };
+        table.fact(
+            format!("peer access from GPU {gpu} to {}", options.owner_gpu),
+            words,
+        );
+    }
     let mut bench = Bench {
         imports: Imports::new(&context),
         stream: Stream::new(&context, Priority::Low)?,
         kernels: Kernels::load(&context, &KernelOptions::default())?,
         pattern: pattern(options.seed),
         seed: options.seed,
+        is_other_gpu: options.owner_gpu != gpu,
         context,
-        table: Table::default(),
+        table,
     };
     bench.pull("cudaMalloc", &plain)?;
     bench.pull("virtual memory", &expandable)?;
@@ -216,7 +237,11 @@ pub(crate) fn receive(gpu: u32, options: &ReceiverOptions) -> Result<()> {
         .context("telling the owner")
 }
 
-const LAUNCHES: [Launch; 3] = [
+const LAUNCHES: [Launch; 4] = [
+    Launch {
+        blocks: Blocks::Polite,
+        method: Method::Thin,
+    },
     Launch {
         blocks: Blocks::Polite,
         method: Method::Bulk,
@@ -238,6 +263,7 @@ struct Bench {
     kernels: Arc<Kernels>,
     pattern: Vec<u8>,
     seed: u64,
+    is_other_gpu: bool,
     table: Table,
 }
 
@@ -266,7 +292,9 @@ impl Bench {
             mapped,
             Some(plain),
         );
-        for page in [16384_usize, 4096] {
+        // Between two GPUs the limit is what the driver's own copy makes of the link.
+        let plain = if self.is_other_gpu { mapped } else { plain };
+        for page in [1 << 20, 16384_usize, 4096] {
             let count = len / page;
             let mut random = Random::seeded(self.seed + page as u64);
             let (from, to) = (random.order(count), random.order(count));

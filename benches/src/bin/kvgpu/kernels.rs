@@ -73,6 +73,13 @@ pub(crate) fn run(gpu: u32, options: &Options) -> Result<Table> {
         add(format!("{all} blocks"), Blocks::Count(all));
         add("no bound".to_owned(), Blocks::Full);
     }
+    for blocks in [all / 2, all, 2 * all] {
+        let launch = Launch {
+            blocks: Blocks::Count(blocks),
+            method: Method::Thin,
+        };
+        launches.push((format!("{blocks} warps Thin"), launch));
+    }
     bench.pages(&launches)?;
     bench.slices()?;
     bench.windows()?;
@@ -82,7 +89,11 @@ pub(crate) fn run(gpu: u32, options: &Options) -> Result<Table> {
     Ok(bench.table)
 }
 
-const NAMED: [Launch; 3] = [
+const NAMED: [Launch; 4] = [
+    Launch {
+        blocks: Blocks::Polite,
+        method: Method::Thin,
+    },
     Launch {
         blocks: Blocks::Polite,
         method: Method::Bulk,
@@ -132,7 +143,8 @@ impl Bench {
             );
             let rows = Rows::page(u32::try_from(page)?);
             for (name, launch) in launches {
-                if page != 16384 && !matches!(launch.blocks, Blocks::Polite | Blocks::Full) {
+                let is_named = matches!(launch.blocks, Blocks::Polite | Blocks::Full);
+                if page != 16384 && !is_named && launch.method != Method::Thin {
                     continue;
                 }
                 self.copy(format!("pages {page} B, {name}"), &pairs, rows, *launch)?;

@@ -38,6 +38,15 @@ pub(crate) struct Options {
     seed: Option<u64>,
 }
 
+/// The twin of a kind of kernel.
+fn twin_of(method: Method) -> Twin {
+    match method {
+        Method::Bulk => Twin::Bulk,
+        Method::Thin => Twin::Thin,
+        Method::Auto | Method::Vector => Twin::Vector,
+    }
+}
+
 /// Bytes of both halves in host and device memory: sources in the first, targets in the second.
 struct Bench {
     kernels: std::sync::Arc<Kernels>,
@@ -73,7 +82,7 @@ pub(crate) fn run(gpu: u32, options: &Options) -> Result<Table> {
     let methods = if options.vector_only {
         &[Method::Vector][..]
     } else {
-        &[Method::Vector, Method::Bulk][..]
+        &[Method::Vector, Method::Bulk, Method::Thin][..]
     };
     let blocks = [Blocks::Polite, Blocks::Full, Blocks::Count(3)];
     let launches = methods
@@ -152,11 +161,7 @@ impl Bench {
     fn one(&mut self, what: &str, pairs: &[Pair], rows: Rows) -> Result<()> {
         for launch in self.launches.clone() {
             let mut expected = self.fresh()?;
-            let twin = match launch.method {
-                Method::Bulk => Twin::Bulk,
-                _ => Twin::Vector,
-            };
-            twin::copy_pages(&mut expected, pairs, rows, twin)?;
+            twin::copy_pages(&mut expected, pairs, rows, twin_of(launch.method))?;
             // SAFETY: all places are within the arena, which outlives the synchronisation in `compare`.
             unsafe {
                 self.kernels
@@ -243,11 +248,7 @@ impl Bench {
         };
         for launch in self.launches.clone() {
             let mut expected = self.fresh()?;
-            let twin = match launch.method {
-                Method::Bulk => Twin::Bulk,
-                _ => Twin::Vector,
-            };
-            twin::copy_window(&mut expected, window, twin)?;
+            twin::copy_window(&mut expected, window, twin_of(launch.method))?;
             // SAFETY: as in `one`.
             unsafe { self.kernels.copy_window(&self.stream, &on_device, launch) }?;
             let what = format!("{what}, {:?} {:?}", launch.method, launch.blocks);
@@ -308,7 +309,7 @@ impl Bench {
 
     fn pieces(&mut self) -> Result<()> {
         for launch in self.launches.clone() {
-            if launch.method == Method::Bulk {
+            if matches!(launch.method, Method::Bulk | Method::Thin) {
                 continue;
             }
             let mut pieces = Vec::new();

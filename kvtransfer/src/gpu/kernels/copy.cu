@@ -245,6 +245,10 @@ extern "C" __global__ void __launch_bounds__(1024, 1) kvt_tiles(const Tile *tile
 #define BULK_RING_BYTES 49152
 #define BULK_STAGES_MAX 32
 #define BULK_PART_BYTES 4096
+// A thin block is one warp of at most 32 registers a thread, so that it fits beside a block that takes nearly all of a
+// multiprocessor, as those of matrix products do.
+#define THIN_RING_BYTES 12288
+#define THIN_PART_BYTES 2048
 
 struct BulkShape {
     u64 source_stride;
@@ -298,7 +302,7 @@ struct Part {
 template <typename Pieces>
 __device__ __forceinline__ Part part_at(const Pieces &pieces, const BulkShape &shape, u32 n) {
     const u32 row = divide(shape.first + n, shape.parts_factor, shape.parts_shift);
-    const u32 offset = (shape.first + n - row * shape.parts) * BULK_PART_BYTES;
+    const u32 offset = (shape.first + n - row * shape.parts) * shape.stage_bytes;
     const u32 piece = divide(row, shape.rows_factor, shape.rows_shift);
     const u32 within = row - piece * shape.rows;
     const u32 left = shape.bytes - offset;
@@ -306,16 +310,16 @@ __device__ __forceinline__ Part part_at(const Pieces &pieces, const BulkShape &s
     part.pair = pieces.at(piece);
     part.pair.source += within * shape.source_stride + offset;
     part.pair.target += within * shape.target_stride + offset;
-    part.bytes = left < BULK_PART_BYTES ? left : BULK_PART_BYTES;
+    part.bytes = left < shape.stage_bytes ? left : shape.stage_bytes;
     return part;
 }
 
-template <typename Pieces>
+template <u32 WARPS, u32 RING_BYTES, typename Pieces>
 __device__ __forceinline__ void copy_bulk(const Pieces &pieces, const BulkShape &shape) {
     extern __shared__ __align__(128) u8 shared[];
-    __shared__ __align__(8) u64 full[BULK_WARPS * BULK_STAGES_MAX];
+    __shared__ __align__(8) u64 full[WARPS * BULK_STAGES_MAX];
     const u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const u32 ring = shared_address(shared) + warp * BULK_RING_BYTES;
+    const u32 ring = shared_address(shared) + warp * RING_BYTES;
     const u32 barriers = shared_address(full) + warp * (BULK_STAGES_MAX * 8);
     if (lane < shape.stages) {
         barrier_init(barriers + lane * 8);
@@ -323,7 +327,7 @@ __device__ __forceinline__ void copy_bulk(const Pieces &pieces, const BulkShape 
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncwarp();
-    const u32 worker = blockIdx.x * BULK_WARPS + warp, workers = gridDim.x * BULK_WARPS;
+    const u32 worker = blockIdx.x * WARPS + warp, workers = gridDim.x * WARPS;
     // This warp's parts are worker, worker + workers, …
     const u32 mine = worker < shape.total ? (shape.total - worker - 1) / workers + 1 : 0;
     const u32 ahead = shape.stages - shape.storing;
@@ -372,19 +376,25 @@ __device__ __forceinline__ void copy_bulk(const Pieces &pieces, const BulkShape 
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(BULK_WARPS * 32, 1) kvt_bulk_pairs(const Pair *pairs, const BulkShape shape) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    const InPairs pieces = {pairs};
-    copy_bulk(pieces, shape);
+#define BULK_BODY(WARPS, RING_BYTES, PIECES) copy_bulk<WARPS, RING_BYTES>(PIECES, shape)
+#else
+#define BULK_BODY(WARPS, RING_BYTES, PIECES)
 #endif
-}
 
-extern "C" __global__ void __launch_bounds__(BULK_WARPS * 32, 1) kvt_bulk_window(const Window window, const BulkShape shape) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    const InWindow pieces = {window};
-    copy_bulk(pieces, shape);
-#endif
-}
+#define BULK_COPIES(NAME, BOUNDS, WARPS, RING_BYTES)                                                                      \
+    extern "C" __global__ void BOUNDS kvt_##NAME##_pairs(const Pair *pairs, const BulkShape shape) {                      \
+        const InPairs pieces = {pairs};                                                                                  \
+        BULK_BODY(WARPS, RING_BYTES, pieces);                                                                            \
+    }                                                                                                                    \
+    extern "C" __global__ void BOUNDS kvt_##NAME##_window(const Window window, const BulkShape shape) {                   \
+        const InWindow pieces = {window};                                                                                \
+        BULK_BODY(WARPS, RING_BYTES, pieces);                                                                            \
+    }
+
+BULK_COPIES(bulk, __launch_bounds__(BULK_WARPS * 32, 1), BULK_WARPS, BULK_RING_BYTES)
+// The second bound stands for 32 registers: a multiprocessor's 65,536 for 32 blocks of 64 threads. Blocks have 32.
+BULK_COPIES(thin, __launch_bounds__(64, 32), 1, THIN_RING_BYTES)
 
 // ---- CRC32C (Castagnoli, reflected) of each piece while it is copied. Rows are one, lengths multiples of 16.
 //

@@ -162,11 +162,34 @@ impl Shape {
 }
 
 /// Longest part of a row that the bulk kernels move at once, in bytes (`BULK_PART_BYTES` of copy.cu).
-pub(super) const PART_BYTES: u32 = 4096;
+const PART_BYTES: u32 = 4096;
 
 /// Bytes of a warp's ring of stages (`BULK_RING_BYTES`), and most stages of it (`BULK_STAGES_MAX`).
 pub(super) const RING_BYTES: u32 = 12 * 4096;
 const STAGES_MAX: u32 = 32;
+
+/// The same of the thin kernels (`THIN_PART_BYTES`, `THIN_RING_BYTES`).
+const THIN_PART_BYTES: u32 = 2048;
+pub(super) const THIN_RING_BYTES: u32 = 6 * 2048;
+
+/// The two kinds of bulk kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Bulk {
+    /// Blocks that have a multiprocessor to themselves.
+    Wide,
+    /// Blocks of one warp beside other kernels' blocks.
+    Thin,
+}
+
+impl Bulk {
+    /// Longest part of a row, and bytes of a warp's ring.
+    fn sizes(self) -> (u32, u32) {
+        match self {
+            Self::Wide => (PART_BYTES, RING_BYTES),
+            Self::Thin => (THIN_PART_BYTES, THIN_RING_BYTES),
+        }
+    }
+}
 
 /// `BulkShape` of copy.cu.
 #[repr(C)]
@@ -177,7 +200,7 @@ pub(super) struct BulkShape {
     pub(super) first: u32,
     pub(super) total: u32,
     pub(super) bytes: u32,
-    stage_bytes: u32,
+    pub(super) stage_bytes: u32,
     stages: u32,
     storing: u32,
     pub(super) parts: u32,
@@ -190,11 +213,12 @@ pub(super) struct BulkShape {
 
 impl BulkShape {
     /// The shape of a bulk launch, if these rows and this range suit one: rows of whole vectors, the range of whole rows.
-    pub(super) fn new(rows: &Rows, range: &Range<u64>) -> Option<Self> {
+    pub(super) fn new(rows: &Rows, range: &Range<u64>, bulk: Bulk) -> Option<Self> {
+        let (part_bytes, ring_bytes) = bulk.sizes();
         let bytes = u64::from(rows.bytes);
-        let parts = rows.bytes.div_ceil(PART_BYTES);
-        let stage_bytes = rows.bytes.min(PART_BYTES);
-        let stages = (RING_BYTES / stage_bytes.max(1)).min(STAGES_MAX);
+        let parts = rows.bytes.div_ceil(part_bytes);
+        let stage_bytes = rows.bytes.min(part_bytes);
+        let stages = (ring_bytes / stage_bytes.max(1)).min(STAGES_MAX);
         let whole_rows = range.start.is_multiple_of(bytes) && range.end.is_multiple_of(bytes);
         if !rows.bytes.is_multiple_of(16) || !whole_rows {
             return None;
@@ -453,10 +477,18 @@ mod tests {
         assert_eq!(defined("BULK_WARPS"), Some(threads / 32));
         // Stages of the shortest and the longest parts; a warp's lane stores at most one of them at a time.
         for (bytes, stages) in [(16, 32), (2048, 24), (4096, 12), (1 << 20, 12)] {
-            let shape = BulkShape::new(&Rows::page(bytes), &(0..u64::from(bytes)));
+            let shape = BulkShape::new(&Rows::page(bytes), &(0..u64::from(bytes)), Bulk::Wide);
             let shape = shape.expect("whole vectors");
             assert_eq!((shape.stages, shape.storing), (stages, stages / 3));
             assert!(shape.stages * shape.stage_bytes <= RING_BYTES);
+        }
+        assert_eq!(defined("THIN_PART_BYTES"), Some(THIN_PART_BYTES));
+        assert_eq!(defined("THIN_RING_BYTES"), Some(THIN_RING_BYTES));
+        for (bytes, stages) in [(16, 32), (512, 24), (2048, 6), (1 << 20, 6)] {
+            let shape = BulkShape::new(&Rows::page(bytes), &(0..u64::from(bytes)), Bulk::Thin);
+            let shape = shape.expect("whole vectors");
+            assert_eq!((shape.stages, shape.storing), (stages, stages / 3));
+            assert!(shape.stages * shape.stage_bytes <= THIN_RING_BYTES);
         }
     }
 

@@ -10,7 +10,11 @@ use std::{
 
 use cudarc::driver::sys::CUfunction_attribute;
 
-use super::{lists::RING_BYTES, nvrtc::Nvrtc, source};
+use super::{
+    lists::{RING_BYTES, THIN_RING_BYTES},
+    nvrtc::Nvrtc,
+    source,
+};
 use crate::gpu::{
     GpuError,
     driver::{Context, cuda},
@@ -23,6 +27,12 @@ pub(super) const BULK_SHARED_BYTES: u32 = 4 * RING_BYTES;
 
 /// Threads of a bulk block: `BULK_WARPS` warps.
 pub(super) const BULK_THREADS: u32 = 4 * 32;
+
+/// Dynamic shared memory of a thin block: its one warp's ring.
+pub(super) const THIN_SHARED_BYTES: u32 = THIN_RING_BYTES;
+
+/// Threads of a thin block.
+pub(super) const THIN_THREADS: u32 = 32;
 
 /// How the kernels are had.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
@@ -63,8 +73,17 @@ pub(super) struct Module {
     pub(super) deep: Function,
     pub(super) tiles: Function,
     pub(super) checked: Function,
-    /// Bulk kernels for pairs and windows, where the device has what they need.
-    pub(super) bulk: Option<(Function, Function)>,
+    /// Bulk kernels, where the device has what they need.
+    pub(super) bulk: Option<BulkFunctions>,
+}
+
+/// The bulk kernels for pairs and for windows.
+#[derive(Clone, Copy)]
+pub(super) struct BulkFunctions {
+    /// For blocks that have a multiprocessor to themselves.
+    pub(super) wide: (Function, Function),
+    /// For blocks of one warp.
+    pub(super) thin: (Function, Function),
 }
 
 // SAFETY: modules and functions are handles that the driver's calls take on any thread.
@@ -137,10 +156,11 @@ impl Module {
         module.checked = find(c"kvt_pairs_crc")?;
         let facts = context.facts();
         if facts.capability.0 >= 9 && facts.shared_bytes_max > BULK_SHARED_BYTES + 2048 {
-            let bulk = (find(c"kvt_bulk_pairs")?, find(c"kvt_bulk_window")?);
-            allow_shared(context, bulk.0)?;
-            allow_shared(context, bulk.1)?;
-            module.bulk = Some(bulk);
+            let wide = (find(c"kvt_bulk_pairs")?, find(c"kvt_bulk_window")?);
+            allow_shared(context, wide.0)?;
+            allow_shared(context, wide.1)?;
+            let thin = (find(c"kvt_thin_pairs")?, find(c"kvt_thin_window")?);
+            module.bulk = Some(BulkFunctions { wide, thin });
         }
         Ok(module)
     }

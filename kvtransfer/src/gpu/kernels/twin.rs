@@ -6,17 +6,19 @@
 
 use super::{
     crc,
-    lists::{self, BulkShape, PART_BYTES, Pair, Piece, Rows, Shape, Window, WindowTables},
+    lists::{self, Bulk, BulkShape, Pair, Piece, Rows, Shape, Window, WindowTables},
 };
 use crate::gpu::GpuError;
 
-/// The two kinds of kernel.
+/// The kinds of kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Twin {
     /// Units through registers.
     Vector,
     /// Rows through shared memory; where the shape does not suit it, units.
     Bulk,
+    /// The same in short parts, by blocks of one warp.
+    Thin,
 }
 
 /// `copy_pages` over an array.
@@ -79,8 +81,13 @@ fn run(
     twin: Twin,
     piece: impl Fn(u32) -> Pair,
 ) -> Result<(), GpuError> {
-    let bulk = (twin == Twin::Bulk && width == 16).then(|| BulkShape::new(rows, range));
-    if let Some(shape) = bulk.flatten() {
+    let kind = match twin {
+        Twin::Vector => None,
+        Twin::Bulk => Some(Bulk::Wide),
+        Twin::Thin => Some(Bulk::Thin),
+    };
+    let kind = kind.filter(|_| width == 16);
+    if let Some(shape) = kind.and_then(|kind| BulkShape::new(rows, range, kind)) {
         copy_rows(memory, &shape, piece);
     } else {
         copy_units(memory, &Shape::new(rows, width, range)?, width, piece);
@@ -111,8 +118,8 @@ fn copy_rows(memory: &mut [u8], shape: &BulkShape, piece: impl Fn(u32) -> Pair) 
     let (parts, rows) = shape.divisors();
     for n in 0..shape.total {
         let row = parts.divide(shape.first + n);
-        let offset = (shape.first + n - row * parts.value) * PART_BYTES;
-        let bytes = PART_BYTES.min(shape.bytes - offset);
+        let offset = (shape.first + n - row * parts.value) * shape.stage_bytes;
+        let bytes = shape.stage_bytes.min(shape.bytes - offset);
         let number = rows.divide(row);
         let within = u64::from(row - number * rows.value);
         let base = piece(number);
@@ -238,11 +245,10 @@ mod tests {
         #[test]
         fn pages_and_rows_equal_a_naive_copy(
             rows in rows(), count in prop_oneof![Just(1_usize), Just(5), Just(31)], seed in 0..1000_u64,
-            odd in prop_oneof![Just(0_u64), Just(8), Just(4), Just(3)], is_bulk in any::<bool>(),
+            odd in prop_oneof![Just(0_u64), Just(8), Just(4), Just(3)], twin in prop_oneof![Just(Twin::Vector), Just(Twin::Bulk), Just(Twin::Thin)],
         ) {
             let pairs = places(&rows, count, seed, odd);
             let (mut ours, mut expected) = (memory(seed), memory(seed));
-            let twin = if is_bulk { Twin::Bulk } else { Twin::Vector };
             copy_pages(&mut ours, &pairs, rows, twin).expect("within bounds");
             naive(&mut expected, &pairs, &rows);
             prop_assert!(ours == expected);
@@ -261,7 +267,7 @@ mod tests {
         #[test]
         fn any_range_of_a_window_packs_and_unpacks(
             rows in rows(), buffers in 1..4_usize, items in 1..9_usize, cut in any::<(u16, u16)>(), seed in 0..1000_u64,
-            is_bulk in any::<bool>(),
+            twin in prop_oneof![Just(Twin::Vector), Just(Twin::Bulk), Just(Twin::Thin)],
         ) {
             let item_bytes = rows.len_bytes();
             let total = item_bytes * (buffers * items) as u64;
@@ -284,7 +290,6 @@ mod tests {
             };
             let mut ours = memory(seed);
             let before = ours.clone();
-            let twin = if is_bulk { Twin::Bulk } else { Twin::Vector };
             copy_window(&mut ours, &window, twin).expect("within bounds");
             let mut expected = before.clone();
             for (place, stream) in range.clone().enumerate() {

@@ -4,14 +4,23 @@
 use super::{Inbound, staged::failed};
 use crate::{
     error::TransferError,
+    layout::RegionId,
     memory::{
         Gate,
-        device::{DeviceError, Move},
+        device::{DeviceError, Ends, Grid, Move, Strides},
     },
-    plan::descriptor::{Descriptor, PairCursor},
+    plan::{
+        descriptor::{Descriptor, PairCursor},
+        grid,
+        pairing::{ComponentPairing, Piece, Side},
+    },
     transfer::{BatchIn, Placement},
     transport::{lane::LaneContext, sys::IOV_MAX},
 };
+
+/// Rows from which copies are listed: few of them are a batch, and where they meet they become one, which the driver copies
+/// best. Shorter ones the device works out for itself, which costs neither the processor nor the bus anything per row.
+const LISTED_ROW_BYTES: u64 = 1 << 20;
 
 /// Most moves of one copy: its list has 1.5 MiB, and a list of 64 Ki pages takes the device some 100 µs at least.
 const MOVES_MAX: usize = 1 << 16;
@@ -22,6 +31,70 @@ const COPY_BYTES_MAX: u64 = 256 << 20;
 impl Inbound {
     /// Copies a batch from the peer's device memory.
     pub(super) fn pull_on_device(
+        &mut self,
+        context: &LaneContext,
+        cursor: PairCursor,
+        gate: &Gate,
+        items: &[i32],
+        batch: &BatchIn,
+    ) -> Result<(), Placement> {
+        let paired = batch.pairing.components.get(batch.component);
+        let is_short = |piece: &Piece| piece.row_len < LISTED_ROW_BYTES;
+        match paired.filter(|paired| paired.pieces().iter().all(is_short)) {
+            Some(paired) => self.pull_by_grids(context, paired, gate, items, batch),
+            None => self.pull_by_lists(context, cursor, gate, items, batch),
+        }
+    }
+
+    /// Copies a batch whose rows the device works out.
+    fn pull_by_grids(
+        &mut self,
+        context: &LaneContext,
+        paired: &ComponentPairing,
+        gate: &Gate,
+        items: &[i32],
+        batch: &BatchIn,
+    ) -> Result<(), Placement> {
+        let Some(device) = context.hub.devices.device() else {
+            return Ok(());
+        };
+        let target_items = &batch.items[batch.part.clone()];
+        let parts = grid::grids(paired, items.len(), batch.range.clone());
+        let parts = parts.map_err(|error| misbehaved(&error.to_string()))?;
+        let failed = |error: DeviceError| failed(&error);
+        for part in parts {
+            let pieces = &paired.pieces()[part.pieces];
+            self.ends.clear();
+            for piece in pieces {
+                self.ends.push(ends(context, piece)?);
+            }
+            let first = &pieces[0];
+            let strides = |side: &Side| Strides {
+                item: side.item_stride,
+                row: side.row_stride,
+            };
+            let grid = Grid {
+                buffers: &self.ends,
+                source_items: &items[part.items.clone()],
+                target_items: &target_items[part.items],
+                source: strides(&first.source),
+                target: strides(&first.target),
+                rows: first.rows,
+                row_len: u32::try_from(first.row_len)
+                    .expect("invariant: rows that are not listed are short"),
+                range: part.range,
+            };
+            let copier = self.stager.copier(&**device).map_err(failed)?;
+            let Some(_pass) = gate.pass() else {
+                return Err(Placement::GateClosed);
+            };
+            copier.copy_grid(&grid).map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// Copies a batch move by move.
+    fn pull_by_lists(
         &mut self,
         context: &LaneContext,
         mut cursor: PairCursor,
@@ -57,24 +130,9 @@ impl Inbound {
             target,
             len,
         } = self.descriptors[at];
-        let attached = context.attached.as_ref();
-        let base = attached.and_then(|regions| regions.base(source.region.0));
-        let Some(base) = base else {
-            let reason = "it asks for a copy out of device memory that it has not shared";
-            return Err(Placement::Failed(TransferError::PeerMisbehaved {
-                reason: reason.into(),
-            }));
-        };
-        let region = context.hub.region(target.region);
-        let piece = region.and_then(|region| region.piece(target.offset, len).ok());
-        // Layouts and items were checked against the regions, so this does not happen; if it does, only the room ends.
-        let Some(piece) = piece else {
-            let reason = format!("region {} is gone", target.region.0);
-            return Err(Placement::Failed(TransferError::Device { reason }));
-        };
         Ok(Move {
-            source: base + source.offset,
-            target: piece.address,
+            source: source_base(context, source.region)? + source.offset,
+            target: target_address(context, target.region, target.offset, len)?,
             len,
         })
     }
@@ -93,4 +151,49 @@ impl Inbound {
         self.moves.clear();
         Ok(())
     }
+}
+
+/// Where both sides' first row of item 0 begins.
+fn ends(context: &LaneContext, piece: &Piece) -> Result<Ends, Placement> {
+    let Side {
+        region,
+        base,
+        item_stride,
+        row_stride,
+        item_count,
+    } = piece.target;
+    let last = item_count.saturating_sub(1) * item_stride;
+    let extent = last + u64::from(piece.rows - 1) * row_stride + piece.row_len;
+    Ok(Ends {
+        source: source_base(context, piece.source.region)? + piece.source.base,
+        target: target_address(context, region, base, extent)?,
+    })
+}
+
+/// Where a region of the peer's begins in this process's view of the device.
+fn source_base(context: &LaneContext, region: RegionId) -> Result<u64, Placement> {
+    let attached = context.attached.as_ref();
+    let base = attached.and_then(|regions| regions.base(region.0));
+    base.ok_or_else(|| misbehaved("it asks for a copy out of device memory that it has not shared"))
+}
+
+fn target_address(
+    context: &LaneContext,
+    region: RegionId,
+    offset: u64,
+    len: u64,
+) -> Result<u64, Placement> {
+    let found = context.hub.region(region);
+    let piece = found.and_then(|found| found.piece(offset, len).ok());
+    // Layouts and items were checked against the regions, so this does not happen; if it does, only the room ends.
+    piece.map(|piece| piece.address).ok_or_else(|| {
+        let reason = format!("region {} is gone", region.0);
+        Placement::Failed(TransferError::Device { reason })
+    })
+}
+
+fn misbehaved(reason: &str) -> Placement {
+    Placement::Failed(TransferError::PeerMisbehaved {
+        reason: reason.into(),
+    })
 }

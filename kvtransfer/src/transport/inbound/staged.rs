@@ -12,7 +12,7 @@ use crate::{
     transport::{
         LaneError,
         lane::LaneContext,
-        staging::Chunk,
+        staging::{Chunk, PART_BYTES},
         sys::{self, IoRange},
     },
     wire::lane::BatchHeader,
@@ -24,6 +24,10 @@ pub(super) struct Staged {
     chunk: Chunk,
     /// Bytes in the chunk.
     filled: usize,
+    /// Those of them that have started for the device.
+    sent: usize,
+    /// Every page of the batch is on the device.
+    is_sent_early: bool,
 }
 
 impl Staged {
@@ -80,12 +84,15 @@ impl Inbound {
         let Some(staging) = staging.filter(|_| is_on_device && filling.left > 0) else {
             return Ok(Expect::Payload(Box::new(filling)));
         };
+        let is_sent_early = hub.is_all_on_device(&batch.pairing, batch.component, End::Target);
         loop {
             if let Some(chunk) = staging.to_receive()? {
                 return Ok(Expect::Staged(Box::new(Staged {
                     filling,
                     chunk,
                     filled: 0,
+                    sent: 0,
+                    is_sent_early,
                 })));
             }
             // Rooms end by their deadline at the latest.
@@ -107,11 +114,12 @@ impl Inbound {
         copied.map_err(|error| LaneError::Protocol(error.to_string()))?;
         self.start += len;
         staged.took(len);
-        if !staged.is_full() {
-            self.expect = Expect::Staged(staged);
-            return Ok(Step::NeedBytes);
+        let is_full = staged.is_full();
+        let mut moved = self.send_parts(context, &mut staged).map(|()| true);
+        if is_full && moved.is_ok() {
+            moved = self.empty_chunk(context, &mut staged);
         }
-        let emptied = match self.empty_chunk(context, &mut staged) {
+        let moved = match moved {
             Err(LaneError::Device(error)) => {
                 // Ours to answer for, not the connection's: only the room ends. What is left of the batch is not wanted.
                 let Filling { header, batch, .. } = &staged.filling;
@@ -119,11 +127,14 @@ impl Inbound {
                 context.hub.placed(context.peer, header, batch, placement);
                 false
             }
-            emptied => emptied?,
+            moved => moved?,
         };
-        if !emptied {
+        if !moved {
             let Filling { header, left, .. } = staged.filling;
             self.expect = Expect::Skip(header, left);
+        } else if !is_full {
+            self.expect = Expect::Staged(staged);
+            return Ok(Step::NeedBytes);
         } else if staged.filling.left > 0 {
             self.expect = Expect::Staged(staged);
         } else {
@@ -131,6 +142,22 @@ impl Inbound {
             self.expect = Expect::Seal(header, Some(batch), Placement::Placed);
         }
         Ok(Step::Again)
+    }
+
+    /// Lets what came in start for the device, a part at a time.
+    fn send_parts(&mut self, context: &LaneContext, staged: &mut Staged) -> Result<(), LaneError> {
+        let device = context.hub.devices.device();
+        let Some(device) = device.filter(|_| staged.is_sent_early) else {
+            return Ok(());
+        };
+        let waiting = staged.filled - staged.sent;
+        if waiting == 0 || (waiting < PART_BYTES && !staged.is_full()) {
+            return Ok(());
+        }
+        let range = staged.sent..staged.filled;
+        self.stager.send(&**device, &mut staged.chunk, range)?;
+        staged.sent = staged.filled;
+        Ok(())
     }
 
     /// Copies a chunk into the device's pages. False: the room has ended, and nothing was copied.
@@ -154,8 +181,12 @@ impl Inbound {
             return Ok(false);
         };
         let (hub, chunk) = (&context.hub, staged.chunk.region());
-        self.stager.scatter(hub, &self.parts, chunk, 0)?;
-        staged.filled = 0;
+        if staged.is_sent_early {
+            self.stager.deliver(hub, &self.parts)?;
+        } else {
+            self.stager.scatter(hub, &self.parts, chunk, 0)?;
+        }
+        (staged.filled, staged.sent) = (0, 0);
         Ok(true)
     }
 

@@ -5,7 +5,11 @@ use super::{Outbound, Payload, Staged, consume, source_cursor};
 use crate::{
     plan::mismatch::End,
     transfer::BatchOut,
-    transport::{LaneError, lane::LaneContext, staging::Chunk},
+    transport::{
+        LaneError,
+        lane::LaneContext,
+        staging::{Chunk, PART_BYTES},
+    },
     wire::lane::Seal,
 };
 
@@ -31,8 +35,18 @@ impl Staged {
         Self {
             chunk,
             at: 0,
+            ready: 0,
             filled: 0,
         }
+    }
+
+    /// Waits for the next bytes: a first part, so that the wire has something to do, then the rest.
+    fn advance(&mut self) -> Result<(), LaneError> {
+        let first = if self.at == 0 { PART_BYTES } else { usize::MAX };
+        let ready = self.filled.min(first);
+        self.chunk.wait(ready)?;
+        self.ready = ready;
+        Ok(())
     }
 }
 
@@ -77,7 +91,8 @@ impl Outbound {
         Ok(staging.to_send(writer)?.map_or(Taken::Later, Taken::Chunk))
     }
 
-    /// Fills the chunk of the batch being written when all of it is sent and pages are left.
+    /// Sees to it that there are bytes to send: fills the chunk of the batch being written when all of it is sent and pages are
+    /// left, and waits for what is on its way there.
     pub(super) fn stage(&mut self, context: &LaneContext) -> Result<(), LaneError> {
         let Some(writing) = &mut self.writing else {
             return Ok(());
@@ -89,7 +104,13 @@ impl Outbound {
         let Some(staged) = &mut payload.staged else {
             return Ok(());
         };
-        if staged.at < staged.filled || left == 0 {
+        if staged.at < staged.ready {
+            return Ok(());
+        }
+        if staged.at < staged.filled {
+            return staged.advance();
+        }
+        if left == 0 {
             return Ok(());
         }
         let space = staged.chunk.region().len();
@@ -109,18 +130,19 @@ impl Outbound {
             self.segment_at = consume(segments, self.segment_at, part.len);
         }
         // What is gathered while the room is alive are its pages, however late they are sent.
-        let Some(_pass) = writing.gate.pass() else {
+        let Some(pass) = writing.gate.pass() else {
             payload.give_up();
             return Ok(());
         };
-        let (hub, chunk) = (&context.hub, staged.chunk.region());
-        self.stager.gather(hub, &self.parts, chunk, 0)?;
+        self.stager
+            .fetch(&context.hub, &self.parts, &mut staged.chunk)?;
+        drop(pass);
         staged.at = 0;
         staged.filled = self
             .parts
             .iter()
             .map(|part| usize::try_from(part.len).unwrap_or(usize::MAX))
             .sum();
-        Ok(())
+        staged.advance()
     }
 }
