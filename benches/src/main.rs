@@ -111,12 +111,12 @@ struct Cli {
     /// Kind of kernel that copies on the GPU
     #[arg(long, value_enum, default_value_t = Kernel::Auto)]
     gpu_kernel: Kernel,
-    /// Freeze and kill either side in the middle of so many transfers over each path instead of measuring, and count what
-    /// arrives late and what is told too late
-    #[arg(long, value_name = "COUNT", conflicts_with = "case")]
+    /// Freeze and kill either side in the middle of so many transfers over each path instead of measuring single ones, and
+    /// count what arrives late and what is told too late; before, many transfers at once, one way and both ways
+    #[arg(long, value_name = "COUNT")]
     faults: Option<usize>,
     /// Replace the target's engine so many times over each path, and count what is left behind
-    #[arg(long, value_name = "COUNT", conflicts_with = "case")]
+    #[arg(long, value_name = "COUNT")]
     restarts: Option<usize>,
     #[command(flatten)]
     tuning: Tuning,
@@ -240,6 +240,7 @@ fn provoke(cli: &Cli, paths: &[Path]) -> anyhow::Result<ExitCode> {
     for path in paths {
         let found = pair::faults::run(
             *path,
+            cli.case.first().copied().unwrap_or(CaseName::Short16k),
             &cli.plan(),
             cli.faults.unwrap_or(0),
             cli.restarts.unwrap_or(0),

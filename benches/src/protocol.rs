@@ -221,12 +221,23 @@ pub(crate) enum Command {
         room: u64,
         millis: u64,
     },
+    /// As the two before, `count` of them from that room on, and nothing is remembered.
+    GrantMany {
+        room: u64,
+        count: u64,
+        millis: u64,
+    },
+    SendMany {
+        room: u64,
+        count: u64,
+        millis: u64,
+    },
     /// Stop the initiator's process after some microseconds, for some milliseconds.
     Freeze {
         after_micros: u64,
         millis: u64,
     },
-    /// How the watched transfer ended.
+    /// How the first of the watched transfers ended.
     End,
     /// Count blocks that have changed since the watched transfer ended.
     Late,

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::{
+    collections::VecDeque,
     io::{self, BufRead as _, Write as _},
     sync::Arc,
     thread,
@@ -100,7 +101,7 @@ struct Target {
     /// Dropped after the engine, which uses it.
     gpu: Option<Arc<GpuMemory>>,
     setup: Setup,
-    watched: Option<Watch>,
+    watched: VecDeque<Watch>,
     /// Of the blocks when the watched transfer ended.
     at_end: Vec<u64>,
     /// Whether the GPU's bytes are what is to be checked.
@@ -132,7 +133,7 @@ impl Target {
             engine,
             gpu,
             setup: setup.clone(),
-            watched: None,
+            watched: VecDeque::new(),
             at_end: Vec::new(),
             is_ours: false,
             source: Source {
@@ -163,14 +164,36 @@ impl Target {
                 self.receiver.serve(&self.region)?;
                 self.is_ours = false;
             }
-            Command::GrantBriefly { room, millis } => self.grant_briefly(room, millis)?,
+            Command::GrantBriefly { room, millis } => {
+                let blocks = self.blocks();
+                self.grant_briefly(room, millis, Some(blocks))?;
+            }
             Command::SendBack { room, millis } => self.send_back(room, millis)?,
+            Command::GrantMany {
+                room,
+                count,
+                millis,
+            } => {
+                for room in room..room + count {
+                    self.grant_briefly(room, millis, None)?;
+                }
+            }
+            Command::SendMany {
+                room,
+                count,
+                millis,
+            } => {
+                for room in room..room + count {
+                    self.send_back(room, millis)?;
+                }
+            }
             Command::Freeze {
                 after_micros,
                 millis,
             } => freeze(after_micros, millis),
             Command::End => {
-                let watched = self.watched.take().context("nothing is watched")?;
+                let watched = self.watched.pop_front();
+                let watched = watched.context("nothing is watched")?;
                 let ended = watched.end()?;
                 self.at_end = ended.sums;
                 self.is_ours = true;
@@ -229,7 +252,12 @@ impl Target {
         }
     }
 
-    fn grant_briefly(&mut self, room: u64, millis: u64) -> anyhow::Result<()> {
+    fn grant_briefly(
+        &mut self,
+        room: u64,
+        millis: u64,
+        blocks: Option<Blocks>,
+    ) -> anyhow::Result<()> {
         let begun = clock::now();
         let request = ReceiveRequest {
             room: Room::new(room).context("rooms count from 1")?,
@@ -240,7 +268,8 @@ impl Target {
             timeout: Duration::from_millis(millis),
         };
         let receiving = self.engine.receive(&request)?;
-        self.watched = Some(Watch::start(receiving, begun, Some(self.blocks())));
+        let watch = Watch::start(receiving, begun, blocks);
+        self.watched.push_back(watch);
         Ok(())
     }
 
@@ -254,14 +283,15 @@ impl Target {
             items: vec![self.case.reversed().source_items(0)],
             last: true,
         })?;
-        self.watched = Some(Watch::start(sending, begun, None));
+        let watch = Watch::start(sending, begun, None);
+        self.watched.push_back(watch);
         Ok(())
     }
 
     /// A new engine over the same memory, connected as the last one was.
     fn restart(&mut self) -> anyhow::Result<()> {
         // A watched transfer keeps the old engine alive.
-        if let Some(watched) = self.watched.take() {
+        while let Some(watched) = self.watched.pop_front() {
             watched.end()?;
         }
         self.rooms.clear();

@@ -1021,6 +1021,27 @@ kvt_status_t kvt_transfer_push(const struct kvt_transfer_t *transfer,
                                uint32_t flags);
 
 /**
+ * Queues pages that the device still writes: not a byte of them is read before each of the `events` has happened. They are
+ * events of the device's driver as integers (`CUevent`, `cudaEvent_t`; `torch.cuda.Event.cuda_event`), recorded before
+ * this call. Otherwise as `kvt_transfer_push`, which is what it is without events. Chunks pushed later wait behind this
+ * one; what would be refused by the time the events have happened ends the transfer instead.
+ *
+ * Ownership: the lists are copied; an event may be recorded anew or destroyed when this returns; the pages themselves must
+ * not change from the events to the end. Threads: any; never waits, neither for the network nor for the device. Errors:
+ * those of `kvt_transfer_push`; `KVT_BAD_ITEMS` also for events of an engine without device memory, unknown ones, and more
+ * than 64. Nothing is queued then.
+ *
+ * # Safety
+ * `transfer` is NULL or alive; the lists are as long as they say; the events are alive during the call.
+ */
+kvt_status_t kvt_transfer_push_after(const struct kvt_transfer_t *transfer,
+                                     const struct kvt_items_t *items,
+                                     size_t items_len,
+                                     uint32_t flags,
+                                     const uint64_t *events,
+                                     size_t events_len);
+
+/**
  * The states of many transfers, of any engines, in one call: `out_states[i]` is a `KVT_STATE_` number.
  *
  * Ownership: `out_states` is the caller's, for `len` values. Threads: any; never waits. Errors: `KVT_NULL_ARGUMENT`

@@ -257,6 +257,42 @@ pub unsafe extern "C" fn kvt_transfer_push(
     unsafe { on(transfer, body) }
 }
 
+/// Queues pages that the device still writes: not a byte of them is read before each of the `events` has happened. They are
+/// events of the device's driver as integers (`CUevent`, `cudaEvent_t`; `torch.cuda.Event.cuda_event`), recorded before
+/// this call. Otherwise as `kvt_transfer_push`, which is what it is without events. Chunks pushed later wait behind this
+/// one; what would be refused by the time the events have happened ends the transfer instead.
+///
+/// Ownership: the lists are copied; an event may be recorded anew or destroyed when this returns; the pages themselves must
+/// not change from the events to the end. Threads: any; never waits, neither for the network nor for the device. Errors:
+/// those of `kvt_transfer_push`; `KVT_BAD_ITEMS` also for events of an engine without device memory, unknown ones, and more
+/// than 64. Nothing is queued then.
+///
+/// # Safety
+/// `transfer` is NULL or alive; the lists are as long as they say; the events are alive during the call.
+// SAFETY: `kvt_` is this library's own prefix, so the unmangled name meets no other symbol.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvt_transfer_push_after(
+    transfer: *const kvt_transfer_t,
+    items: *const kvt_items_t,
+    items_len: usize,
+    flags: u32,
+    events: *const u64,
+    events_len: usize,
+) -> kvt_status_t {
+    let body = |moving: &Moving| {
+        zero(flags & !KVT_LAST, "flags")?;
+        // SAFETY: this function's own contract.
+        let items = unsafe { item_lists(items, items_len, &moving.tails) }?;
+        // SAFETY: this function's own contract.
+        let events = unsafe { list(events, events_len, "events") }?;
+        let last = flags & KVT_LAST != 0;
+        let chunk = Chunk { items, last };
+        Ok(moving.transfer.push_after(&chunk, events)?)
+    };
+    // SAFETY: this function's own contract.
+    unsafe { on(transfer, body) }
+}
+
 /// The states of many transfers, of any engines, in one call: `out_states[i]` is a `KVT_STATE_` number.
 ///
 /// Ownership: `out_states` is the caller's, for `len` values. Threads: any; never waits. Errors: `KVT_NULL_ARGUMENT`

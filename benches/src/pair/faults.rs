@@ -30,12 +30,22 @@ const SLACK_MILLIS: u64 = 300;
 /// How long is looked for bytes that come late.
 const LOOK: Duration = Duration::from_millis(150);
 
+/// Transfers of the measurement of many at once.
+const MANY: u64 = 16;
+/// Repetitions of it, of which the median counts.
+const REPEATS: usize = 5;
+
 /// What was seen over one path.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Found {
     path: &'static str,
+    case: Option<CaseName>,
     /// Typical milliseconds of an undisturbed transfer.
     typical_ms: f64,
+    /// GB/s of [`MANY`] transfers that are all queued at once, one way.
+    one_way_gb_per_s: f64,
+    /// The same with as many the other way at once, both ways together.
+    both_ways_gb_per_s: f64,
     /// How often each side was frozen and killed.
     frozen_receivers: usize,
     frozen_senders: usize,
@@ -78,15 +88,17 @@ impl Found {
 /// Disturbs `faults` transfers and replaces the target's engine `restarts` times.
 pub(crate) fn run(
     path: Path,
+    name: CaseName,
     plan: &Plan,
     faults: usize,
     restarts: usize,
 ) -> anyhow::Result<Found> {
-    let case = Case::new(CaseName::Short16k, plan.extent);
+    let case = Case::new(name, plan.extent);
     let pair = Pair::start(case, path, plan.clone())?;
     let mut bench = Bench {
         found: Found {
             path: path.engine_name(plan.gpu.is_some()),
+            case: Some(name),
             ..Found::default()
         },
         random: Random::new(plan.extent.seed),
@@ -97,6 +109,8 @@ pub(crate) fn run(
     for _ in 0..3 {
         bench.found.typical_ms = bench.undisturbed()?;
     }
+    bench.found.one_way_gb_per_s = bench.many(false)?;
+    bench.found.both_ways_gb_per_s = bench.many(true)?;
     for number in 0..faults {
         let (what, done) = match number % 4 {
             0 => ("freezing the receiver", bench.freeze_receiver()),
@@ -179,6 +193,83 @@ impl Bench {
         anyhow::ensure!(error.is_none(), "the receiver failed: {error:?}");
         self.check()?;
         Ok(took)
+    }
+
+    /// Many transfers at once, in GB/s.
+    fn many(&mut self, both_ways: bool) -> anyhow::Result<f64> {
+        let mut rates = Vec::new();
+        for _ in 0..REPEATS {
+            rates.push(self.many_once(both_ways)?);
+        }
+        rates.sort_by(f64::total_cmp);
+        Ok(rates[REPEATS / 2])
+    }
+
+    fn many_once(&mut self, both_ways: bool) -> anyhow::Result<f64> {
+        let millis = 20_000;
+        let timeout = Duration::from_millis(millis);
+        let (there, back) = (self.pair.next_room + 1, self.pair.next_room + 1 + MANY);
+        self.pair.next_room += 2 * MANY;
+        self.pair.target.ask(&Command::Poison)?;
+        self.pair.target.ask(&Command::GrantMany {
+            room: there,
+            count: MANY,
+            millis,
+        })?;
+        let reversed = self.pair.case.reversed();
+        let mut sending = Vec::new();
+        for room in there..there + MANY {
+            let room = Room::new(room).context("rooms count from 1")?;
+            sending.push(self.pair.engine.send(&SendRequest { room, timeout })?);
+        }
+        for each in &sending {
+            each.wait_ready(timeout)?;
+        }
+        let mut receiving = Vec::new();
+        if both_ways {
+            let peer = self.pair.target_peer()?;
+            for room in back..back + MANY {
+                receiving.push(self.pair.engine.receive(&ReceiveRequest {
+                    room: Room::new(room).context("rooms count from 1")?,
+                    sources: vec![Source { peer, dummy: false }],
+                    receivers_expected: 1,
+                    prefix_tokens: 0,
+                    items: vec![reversed.target_items(0)],
+                    timeout,
+                })?);
+            }
+        }
+        let begun = clock::now();
+        if both_ways {
+            self.pair.target.tell(&Command::SendMany {
+                room: back,
+                count: MANY,
+                millis,
+            })?;
+        }
+        let chunk = Chunk {
+            items: vec![self.pair.case.source_items(0)],
+            last: true,
+        };
+        for each in &sending {
+            each.push(&chunk)?;
+        }
+        let mut bytes = 0;
+        for each in sending.iter().chain(&receiving) {
+            let ended = each.wait(timeout);
+            bytes += ended.context("a room did not end by its deadline")??.bytes;
+        }
+        let took = clock::now().since(begun).as_secs_f64();
+        if both_ways {
+            self.pair.target.answer()?;
+        }
+        let watched = if both_ways { 2 * MANY } else { MANY };
+        for _ in 0..watched {
+            let (error, _) = self.target_end()?;
+            anyhow::ensure!(error.is_none(), "one of many failed: {error:?}");
+        }
+        self.check()?;
+        Ok(bytes as f64 / took / 1e9)
     }
 
     fn target_end(&mut self) -> anyhow::Result<(Option<String>, u64)> {

@@ -71,14 +71,17 @@ class Transfer:
             raise errors.MisuseError(errors.ENDED, f"room {self.room}: the transfer is closed")
         return self._handle
 
-    def push(self, items: Sequence[Any], last: bool = False) -> None:
+    def push(self, items: Sequence[Any], last: bool = False, after: Sequence[int] = ()) -> None:
         """Queues pages: one list of item numbers per component of the layout, lists at the end may be left out.
 
         A list is anything with the buffer protocol that holds 32-bit integers (numpy int32 arrays are not copied here), or a
-        sequence of numbers. Never waits for the network. `last`: no chunk follows; that one may be empty.
+        sequence of numbers. Never waits for the network. `last`: no chunk follows; that one may be empty. `after`: CUDA events
+        (`torch.cuda.Event.cuda_event`) that have been recorded; no page is read before they have happened, and nobody waits.
         """
         keep, lists = as_lists(items)
-        check(lib.kvt_transfer_push(self.handle, lists, len(items), LAST if last else 0))
+        events = ffi.new("uint64_t[]", list(after))
+        flags = LAST if last else 0
+        check(lib.kvt_transfer_push_after(self.handle, lists, len(items), flags, events, len(after)))
         del keep
 
     def poll(self) -> State:

@@ -265,7 +265,9 @@ void memory_is_released_and_restored() {
     EXPECT(KVT_OK, kvt_transfer_wait(sending.get(), KVT_UNTIL_READY, 20000, nullptr, nullptr));
     int32_t page = 9;
     kvt_items_t items = {&page, 1};
-    EXPECT(KVT_OK, kvt_transfer_push(sending.get(), &items, 1, KVT_LAST));
+    uint64_t event = 4096;
+    FAILS(KVT_BAD_ITEMS, "memory is the host's", kvt_transfer_push_after(sending.get(), &items, 1, KVT_LAST, &event, 1));
+    EXPECT(KVT_OK, kvt_transfer_push_after(sending.get(), &items, 1, KVT_LAST, nullptr, 0));
     ends(receiving.get(), KVT_OK, nullptr);
     CHECK(target.pages[5 * PAGE_BYTES] == 7 && target.pages[6 * PAGE_BYTES] == 0);
     // Without a range it is all of it.

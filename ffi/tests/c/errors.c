@@ -41,6 +41,7 @@ static void nulls(void) {
   EXPECT(KVT_NULL_ARGUMENT, kvt_send_open(NULL, &send, &transfer));
   EXPECT(KVT_NULL_ARGUMENT, kvt_receive_open(NULL, &receive, &transfer));
   FAILS(KVT_NULL_ARGUMENT, "`transfer` is NULL", kvt_transfer_push(NULL, NULL, 0, 0));
+  EXPECT(KVT_NULL_ARGUMENT, kvt_transfer_push_after(NULL, NULL, 0, 0, NULL, 0));
   EXPECT(KVT_NULL_ARGUMENT, kvt_transfer_poll_many(NULL, 1, &state));
   FAILS(KVT_NULL_ARGUMENT, "`transfers[0]` is NULL", kvt_transfer_poll_many(&none, 1, &state));
   EXPECT(KVT_OK, kvt_transfer_poll_many(NULL, 0, NULL));
@@ -195,6 +196,9 @@ static void requests(void) {
   kvt_items_t items = {pages, 1};
   FAILS(KVT_NOT_READY, "not granted", kvt_transfer_push(transfer, &items, 1, KVT_LAST));
   FAILS(KVT_BAD_ARGUMENT, "flags", kvt_transfer_push(transfer, &items, 1, 8));
+  uint64_t event = 4096;
+  FAILS(KVT_NOT_READY, "not granted", kvt_transfer_push_after(transfer, &items, 1, KVT_LAST, &event, 1));
+  FAILS(KVT_NULL_ARGUMENT, "events", kvt_transfer_push_after(transfer, &items, 1, KVT_LAST, NULL, 1));
   items.count = 2;
   FAILS(KVT_BAD_ITEMS, "64", kvt_transfer_push(transfer, &items, 1, KVT_LAST));
   kvt_items_t three[3] = {{pages, 1}, {NULL, 0}, {NULL, 0}};

@@ -26,7 +26,7 @@ use lists::{Bulk, BulkShape, Shape, WindowTables};
 pub use lists::{Pair, Piece, Rows, Side, Window};
 use module::{Function, Module};
 pub use module::{KernelOptions, Origin};
-use tables::{SLOT_BYTES, Tables};
+use tables::{READ_IN_PLACE_MAX, SLOT_BYTES, Tables};
 
 use super::{
     driver::Context,
@@ -184,12 +184,16 @@ impl Kernels {
             slot_pairs = (slot_pairs * 4).min(SLOT_PAIRS);
             let range = 0..rows.len_bytes() * part.len() as u64;
             let how = self.how(launch, width, &rows, &range)?;
-            self.tables
-                .with(stream, &[bytemuck::cast_slice(part)], |mut table| {
+            self.tables.with(
+                stream,
+                &[bytemuck::cast_slice(part)],
+                READ_IN_PLACE_MAX,
+                |mut table| {
                     let table = (&raw mut table).cast();
                     // SAFETY: the kernels' own type; the caller vouches for the addresses in the table.
                     unsafe { self.enqueue(stream, launch, how, self.by_pairs(), table) }
-                })?;
+                },
+            )?;
         }
         Ok(())
     }
@@ -221,7 +225,8 @@ impl Kernels {
             window.source.items.map_or(&[], bytemuck::cast_slice),
             window.target.items.map_or(&[], bytemuck::cast_slice),
         ];
-        self.tables.with(stream, &parts, |address| {
+        // Each entry is read many times: not over the bus.
+        self.tables.with(stream, &parts, 0, |address| {
             let mut tables = WindowTables::at(window, address);
             let tables = (&raw mut tables).cast();
             // SAFETY: the kernels' own type; the caller vouches for the addresses that the window describes.
@@ -254,8 +259,11 @@ impl Kernels {
                 return Ok(());
             }
             let mut count = u32::try_from(part.len()).expect("invariant: a slot is a MiB");
-            self.tables
-                .with(stream, &[bytemuck::cast_slice(&part)], |mut table| {
+            self.tables.with(
+                stream,
+                &[bytemuck::cast_slice(&part)],
+                READ_IN_PLACE_MAX,
+                |mut table| {
                     let grid = self.grid(launch, count * WARP);
                     let mut values = [(&raw mut table).cast(), (&raw mut count).cast::<c_void>()];
                     // SAFETY: the kernel's own types; the caller vouches for the addresses in the table.
@@ -263,7 +271,8 @@ impl Kernels {
                         self.module
                             .launch(self.module.tiles, stream, grid, &mut values)
                     }
-                })?;
+                },
+            )?;
         }
     }
 
@@ -297,8 +306,11 @@ impl Kernels {
             let mut count = u32::try_from(part.len()).expect("invariant: a slot is a MiB");
             let mut sums = sums + (place * SLOT_PAIRS * 4) as u64;
             let (mut crc, mut vectors) = (self.crc.address(), bytes / 16);
-            self.tables
-                .with(stream, &[bytemuck::cast_slice(part)], |mut table| {
+            self.tables.with(
+                stream,
+                &[bytemuck::cast_slice(part)],
+                READ_IN_PLACE_MAX,
+                |mut table| {
                     let mut values: [*mut c_void; 5] = [
                         (&raw mut table).cast(),
                         (&raw mut sums).cast(),
@@ -312,7 +324,8 @@ impl Kernels {
                         self.module
                             .launch(self.module.checked, stream, grid, &mut values)
                     }
-                })?;
+                },
+            )?;
         }
         Ok(())
     }

@@ -6,6 +6,7 @@
 
 mod data;
 mod facts;
+mod heads;
 mod ipc;
 mod kernels;
 mod measure;
@@ -39,6 +40,11 @@ enum Command {
     Kernels(kernels::Options),
     /// Copies out of another process's memory.
     Ipc(ipc::Options),
+    /// Rooms between ranks of unequal tensor-parallel size.
+    Heads(heads::Options),
+    /// The other process of `heads`.
+    #[command(hide = true)]
+    HeadsReceiver(heads::ReceiverOptions),
     /// The other process of `ipc`.
     #[command(hide = true)]
     IpcReceiver(ipc::ReceiverOptions),
@@ -51,6 +57,11 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::Verify(options) => verify::run(cli.gpu, &options)?,
         Command::Kernels(options) => kernels::run(cli.gpu, &options)?,
         Command::Ipc(options) => ipc::run(cli.gpu, &options)?,
+        Command::Heads(options) => heads::run(cli.gpu, &options)?,
+        Command::HeadsReceiver(options) => {
+            heads::receive(cli.gpu, &options)?;
+            return Ok(ExitCode::SUCCESS);
+        }
         Command::IpcReceiver(options) => {
             ipc::receive(cli.gpu, &options)?;
             return Ok(ExitCode::SUCCESS);

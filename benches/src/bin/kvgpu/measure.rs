@@ -115,6 +115,13 @@ impl Table {
         }
     }
 
+    /// Says something about the last row in words.
+    pub(crate) fn note(&mut self, words: String) {
+        if let Some(row) = self.0.last_mut() {
+            row.note = words;
+        }
+    }
+
     /// A row of another process.
     pub(crate) fn push(&mut self, row: Row) {
         self.0.push(row);

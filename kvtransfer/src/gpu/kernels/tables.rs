@@ -17,12 +17,12 @@ use crate::gpu::{
 /// Bytes of a slot: 65,536 pairs. A GiB of 16 KiB pages then takes one launch, half a millisecond on the fastest devices.
 pub(super) const SLOT_BYTES: usize = 1 << 20;
 
-/// Slots: one is filled while another is uploaded and a third is read.
-const SLOTS: usize = 4;
+/// Slots: one is filled while another is uploaded and a third is read, by a few streams at once.
+const SLOTS: usize = 8;
 
-/// Tables up to this are uploaded in the copy's own stream. Longer ones go through a stream of their own, so that they travel
-/// while the previous launch copies.
-const INLINE_BYTES_MAX: usize = 64 << 10;
+/// Lists up to this are read where they are, in pinned memory: a copy engine that is busy with pages would keep them waiting,
+/// and each entry is read about once.
+pub(super) const READ_IN_PLACE_MAX: usize = 16 << 10;
 
 struct Slot {
     /// Behind the last launch that reads it.
@@ -63,12 +63,14 @@ impl Tables {
         })
     }
 
-    /// Uploads `parts`, one behind the other, then calls `launch` with their device address; what it enqueues on
-    /// `stream` may read them. At most [`SLOT_BYTES`] together.
+    /// Lays `parts` one behind the other where the device reads them, then calls `launch` with their address; what it enqueues
+    /// on `stream` may read them. At most [`SLOT_BYTES`] together. Up to `in_place_max` they stay in pinned memory; longer
+    /// ones are uploaded through a stream of their own, so that they travel while the previous launch copies.
     pub(super) fn with(
         &self,
         stream: &Stream,
         parts: &[&[u8]],
+        in_place_max: usize,
         launch: impl FnOnce(u64) -> Result<(), GpuError>,
     ) -> Result<(), GpuError> {
         let len: usize = parts.iter().map(|part| part.len()).sum();
@@ -91,19 +93,17 @@ impl Tables {
             written.map_err(|_| GpuError::Misuse("a slot holds what was measured"))?;
             at += part.len() as u64;
         }
-        let (source, target) = (
-            self.pinned.device_address() + offset,
-            self.device.address() + offset,
-        );
-        let is_inline = len <= INLINE_BYTES_MAX;
-        let path = if is_inline { stream } else { &self.uploads };
-        // SAFETY: both ends are the ring's, and this slot is nobody else's until `read`.
-        unsafe { path.copy(target, source, len) }?;
-        if !is_inline {
+        let pinned = self.pinned.device_address() + offset;
+        let uploaded = self.device.address() + offset;
+        let launched = if len <= in_place_max {
+            launch(pinned)
+        } else {
+            // SAFETY: both ends are the ring's, and this slot is nobody else's until `read`.
+            unsafe { self.uploads.copy(uploaded, pinned, len) }?;
             self.uploads.record(&slot.uploaded)?;
             stream.wait(&slot.uploaded)?;
-        }
-        let launched = launch(target);
+            launch(uploaded)
+        };
         // Also after a failed launch: the upload still reads the slot.
         stream.record(&slot.read)?;
         launched
