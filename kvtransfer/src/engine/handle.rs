@@ -266,10 +266,10 @@ impl Transfer {
             (None, _) => {}
         }
         drop(state);
-        if self.hub.with(|node, _| node.has_started(self.id)) {
-            Poll::Transferring
-        } else {
-            Poll::WaitingForInput
+        match self.hub.with(|node, _| node.has_started(self.id)) {
+            Some(false) => Poll::WaitingForInput,
+            // One that has ended says so in a moment. Until then it must not look as if it had gone back.
+            Some(true) | None => Poll::Transferring,
         }
     }
 

@@ -194,17 +194,11 @@ impl Node {
         self.peers.get(&peer).map_or(0, |peer| peer.queued_bytes)
     }
 
-    /// Whether bytes of a live transfer have moved.
-    pub fn has_started(&self, transfer: TransferId) -> bool {
-        let sending = self
-            .sends
-            .get(&transfer)
-            .is_some_and(|room| room.first_byte.is_some());
-        sending
-            || self
-                .receives
-                .get(&transfer)
-                .is_some_and(|room| room.first_byte.is_some())
+    /// Whether bytes of a transfer have moved. None once it has ended, also while nobody was told of the end yet.
+    pub fn has_started(&self, transfer: TransferId) -> Option<bool> {
+        let sending = self.sends.get(&transfer).map(|room| room.first_byte);
+        let receiving = self.receives.get(&transfer).map(|room| room.first_byte);
+        sending.or(receiving).map(|first_byte| first_byte.is_some())
     }
 
     /// An acknowledgement arrived.

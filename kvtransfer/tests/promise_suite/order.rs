@@ -1,4 +1,4 @@
-//! Promise P6: the aux row, and with it the room's number, becomes visible last.
+//! Promise P6: the aux row, and with it the room's number, becomes visible last. And a state never goes back.
 
 use std::{
     sync::{
@@ -9,7 +9,7 @@ use std::{
 };
 
 use kvtransfer::{
-    engine::Engine,
+    engine::{Engine, Poll, Transfer},
     layout::RegionId,
     transfer::{Chunk, SendRequest},
 };
@@ -121,4 +121,56 @@ fn the_room_number_shows_last_over_pull() {
 #[test]
 fn the_room_number_shows_last_over_ring() {
     aux_is_last(Path::Ring);
+}
+
+/// Every state that polling without pause sees until the end, each once for as long as it lasts.
+fn states(transfer: &Transfer) -> Vec<u8> {
+    let mut seen = Vec::new();
+    loop {
+        let state = transfer.poll();
+        if seen.last() != Some(&(state as u8)) {
+            seen.push(state as u8);
+        }
+        if matches!(state, Poll::Success | Poll::Failed) {
+            return seen;
+        }
+    }
+}
+
+fn states_only_advance(path: Path) {
+    let sender = rig::start(rig::listening(path.config()));
+    let receiver = rig::start(path.config());
+    let address = sender.local_addr().expect("it listens");
+    let info = receiver.connect(address, WATCHDOG).expect("a connection");
+    for number in 1..=400 {
+        let request = rig::receive(number, info.peer, &pages()[..4], Some(0), WATCHDOG);
+        let there = receiver.receive(&request).expect("a free room");
+        let request = SendRequest {
+            room: rig::room(number),
+            timeout: WATCHDOG,
+        };
+        let here = sender.send(&request).expect("a free room");
+        let seen = thread::scope(|scope| {
+            let pollers = [&here, &there].map(|part| scope.spawn(|| states(part)));
+            here.wait_ready(WATCHDOG).expect("a grant");
+            let items = vec![Arc::from(&pages()[..4]), Arc::from([1])];
+            here.push(&Chunk { items, last: true })
+                .expect("room for it");
+            pollers.map(|poller| poller.join().expect("no panic"))
+        });
+        for states in seen {
+            assert!(states.is_sorted(), "room {number} went back: {states:?}");
+            assert_eq!(states.last(), Some(&(Poll::Success as u8)), "room {number}");
+        }
+    }
+}
+
+#[test]
+fn states_only_advance_over_tcp() {
+    states_only_advance(Path::Tcp);
+}
+
+#[test]
+fn states_only_advance_over_pull() {
+    states_only_advance(Path::Pull);
 }
