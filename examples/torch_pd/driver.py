@@ -117,7 +117,7 @@ def _run(run: Run) -> int:
     asked, controls = workload(run)
     with processes(settings) as (single, prefill, decode):
         ready = [process.hear(Ready, LOAD_S) for process in (single, prefill, decode)]
-        for process, told in zip((single, prefill, decode), ready):
+        for process, told in zip((single, prefill, decode), ready, strict=True):
             print(f"{process.name}: {told.model}, ready after {told.loaded_s:.1f} s", flush=True)
         if len({told.weights for told in ready}) != 1:
             raise RunError("the processes drew different weights; their tokens cannot be compared")
@@ -180,12 +180,14 @@ def open_path(prefill: Process, decode: Process, path: str, timeout: float) -> O
     prefill.tell(Open(path))
     listening = prefill.hear(Opened, timeout)
     decode.tell(Open(path, listening.address))
-    return decode.hear(Opened, timeout)
+    connected: Opened = decode.hear(Opened, timeout)
+    return connected
 
 
 def exchange(prefill: Process, decode: Process, asked: list[Asked], in_flight: int, timeout: float) -> Iterator[Answered]:
     """Sends requests to both sides, so many at a time, and gives each with both sides' answers."""
-    waiting, live = list(reversed(asked)), {}
+    waiting = list(reversed(asked))
+    live: dict[int, tuple[Asked, float]] = {}
     sent: dict[int, Sent] = {}
     received: dict[int, Received] = {}
     while waiting or live:

@@ -1,4 +1,7 @@
-"""What the driver and the workers say to each other over their pipes. Times are `time.monotonic()`, one clock for all processes of a host."""
+"""What the driver and the workers say to each other over their pipes.
+
+Times are those of `time.monotonic()`, one clock for all processes of a host.
+"""
 
 from __future__ import annotations
 

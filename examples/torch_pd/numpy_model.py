@@ -1,6 +1,6 @@
 """The torch model's twin without torch: a small transformer of numpy over the same pages, for tests on any machine.
 
-It is no Qwen3 (one norm, no MLP, positions as a learned table's stand-in), but it has what matters here: keys and values of
+It is no Qwen3 (no MLP, positions added once), but it has what matters here: keys and values of
 several heads and layers in scattered pages, computed in chunks, each token depending on all before it.
 """
 
@@ -45,14 +45,15 @@ class NumpyModel:
         draw = np.random.default_rng(settings.seed)
 
         def weights(*size: int) -> np.ndarray:
-            return (draw.standard_normal(size) / np.sqrt(size[0])).astype(np.float32)
+            drawn: np.ndarray = (draw.standard_normal(size) / np.sqrt(size[0])).astype(np.float32)
+            return drawn
 
         query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         self._embedding = weights(shape.vocab, shape.hidden) * np.sqrt(shape.vocab).astype(np.float32)
-        self._layers = [
-            {"q": weights(shape.hidden, query) * 2, "k": weights(shape.hidden, kv) * 2, "v": weights(shape.hidden, kv), "o": weights(query, shape.hidden)}
-            for _ in range(shape.layers)
-        ]  # fmt: skip
+        sizes = {"q": (shape.hidden, query), "k": (shape.hidden, kv), "v": (shape.hidden, kv), "o": (query, shape.hidden)}
+        # Queries and keys twice as large make attention peaky, so that a lost page shows.
+        scales = {"q": 2, "k": 2, "v": 1, "o": 1}
+        self._layers = [{name: weights(*size) * scales[name] for name, size in sizes.items()} for _ in range(shape.layers)]
         self._head = weights(shape.hidden, shape.vocab)
         size = (2, shape.layers, settings.pages, settings.page_size, shape.kv_heads, shape.head_dim)
         self._pool = np.full(size, np.nan, np.float32)
@@ -82,7 +83,8 @@ class NumpyModel:
         start, end = sequence.length, sequence.length + len(tokens)
         places = np.arange(start, end)
         later = np.arange(end)[None, :] > places[:, None]
-        hidden = self._embedding[tokens] + np.cos(places[:, None] * 0.37**np.arange(1, self._settings.shape.hidden + 1)).astype(np.float32)
+        turns = 0.37 ** np.arange(1, self._settings.shape.hidden + 1)
+        hidden = self._embedding[tokens] + np.cos(places[:, None] * turns).astype(np.float32)
         for number, layer in enumerate(self._layers):
             hidden = hidden + self._attend(number, layer, _normed(hidden), sequence.slots, start, end, later)
         sequence.length = end
@@ -100,7 +102,9 @@ class NumpyModel:
     def lose(self, page: int) -> None:
         self._pool[:, :, page] = 0.0
 
-    def _attend(self, number: int, layer: dict[str, Any], hidden: np.ndarray, slots: np.ndarray, start: int, end: int, later: np.ndarray) -> np.ndarray:
+    def _attend(
+        self, number: int, layer: dict[str, Any], hidden: np.ndarray, slots: np.ndarray, start: int, end: int, later: np.ndarray
+    ) -> np.ndarray:
         shape = self._settings.shape
         gathered = []
         for part, name in ((0, "k"), (1, "v")):
@@ -113,11 +117,13 @@ class NumpyModel:
         scores = np.where(later[None], np.float32(-np.inf), scores)
         scores = np.exp(scores - scores.max(-1, keepdims=True))
         mixed = np.einsum("hts,shd->thd", scores / scores.sum(-1, keepdims=True), values)
-        return mixed.reshape(len(hidden), -1) @ layer["o"]
+        out: np.ndarray = mixed.reshape(len(hidden), -1) @ layer["o"]
+        return out
 
 
 def _normed(hidden: np.ndarray) -> np.ndarray:
-    return hidden / np.sqrt((hidden**2).mean(-1, keepdims=True) + np.float32(1e-6))
+    out: np.ndarray = hidden / np.sqrt((hidden**2).mean(-1, keepdims=True) + np.float32(1e-6))
+    return out
 
 
 def _bits(values: np.ndarray) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Sequence
 
 from .messages import Generated
 
@@ -81,55 +81,65 @@ def split(one: Answered) -> Split:
     return Split(*(part * MS for part in parts))
 
 
-HEAD = f"{'tokens':>7} {'chunks':>6} {'KV MiB':>8} {'TTFT':>8} {'prefill':>8} {'tail':>7} {'waited':>8} {'moving':>8} {'1st own':>8} {'early':>6} {'single':>8}  tokens, KV"
+# A request's parts, as the tables name and order them.
+PARTS = ("ttft", "prefill", "tail", "waited", "moving", "first")
+TITLES = ("TTFT", "prefill", "tail", "waited", "moving", "1st own")
 
 
 def rows(outcome: Outcome) -> list[str]:
     """A line per request; times in milliseconds."""
-    lines = [HEAD]
-    for one in sorted(outcome.answered, key=lambda one: (one.asked.is_warm_up, len(one.asked.request.tokens))):
-        parts, sent, truth = split(one), one.sent, outcome.truth[one.asked.request.room]
-        verdict = f"{'equal' if outcome.has_same_tokens(one) else 'DIFFERENT'}, {'equal' if has_same_kv(one) else 'DIFFERENT'}"
+    lines = [f"{'tokens':>7} {'chunks':>6} {'KV MiB':>8} {_cells(TITLES)} {'early':>6} {'single':>8}  tokens, KV"]
+    for one in sorted(outcome.answered, key=lambda one: (one.asked.is_warm_up, _tokens(one))):
+        same = [("DIFFERENT", "equal")[is_same] for is_same in (outcome.has_same_tokens(one), has_same_kv(one))]
         lines.append(
-            f"{len(one.asked.request.tokens):>7} {sent.chunks:>6} {sent.bytes / 2**20:>8.1f} {parts.ttft:>8.1f} {parts.prefill:>8.1f}"
-            f" {parts.tail:>7.1f} {parts.waited:>8.1f} {parts.moving:>8.1f} {parts.first:>8.1f} {100 * sent.early_bytes / sent.bytes:>5.0f}%"
-            f" {(truth.first - truth.started) * MS:>8.1f}  {verdict}{' (warm-up)' if one.asked.is_warm_up else ''}"
+            f"{_tokens(one):>7} {one.sent.chunks:>6} {one.sent.bytes / 2**20:>8.1f} {_times(outcome, [one])}"
+            f"  {', '.join(same)}{' (warm-up)' if one.asked.is_warm_up else ''}"
         )
     return lines
 
 
 def table(outcomes: list[Outcome]) -> list[str]:
-    """A line per path and third of the prompts by length; medians in milliseconds."""
-    lines = [f"{'path':<18} {'prompt tokens':>15} {'n':>3} {'TTFT':>8} {'prefill':>8} {'tail':>7} {'waited':>8} {'moving':>8} {'1st own':>8} {'early':>6} {'single':>8}"]
+    """A line per path and third of the prompts by length; medians in milliseconds; then a verdict per path."""
+    lines = [f"{'path':<12} {'prompt tokens':>14} {'n':>3} {_cells(TITLES)} {'early':>6} {'single':>8}"]
     for outcome in outcomes:
-        timed = sorted((one for one in outcome.answered if not one.asked.is_warm_up), key=lambda one: len(one.asked.request.tokens))
+        timed = sorted((one for one in outcome.answered if not one.asked.is_warm_up), key=_tokens)
         cuts = [len(timed) * third // 3 for third in range(4)]
-        for part in [timed[a:b] for a, b in zip(cuts, cuts[1:]) if b > a]:
-            lines.append(_medians(outcome, part))
-    lines.append("medians in ms; single: TTFT of one process that does both; early: bytes that decode had before prefill's last kernel ended")
-    for outcome in outcomes:
-        differing, found = outcome.differing(), outcome.found_out()
-        count, total = len(outcome.answered), sum(one.sent.bytes for one in outcome.answered)
-        lines.append(
-            f"{outcome.path} ({outcome.taken}): {count - len(differing)} of {count} prompts equal in tokens and KV, {total / 2**30:.2f} GiB in {outcome.took_s:.1f} s;"
-            f" of {len(outcome.controls)} that lost a page on purpose {found[0]} show it in tokens, {found[1]} in KV: {'RIGHT' if outcome.is_right() else 'WRONG'}"
-        )
-    return lines
+        for part in [timed[cuts[third] : cuts[third + 1]] for third in range(3)]:
+            if part:
+                between = f"{_tokens(part[0])}-{_tokens(part[-1])}"
+                lines.append(f"{outcome.taken:<12} {between:>14} {len(part):>3} {_times(outcome, part)}")
+    lines.append(
+        "medians in ms; early: bytes that decode had before prefill's last kernel ended; single: TTFT of one process alone"
+    )
+    return lines + [_verdict(outcome) for outcome in outcomes]
 
 
-def _medians(outcome: Outcome, part: list[Answered]) -> str:
-    def median(value: Callable[[Split], float]) -> float:
-        return statistics.median(value(split(one)) for one in part)
+def _verdict(outcome: Outcome) -> str:
+    count, total = len(outcome.answered), sum(one.sent.bytes for one in outcome.answered)
+    in_tokens, in_kv = outcome.found_out()
+    return (
+        f"{outcome.path} ({outcome.taken}): {count - len(outcome.differing())} of {count} prompts equal in tokens and KV, "
+        f"{total / 2**30:.2f} GiB in {outcome.took_s:.1f} s; of {len(outcome.controls)} that lost a page on purpose "
+        f"{in_tokens} show it in tokens, {in_kv} in KV: {'RIGHT' if outcome.is_right() else 'WRONG'}"
+    )
 
-    lengths = [len(one.asked.request.tokens) for one in part]
+
+def _times(outcome: Outcome, part: list[Answered]) -> str:
+    """Medians over requests; of one, its own."""
+    splits = [split(one) for one in part]
+    medians = [f"{statistics.median(getattr(parts, name) for parts in splits):.1f}" for name in PARTS]
     truths = [outcome.truth[one.asked.request.room] for one in part]
     single = statistics.median((truth.first - truth.started) * MS for truth in truths)
     early = sum(one.sent.early_bytes for one in part) / sum(one.sent.bytes for one in part)
-    return (
-        f"{outcome.taken:<18} {f'{min(lengths)}-{max(lengths)}':>15} {len(part):>3} {median(lambda s: s.ttft):>8.1f} {median(lambda s: s.prefill):>8.1f}"
-        f" {median(lambda s: s.tail):>7.1f} {median(lambda s: s.waited):>8.1f} {median(lambda s: s.moving):>8.1f} {median(lambda s: s.first):>8.1f}"
-        f" {100 * early:>5.0f}% {single:>8.1f}"
-    )
+    return f"{_cells(medians)} {100 * early:>5.0f}% {single:>8.1f}"
+
+
+def _cells(texts: Sequence[str]) -> str:
+    return " ".join(f"{text:>8}" for text in texts)
+
+
+def _tokens(one: Answered) -> int:
+    return len(one.asked.request.tokens)
 
 
 def plain(outcome: Outcome) -> dict[str, Any]:
@@ -141,7 +151,7 @@ def plain(outcome: Outcome) -> dict[str, Any]:
         "controls": outcome.found_out(),
         "requests": [
             {
-                "tokens": len(one.asked.request.tokens),
+                "tokens": _tokens(one),
                 "is_warm_up": one.asked.is_warm_up,
                 "chunks": one.sent.chunks,
                 "bytes": one.sent.bytes,

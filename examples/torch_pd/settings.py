@@ -77,18 +77,25 @@ def pages_of(tokens: int, page_size: int) -> int:
 
 def parse(arguments: list[str] | None = None) -> Run:
     """Reads the command line; refuses what cannot work with a sentence."""
-    parser = argparse.ArgumentParser(prog="torch_pd", description="PD disaggregation of a PyTorch model by kvtransfer; see README.md.")
+    parser = argparse.ArgumentParser(
+        prog="torch_pd", description="PD disaggregation of a PyTorch model by kvtransfer; see README.md."
+    )
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--prefill-gpu", type=int, default=0)
     add("--decode-gpu", type=int, default=0)
-    add("--model", choices=("auto", "transformers", "plain", "numpy"), default="auto", help="whose Qwen3; auto: transformers' if installed")
+    add(
+        "--model",
+        choices=("auto", "transformers", "plain", "numpy"),
+        default="auto",
+        help="whose Qwen3; auto: transformers' if installed",
+    )
     add("--size", choices=tuple(SIZES), help="default: 0.6b on a GPU, tiny on a CPU")
     for name in asdict(SIZES["tiny"]):
         add(f"--{name.replace('_', '-')}", type=int, help="instead of the size's")
     add("--page-size", type=int, default=16, help="tokens per page")
     add("--pages", type=int, help="of each pool; default: what the requests in flight need, and a quarter more")
-    add("--chunk", type=int, help="tokens of chunked prefill; default: 2048 on a GPU, 64 on a CPU")
+    add("--chunk", type=int, help="tokens of chunked prefill; default: about 2048 on a GPU, 64 on a CPU")
     add("--prompts", type=int, default=20)
     add("--longest", type=int, help="tokens of the longest prompt; default: 32768 on a GPU, 300 on a CPU")
     add("--new-tokens", type=int, default=16)
@@ -104,15 +111,18 @@ def parse(arguments: list[str] | None = None) -> Run:
     on_gpu = flags.device == "cuda"
     given = {name: getattr(flags, name) for name in asdict(SIZES["tiny"]) if getattr(flags, name) is not None}
     shape = Shape(**{**asdict(SIZES[flags.size or ("0.6b" if on_gpu else "tiny")]), **given})
-    chunk = flags.chunk or (2048 if on_gpu else 64)
+    page = flags.page_size
+    if page < 1:
+        parser.error("--page-size must be 1 or more")
+    chunk = flags.chunk or max(page, (2048 if on_gpu else 64) // page * page)
     longest = flags.longest or (32768 if on_gpu else 300)
     paths = tuple(flags.path.split(","))
-    request = pages_of(longest + flags.new_tokens, flags.page_size)
+    request = pages_of(longest + flags.new_tokens, page)
     pages = flags.pages or flags.in_flight * request * 5 // 4 + 16
 
     refusals = [
         (bool(set(paths) - set(PATHS)), f"--path {flags.path}: each must be one of {', '.join(PATHS)}"),
-        (flags.page_size < 1 or chunk < 1 or chunk % flags.page_size != 0, f"--chunk {chunk} must be whole pages of {flags.page_size} tokens"),
+        (chunk < 1 or chunk % page != 0, f"--chunk {chunk} must be whole pages of {page} tokens"),
         (shape.heads % shape.kv_heads != 0, f"--heads {shape.heads} must be a multiple of --kv-heads {shape.kv_heads}"),
         (pages < request, f"--pages {pages} cannot hold one prompt of {longest} tokens, which needs {request}"),
         (flags.new_tokens < 2, "--new-tokens must be 2 or more: the first comes from prefill"),

@@ -8,6 +8,7 @@ kernel would be faster and is not what this example is about.
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass
 from typing import ContextManager
 
@@ -73,6 +74,8 @@ class TorchModel:
         self._settings, shape = settings, settings.shape
         self._device = torch.device("cuda", gpu) if settings.device == "cuda" else torch.device("cpu")
         if settings.device == "cuda":
+            # cuBLAS is repeatable only with memory of a fixed size; read when its first handle is made.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.cuda.set_device(self._device)
             # cuDNN compiles a plan per shape, and a paged cache makes a new shape of nearly every step.
             torch.backends.cuda.enable_cudnn_sdp(False)

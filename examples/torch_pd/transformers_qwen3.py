@@ -31,7 +31,9 @@ class Network(torch.nn.Module):
 def make(shape: Shape, attend: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]) -> tuple[Network, str]:
     """The model on the current default device, its weights still to be drawn; and its name."""
 
-    def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_mask: Any, **_more: Any) -> tuple[torch.Tensor, None]:
+    def attention(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_mask: Any, **_more: Any
+    ) -> tuple[torch.Tensor, None]:
         return attend(module.layer_idx, query, key, value).transpose(1, 2), None
 
     AttentionInterface.register(NAME, attention)

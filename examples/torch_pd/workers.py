@@ -7,6 +7,7 @@ side. Decode grants pages with `receive`, prefill fills them chunk by chunk with
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -106,9 +107,9 @@ class Prefill(Worker):
             step = self.model.extend(sequence, tokens[at:end])
             chunk = pages[at // settings.page_size : pages_of(end, settings.page_size)]
             if end < length:
-                self._pushes.put(lambda step=step, chunk=chunk: self._push(sending, step, chunk))
+                self._pushes.put(functools.partial(self._push, sending, step, chunk))
             else:
-                self._pushes.put(lambda: self._push_last(sending, step, chunk, request, slot, pages, started))
+                self._pushes.put(functools.partial(self._push_last, sending, step, chunk, request, slot, pages, started))
 
     def _push(self, sending: kvt.Transfer, step: Any, pages: np.ndarray) -> None:
         """A chunk, on a thread that may wait. `wait_ready`: decode may not have granted its pages yet."""
@@ -117,7 +118,9 @@ class Prefill(Worker):
             raise TimeoutError(f"room {sending.room}: decode granted no pages within {self.settings.timeout} s")
         sending.push([pages])
 
-    def _push_last(self, sending: kvt.Transfer, step: Any, chunk: np.ndarray, request: Request, slot: int, pages: np.ndarray, started: float) -> None:
+    def _push_last(
+        self, sending: kvt.Transfer, step: Any, chunk: np.ndarray, request: Request, slot: int, pages: np.ndarray, started: float
+    ) -> None:
         step.wait()
         computed = time.monotonic()
         length = len(request.tokens)
@@ -136,7 +139,9 @@ class Prefill(Worker):
         assert self.engine is not None, "its transfer is live"
         return next((told["bytes"] for told in self.engine.info()["rooms"] if told["room"] == room), 0)
 
-    def _end(self, sending: kvt.Transfer, request: Request, slot: int, pages: np.ndarray, told: tuple[float, float, int, int]) -> None:
+    def _end(
+        self, sending: kvt.Transfer, request: Request, slot: int, pages: np.ndarray, told: tuple[float, float, int, int]
+    ) -> None:
         """Waits for decode's confirmation. Only now may the pages be used again."""
         with sending:
             outcome = sending.result(self.settings.timeout)
@@ -207,12 +212,16 @@ def generate(model: Model, sequence: Any, first: int, count: int) -> tuple[list[
 
 def run_prefill(connection: Connection, settings: Settings) -> None:
     """The prefill process, to its end."""
-    _run(connection, lambda: Prefill(connection, settings), lambda worker: {Open: worker.start, Request: worker.request, Close: worker.close})
+    _run(connection, lambda: Prefill(connection, settings), _pair_handlers)
 
 
 def run_decode(connection: Connection, settings: Settings) -> None:
     """The decode process, to its end."""
-    _run(connection, lambda: Decode(connection, settings), lambda worker: {Open: worker.start, Request: worker.request, Close: worker.close})
+    _run(connection, lambda: Decode(connection, settings), _pair_handlers)
+
+
+def _pair_handlers(worker: Any) -> dict[type, Callable[[Any], None]]:
+    return {Open: worker.start, Request: worker.request, Close: worker.close}
 
 
 def run_single(connection: Connection, settings: Settings) -> None:

@@ -29,10 +29,13 @@ def small(*more: str) -> settings.Settings:
     return settings.parse([*CPU, "--chunk", str(2 * PAGE), "--longest", "64", "--pages", "16", "--timeout", "20", *more]).settings
 
 
-@pytest.mark.parametrize(("path", "taken"), [("auto", "shm-"), ("shm", "shm-ring"), ("tcp", "tcp")])
-def test_the_pair_says_what_one_process_says(path: str, taken: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("path", "taken", "page"), [("auto", "shm-", 16), ("shm", "shm-ring", 1), ("tcp", "tcp", 24)])
+def test_the_pair_says_what_one_process_says(
+    path: str, taken: str, page: int, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     file = tmp_path / "run.json"
-    assert driver.main([*CPU, "--path", path, "--prompts", "9", "--in-flight", "3", "--json", str(file)]) == 0
+    more = ["--path", path, "--page-size", str(page), "--prompts", "9", "--in-flight", "3", "--json", str(file)]
+    assert driver.main([*CPU, *more]) == 0
     said = capsys.readouterr().out.splitlines()
     assert f"--path {path}: {taken}" in "\n".join(said)
     assert "11 of 11 prompts equal in tokens and KV" in said[-1] and said[-1].endswith("RIGHT")
@@ -100,7 +103,7 @@ class Target:
         self.peer = self.engine.connect(address, 20)
 
     def has(self, page: int) -> bool:
-        """Whether a page of every layer holds numbers; `None` of them half."""
+        """Whether a page of every layer holds numbers and nothing else."""
         filled = np.isfinite(self.model._pool[:, :, page])
         return bool(filled.all())
 
@@ -207,6 +210,7 @@ def test_lengths_have_the_awkward_ones() -> None:
         (["--path", "auto,rdma"], "each must be one of auto, tcp, shm"),
         (["--heads", "4", "--kv-heads", "3"], "--heads 4 must be a multiple of --kv-heads 3"),
         (["--pages", "3"], "--pages 3 cannot hold one prompt of 300 tokens, which needs 20"),
+        (["--page-size", "0"], "--page-size must be 1 or more"),
         (["--new-tokens", "1"], "--new-tokens must be 2 or more"),
     ],
 )
