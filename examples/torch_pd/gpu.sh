@@ -37,7 +37,7 @@ there() {
     export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TRANSFORMERS_VERBOSITY=error
     "$python" -c "import cffi" 2>/dev/null || export PYTHONPATH=$PYTHONPATH:$folder/cffi
     {
-        nvidia-smi --query-gpu=index,name,driver_version,memory.total --format=csv,noheader
+        command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=index,name,driver_version,memory.total --format=csv,noheader
         uname -r
         timeout 90 "$python" - <<'P'
 import importlib.metadata, sys
