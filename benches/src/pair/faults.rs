@@ -456,7 +456,12 @@ impl Bench {
     fn brief(&mut self) -> anyhow::Result<()> {
         let room = self.room();
         let millis = u64::try_from(DEADLINE.as_millis())?;
-        let grant = Command::GrantBriefly { room, millis };
+        let count = 1;
+        let grant = Command::GrantMany {
+            room,
+            count,
+            millis,
+        };
         self.pair.target.ask(&grant)?;
         let ended = self.push(room)?.end()?;
         anyhow::ensure!(ended.error.is_none(), "it failed: {:?}", ended.error);
