@@ -243,11 +243,16 @@ struct Rooms {
 }
 
 fn rooms(path: SameHost, pages: i32) -> Rooms {
+    let targets: Vec<i32> = (100..100 + pages).collect();
+    rooms_of(config(path), &targets)
+}
+
+fn rooms_of(settings: EngineConfig, targets: &[i32]) -> Rooms {
     let devices = [FakeDevice::new(), FakeDevice::new()];
     let engines = [0, 1].map(|rank| {
         let mut memory = Memory::new();
         memory.add(devices[rank].region(LEN));
-        Engine::start(config(path), memory, paged()).unwrap()
+        Engine::start(settings.clone(), memory, paged()).unwrap()
     });
     let (peer, ..) = connect(&engines[1], &engines[0]);
     let room = Room::new(7).unwrap();
@@ -257,7 +262,7 @@ fn rooms(path: SameHost, pages: i32) -> Rooms {
             sources: vec![Source { peer, dummy: false }],
             receivers_expected: 1,
             prefix_tokens: 0,
-            items: vec![(100..100 + pages).collect()],
+            items: vec![targets.into()],
             timeout: SOON,
         })
         .unwrap();
@@ -281,6 +286,25 @@ fn chunk(items: std::ops::Range<i32>, last: bool) -> Chunk {
         items: vec![items.collect()],
         last,
     }
+}
+
+#[test]
+fn pages_that_follow_each_other_are_left_to_the_driver() {
+    let grids = |list: Vec<i32>| {
+        let mut settings = config(SameHost::PullOnly);
+        settings.device_pull_batch_bytes = 1 << 20;
+        let rooms = rooms_of(settings, &list);
+        fill(&rooms.engines[0], &pattern(4));
+        let items = vec![list.as_slice().into()];
+        rooms.sending.push(&Chunk { items, last: true }).unwrap();
+        rooms.sending.wait(SOON).unwrap().unwrap();
+        rooms.receiving.wait(SOON).unwrap().unwrap();
+        assert!(image(&rooms.engines[1]) == pattern(4));
+        rooms.devices[1].counts().grids
+    };
+    let pages = i32::try_from(LEN / PAGE).unwrap();
+    assert_eq!(grids((0..pages).collect()), 0, "a MiB that lies together");
+    assert!(grids((0..pages).rev().collect()) > 0);
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! What an application holds of a transfer, and the ways to learn of its end: wait, callback, future, descriptor.
 
+mod push;
+
 use std::{
     collections::VecDeque,
     future::Future,
@@ -15,15 +17,15 @@ use std::{
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::{awaited, hub::Hub};
+use self::push::check_lists;
+use super::hub::Hub;
 use crate::{
     clock,
     error::{SubmitError, TransferError, plain_text},
     ids::{PeerId, Room, TransferId},
-    layout::Layout,
     memory::Gate,
-    plan::{pairing::Pairing, stream::check_items},
-    transfer::{Chunk, ReceiveRequest, SendRequest, Summary},
+    plan::pairing::Pairing,
+    transfer::{ReceiveRequest, SendRequest, Summary},
     transport::DataLane,
     wire::blocks::WriteOpen,
 };
@@ -229,13 +231,6 @@ impl Transfer {
         })
     }
 
-    /// Queues items that need no check against the layout.
-    pub(super) fn push_unchecked(&self, chunk: &Chunk) -> Result<(), SubmitError> {
-        let lane = self.hub.push(self.id, chunk)?;
-        self.shared.lock().lane = lane;
-        Ok(())
-    }
-
     /// The room.
     pub fn room(&self) -> Room {
         self.room
@@ -244,47 +239,6 @@ impl Transfer {
     /// This engine's number for the transfer, as in the completion queue.
     pub fn id(&self) -> TransferId {
         self.id
-    }
-
-    /// Queues pages to every receiver. Small chunks are written by the calling thread if the connection is free.
-    ///
-    /// # Errors
-    /// See [`SubmitError`]; nothing is queued then.
-    pub fn push(&self, chunk: &Chunk) -> Result<(), SubmitError> {
-        if let Some(Err(error)) = &self.shared.lock().result {
-            return Err(SubmitError::Ended(error.clone()));
-        }
-        check_lists(&self.hub.layout, &chunk.items)?;
-        if self.hub.waiting.has(self.id) {
-            return awaited::push_after(&self.hub, self.id, &self.shared, chunk, &[]);
-        }
-        let lane = self.hub.push(self.id, chunk)?;
-        if lane.is_some() {
-            self.shared.lock().lane = lane;
-        }
-        Ok(())
-    }
-
-    /// As [`push`](Self::push), for pages that the device still writes: not a byte of them is read before each of `events` has
-    /// happened, which are events of the device's driver as integers (`torch.cuda.Event.cuda_event`), recorded before this
-    /// call, and the caller's again when it returns. It does not wait. Chunks that are pushed later wait behind this one. What
-    /// [`push`](Self::push) would refuse by then ends the transfer instead.
-    ///
-    /// # Errors
-    /// See [`SubmitError`]: also events without a device, or more than
-    /// [`EVENTS_MAX`](crate::engine::EVENTS_MAX) of them. Nothing is queued then.
-    pub fn push_after(&self, chunk: &Chunk, events: &[u64]) -> Result<(), SubmitError> {
-        if events.is_empty() {
-            return self.push(chunk);
-        }
-        if let Some(Err(error)) = &self.shared.lock().result {
-            return Err(SubmitError::Ended(error.clone()));
-        }
-        if self.ready().is_none() {
-            return Err(SubmitError::NotReady);
-        }
-        check_lists(&self.hub.layout, &chunk.items)?;
-        awaited::push_after(&self.hub, self.id, &self.shared, chunk, events)
     }
 
     /// Where it stands.
@@ -511,19 +465,4 @@ impl CompletionQueue {
             let _ = rustix::io::write(event, &1_u64.to_ne_bytes());
         }
     }
-}
-
-/// Checks item lists against the local layout: after this, plans made from them stay inside the regions.
-fn check_lists(layout: &Layout, lists: &[Arc<[i32]>]) -> Result<(), SubmitError> {
-    if lists.len() > layout.components.len() {
-        let (got, known) = (lists.len(), layout.components.len());
-        return Err(SubmitError::Items(format!(
-            "{got} item lists for {known} components"
-        )));
-    }
-    for (component, list) in layout.components.iter().zip(lists) {
-        check_items(list, component.item_count())
-            .map_err(|error| SubmitError::Items(format!("{:?}: {error}", component.kind)))?;
-    }
-    Ok(())
 }

@@ -1,6 +1,7 @@
 //! A GPU as the engine sees it: [`Device`] over this module's streams, kernels and handles.
 
 mod copier;
+mod flight;
 mod foreign;
 mod share;
 

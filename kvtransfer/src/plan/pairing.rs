@@ -169,6 +169,13 @@ impl Piece {
         u64::from(self.rows) * self.row_len
     }
 
+    /// Whether each item is one row that ends where the next item begins, on both sides.
+    #[must_use]
+    pub fn is_dense(&self) -> bool {
+        let touches = |side: &Side| side.item_stride == self.row_len;
+        self.rows == 1 && touches(&self.source) && touches(&self.target)
+    }
+
     /// One end of it.
     #[must_use]
     pub fn side(&self, end: End) -> &Side {

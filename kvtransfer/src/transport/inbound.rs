@@ -20,10 +20,7 @@ use super::{
 };
 use crate::{
     clock,
-    memory::{
-        Gate,
-        device::{Ends, Move},
-    },
+    memory::Gate,
     plan::{
         cursor::{Segment, SideCursor},
         descriptor::Descriptor,
@@ -83,8 +80,7 @@ pub(super) struct Inbound {
     stager: Stager,
     /// Segments of one chunk.
     parts: Vec<Segment>,
-    moves: Vec<Move>,
-    ends: Vec<Ends>,
+    copies: device::Copies,
 }
 
 /// What one system call brought.
@@ -123,8 +119,7 @@ impl Inbound {
             scratch: Box::default(),
             stager: Stager::default(),
             parts: Vec::new(),
-            moves: Vec::new(),
-            ends: Vec::new(),
+            copies: device::Copies::default(),
         }
     }
 

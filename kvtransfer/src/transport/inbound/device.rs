@@ -18,15 +18,23 @@ use crate::{
     transport::{lane::LaneContext, sys::IOV_MAX},
 };
 
-/// Rows from which copies are listed: few of them are a batch, and where they meet they become one, which the driver copies
-/// best. Shorter ones the device works out for itself, which costs neither the processor nor the bus anything per row.
-const LISTED_ROW_BYTES: u64 = 1 << 20;
+/// Bytes that lie together on both sides from which copies are listed: few of them are a batch, and the driver copies each
+/// faster than a kernel, without taking a multiprocessor from anybody. Shorter ones the device works out for itself, which
+/// costs neither the processor nor the bus anything per row.
+const LISTED_BYTES: u64 = 1 << 20;
 
 /// Most moves of one copy: its list has 1.5 MiB, and a list of 64 Ki pages takes the device some 100 µs at least.
 const MOVES_MAX: usize = 1 << 16;
 
 /// Most bytes of one copy: bounds how long closing the gate can take, to less than a millisecond on current devices.
 const COPY_BYTES_MAX: u64 = 256 << 20;
+
+/// What the next copy is made of.
+#[derive(Default)]
+pub(super) struct Copies {
+    moves: Vec<Move>,
+    ends: Vec<Ends>,
+}
 
 impl Inbound {
     /// Copies a batch from the peer's device memory.
@@ -39,7 +47,16 @@ impl Inbound {
         batch: &BatchIn,
     ) -> Result<(), Placement> {
         let paired = batch.pairing.components.get(batch.component);
-        let is_short = |piece: &Piece| piece.row_len < LISTED_ROW_BYTES;
+        let target_items = &batch.items[batch.part.clone()];
+        let is_run = is_one_run(items) && is_one_run(target_items);
+        let is_short = |piece: &Piece| {
+            let together = if is_run && piece.is_dense() {
+                items.len() as u64 * piece.row_len
+            } else {
+                piece.row_len
+            };
+            together < LISTED_BYTES
+        };
         match paired.filter(|paired| paired.pieces().iter().all(is_short)) {
             Some(paired) => self.pull_by_grids(context, paired, gate, items, batch),
             None => self.pull_by_lists(context, cursor, gate, items, batch),
@@ -64,9 +81,9 @@ impl Inbound {
         let failed = |error: DeviceError| failed(&error);
         for part in parts {
             let pieces = &paired.pieces()[part.pieces];
-            self.ends.clear();
+            self.copies.ends.clear();
             for piece in pieces {
-                self.ends.push(ends(context, piece)?);
+                self.copies.ends.push(ends(context, piece)?);
             }
             let first = &pieces[0];
             let strides = |side: &Side| Strides {
@@ -74,7 +91,7 @@ impl Inbound {
                 row: side.row_stride,
             };
             let grid = Grid {
-                buffers: &self.ends,
+                buffers: &self.copies.ends,
                 source_items: &items[part.items.clone()],
                 target_items: &target_items[part.items],
                 source: strides(&first.source),
@@ -106,19 +123,20 @@ impl Inbound {
             self.descriptors = vec![Descriptor::EMPTY; IOV_MAX].into_boxed_slice();
         }
         let target_items = &batch.items[batch.part.clone()];
-        self.moves.clear();
+        self.copies.moves.clear();
         let mut bytes = 0;
         while cursor.remaining() > 0 {
             let filled = cursor.fill(items, target_items, &mut self.descriptors);
             for at in 0..filled {
                 let next = self.move_of(context, at)?;
-                let is_full = self.moves.len() == MOVES_MAX || bytes + next.len > COPY_BYTES_MAX;
-                if is_full && !self.moves.is_empty() {
+                let is_full =
+                    self.copies.moves.len() == MOVES_MAX || bytes + next.len > COPY_BYTES_MAX;
+                if is_full && !self.copies.moves.is_empty() {
                     self.copy_moves(context, gate)?;
                     bytes = 0;
                 }
                 bytes += next.len;
-                self.moves.push(next);
+                self.copies.moves.push(next);
             }
         }
         self.copy_moves(context, gate)
@@ -147,10 +165,15 @@ impl Inbound {
         let Some(_pass) = gate.pass() else {
             return Err(Placement::GateClosed);
         };
-        copier.copy(&self.moves).map_err(failed)?;
-        self.moves.clear();
+        copier.copy(&self.copies.moves).map_err(failed)?;
+        self.copies.moves.clear();
         Ok(())
     }
+}
+
+/// Whether items follow each other.
+fn is_one_run(items: &[i32]) -> bool {
+    items.windows(2).all(|pair| pair[0] + 1 == pair[1])
 }
 
 /// Where both sides' first row of item 0 begins.
@@ -196,4 +219,15 @@ fn misbehaved(reason: &str) -> Placement {
     Placement::Failed(TransferError::PeerMisbehaved {
         reason: reason.into(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_one_run;
+
+    #[test]
+    fn items_that_follow_each_other_are_one_run() {
+        assert!(is_one_run(&[]) && is_one_run(&[7]) && is_one_run(&[7, 8, 9]));
+        assert!(!is_one_run(&[7, 9]) && !is_one_run(&[8, 7]) && !is_one_run(&[7, 8, 8]));
+    }
 }
