@@ -1,14 +1,14 @@
 //! Transfers: one side's part in one room.
 #![expect(unsafe_code, reason = "exported functions take raw pointers")]
 
+mod given;
 mod moving;
 
 use std::{ffi::c_char, sync::Arc, time::Duration};
 
 use kvt::{
     engine::Transfer,
-    ids::{PeerId, Room},
-    layout::dsa_tail_slots,
+    ids::Room,
     transfer::{Chunk, ReceiveRequest, SendRequest, Source},
 };
 
@@ -18,9 +18,10 @@ use crate::{
     guard::enter,
     handle::{Handle, Opaque, borrow, free, give, on},
     records::Record,
-    status::{Failure, KVT_BAD_ITEMS, KVT_WOULD_WAIT, kvt_status_t},
+    status::{Failure, KVT_WOULD_WAIT, kvt_status_t},
 };
 
+use given::{item_lists, source};
 use moving::{Moving, state};
 
 /// `kvt_transfer_poll_many`: it failed; `kvt_transfer_wait` says why. The numbers are SGLang's `KVPoll`.
@@ -466,46 +467,6 @@ fn open(
         records: Arc::clone(&opened.records),
         tails: Arc::clone(&opened.tails),
     }))
-}
-
-/// # Safety
-/// `items` is NULL or points to `len` lists that are as long as they say and do not change during the call.
-unsafe fn item_lists(
-    items: *const kvt_items_t,
-    len: usize,
-    tails: &[bool],
-) -> Result<Vec<Arc<[i32]>>, Failure> {
-    // SAFETY: the caller's contract is ours.
-    let lists = unsafe { list(items, len, "items") }?;
-    let mut copies = Vec::with_capacity(lists.len().min(kvt::layout::COMPONENTS_MAX));
-    for (at, items) in lists.iter().enumerate() {
-        // SAFETY: the caller's contract is ours.
-        let items = unsafe { list(items.items, items.count, &format!("items[{at}].items")) }?;
-        copies.push(if tails.get(at) == Some(&true) {
-            let slots = dsa_tail_slots(items);
-            slots
-                .map_err(|error| Failure::new(KVT_BAD_ITEMS, error.to_string()))?
-                .into()
-        } else {
-            items.into()
-        });
-    }
-    Ok(copies)
-}
-
-fn source(given: &kvt_source_t) -> Result<Source, Failure> {
-    zero(given.reserved, "source.reserved")?;
-    let dummy = match given.dummy {
-        0 => false,
-        1 => true,
-        other => {
-            return Err(Failure::argument(format!(
-                "`source.dummy` is {other}, it must be 0 or 1"
-            )));
-        }
-    };
-    let peer = PeerId(given.peer);
-    Ok(Source { peer, dummy })
 }
 
 fn record(room: Room, user_data: u64) -> Record {
