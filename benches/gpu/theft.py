@@ -197,7 +197,7 @@ def main():
     alone = min(matmuls(None)[0] for _ in range(3))
     print(f"matmul alone: {alone:.3f} ms, {2 * N ** 3 / alone / 1e9:.0f} TFLOP/s")
     sm_all = torch.cuda.get_device_properties(0).multi_processor_count
-    for kind, blocks in [("hold", 2), ("hold", 4), ("hold", 10), ("thin4", sm_all), ("thin8", sm_all // 3), ("thin8", sm_all), ("thin12", sm_all),
+    for kind, blocks in [("hold", 2), ("hold", 4), ("hold", 10), ("thin6", sm_all), ("thin12", sm_all // 3), ("thin8", sm_all), ("thin12", sm_all),
                          ("thin12", 2 * sm_all), ("bulk", 1), ("bulk", 2), ("bulk", 4), ("bulk", 10), ("vector", 4), ("vector", 10),
                          ("vector", 2112), ("engine", 0), ("batch", 0)]:
         if kind == "batch" and not hasattr(cuda, "cuMemcpyBatchAsync_v2"):

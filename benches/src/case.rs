@@ -27,6 +27,10 @@ pub(crate) enum CaseName {
     #[value(name = "pages-4k")]
     #[serde(rename = "pages-4k")]
     Pages4k,
+    /// 64 layers of 8 scattered pages of 1 MiB: 512 MiB, for GPUs
+    #[value(name = "pages-1m", hide = true)]
+    #[serde(rename = "pages-1m")]
+    Pages1m,
     /// 64 layers of 128 scattered pages of 16 KiB: 128 MiB, for `--faults` and `--restarts`
     #[value(name = "short-16k", hide = true)]
     #[serde(rename = "short-16k")]
@@ -146,6 +150,7 @@ impl Case {
             CaseName::Pages16k => (64, 16 << 10, 512 / divisor, 1),
             CaseName::Short16k => (64, 16 << 10, 128 / divisor, 1),
             CaseName::Pages4k => (64, 4 << 10, 1024 / divisor, 1),
+            CaseName::Pages1m => (64, 1 << 20, 8 / divisor, 1),
             CaseName::Latency16k => (1, 16 << 10, samples / divisor, samples / divisor),
             CaseName::Latency64 => (1, 64, samples / divisor, samples / divisor),
             CaseName::Latency4k => (1, 4 << 10, samples / divisor, samples / divisor),
@@ -308,6 +313,7 @@ mod tests {
             (CaseName::One1Gib, 1 << 30, 1),
             (CaseName::Pages16k, 512 << 20, 64 * 512),
             (CaseName::Pages4k, 256 << 20, 65_536),
+            (CaseName::Pages1m, 512 << 20, 512),
             (CaseName::Write64k, 16 << 20, 256),
             (CaseName::Write4k, 16 << 20, 4096),
         ];

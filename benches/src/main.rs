@@ -111,6 +111,10 @@ struct Cli {
     /// Kind of kernel that copies on the GPU
     #[arg(long, value_enum, default_value_t = Kernel::Auto)]
     gpu_kernel: Kernel,
+    /// Mapping the other's GPU memory is refused, so that the engines choose another way by themselves: `--path ring` says
+    /// which it must be
+    #[arg(long, requires = "gpu")]
+    refuse_mapping: bool,
     /// Freeze and kill either side in the middle of so many transfers over each path instead of measuring single ones, and
     /// count what arrives late and what is told too late; before, many transfers at once, one way and both ways
     #[arg(long, value_name = "COUNT")]
@@ -142,6 +146,7 @@ impl Cli {
             ordinal,
             percent: self.gpu_percent,
             kernel: self.gpu_kernel,
+            refuses: self.refuse_mapping,
         };
         let gpus = self
             .gpu

@@ -82,13 +82,13 @@ impl Pair {
         let source = Arc::new(Region::mmap(case.region_bytes())?);
         let scratch = Region::mmap(case.region_bytes())?;
         let mut memory = Memory::new();
-        let gpu = plan.gpu.map(|[gpu, _]| GpuMemory::new(gpu, source.len()));
+        let gpu = plan.gpu.map(|[gpu, _]| GpuMemory::new(gpu, &source));
         let gpu = gpu.transpose()?.map(Arc::new);
         let used = gpu.as_deref().map_or(&source, GpuMemory::region);
         memory.add_shared(Arc::clone(used));
         let mut config = EngineConfig::default();
         config.listen = Some("127.0.0.1:0".parse()?);
-        config.same_host = path.same_host();
+        config.same_host = path.same_host(plan.gpu.is_some_and(|[gpu, _]| gpu.refuses));
         if let Some([rdma, _]) = &plan.rdma {
             config.rdma = rdma.config();
         }
@@ -192,7 +192,7 @@ impl Pair {
     /// Our engine: grants are in before the clock starts; a sample goes from the push to the last acknowledgement.
     fn ours(&mut self, sums: &[u64]) -> anyhow::Result<Pass> {
         if let Some(gpu) = &self.gpu {
-            gpu.load(&self.source)?;
+            gpu.load()?;
         }
         self.target.ask(&Command::Poison)?;
         let first_room = self.next_room;

@@ -39,9 +39,11 @@ impl Path {
         }
     }
 
-    /// What an engine must be told to take this path and no other.
-    pub(crate) fn same_host(self) -> SameHost {
+    /// What an engine must be told to take this path and no other. Where the best one is refused to it, nothing: it has to
+    /// find the way itself.
+    pub(crate) fn same_host(self, is_refused: bool) -> SameHost {
         match self {
+            _ if is_refused => SameHost::Auto,
             Self::Tcp | Self::Verbs => SameHost::Off,
             Self::Shm => SameHost::PullOnly,
             Self::Ring => SameHost::RingOnly,

@@ -69,7 +69,9 @@ fn start_engine(
     let mut memory = Memory::new();
     memory.add_shared(Arc::clone(region));
     let mut config = EngineConfig::default();
-    config.same_host = setup.path.same_host();
+    config.same_host = setup
+        .path
+        .same_host(setup.gpu.is_some_and(|gpu| gpu.refuses));
     config.lanes = setup.lanes;
     if let Some(rdma) = &setup.rdma {
         config.rdma = rdma.config();
@@ -115,7 +117,7 @@ impl Target {
     fn start(setup: &Setup) -> anyhow::Result<(Self, PeerInfo)> {
         let case = Case::new(setup.case, setup.extent);
         let region = Arc::new(Region::mmap(case.region_bytes())?);
-        let gpu = setup.gpu.map(|gpu| GpuMemory::new(gpu, region.len()));
+        let gpu = setup.gpu.map(|gpu| GpuMemory::new(gpu, &region));
         let gpu = gpu.transpose()?.map(Arc::new);
         let used = gpu.as_deref().map_or(&region, GpuMemory::region);
         let (engine, info) = start_engine(setup, &case, used)?;
@@ -148,11 +150,49 @@ impl Target {
 
     fn obey(&mut self, command: Command) -> anyhow::Result<Answer> {
         match command {
-            Command::Setup(_) => anyhow::bail!("already set up"),
+            Command::End => {
+                let watched = self.watched.pop_front();
+                let watched = watched.context("nothing is watched")?;
+                let ended = watched.end()?;
+                self.at_end = ended.sums;
+                self.is_ours = true;
+                Ok(Answer::Ended {
+                    error: ended.error,
+                    millis: ended.millis,
+                })
+            }
+            Command::Late => {
+                let now = self.blocks().sums()?;
+                let wrong = now.iter().zip(&self.at_end).filter(|(a, b)| a != b).count();
+                Ok(Answer::Checked { wrong })
+            }
+            Command::Check { sums } => {
+                if let Some(gpu) = self.gpu.as_ref().filter(|_| self.is_ours) {
+                    gpu.store()?;
+                }
+                let found = data::checksums(&self.region, &self.case, Side::Target)?;
+                anyhow::ensure!(found.len() == sums.len(), "both sides count blocks alike");
+                let wrong = found.iter().zip(&sums).filter(|(a, b)| a != b).count();
+                Ok(Answer::Checked { wrong })
+            }
+            Command::Resources => Ok(Answer::Resources(Resources::here(self.gpu.as_deref())?)),
+            Command::Usage => Ok(Answer::Usage {
+                cpu_seconds: raw::cpu_seconds(),
+            }),
+            other => {
+                self.perform(other)?;
+                Ok(Answer::Done)
+            }
+        }
+    }
+
+    /// Commands that are answered by their being done.
+    fn perform(&mut self, command: Command) -> anyhow::Result<()> {
+        match command {
             Command::Poison => {
                 data::poison(&self.region, &self.case)?;
                 if let Some(gpu) = &self.gpu {
-                    gpu.load(&self.region)?;
+                    gpu.load()?;
                 }
             }
             Command::Grant { first_room } => self.grant(first_room)?,
@@ -191,42 +231,15 @@ impl Target {
                 after_micros,
                 millis,
             } => freeze(after_micros, millis),
-            Command::End => {
-                let watched = self.watched.pop_front();
-                let watched = watched.context("nothing is watched")?;
-                let ended = watched.end()?;
-                self.at_end = ended.sums;
-                self.is_ours = true;
-                return Ok(Answer::Ended {
-                    error: ended.error,
-                    millis: ended.millis,
-                });
-            }
-            Command::Late => {
-                let now = self.blocks().sums()?;
-                let wrong = now.iter().zip(&self.at_end).filter(|(a, b)| a != b).count();
-                return Ok(Answer::Checked { wrong });
-            }
             Command::Restart => self.restart()?,
-            Command::Resources => {
-                return Ok(Answer::Resources(Resources::here(self.gpu.as_deref())?));
-            }
-            Command::Usage => {
-                return Ok(Answer::Usage {
-                    cpu_seconds: raw::cpu_seconds(),
-                });
-            }
-            Command::Check { sums } => {
-                if let Some(gpu) = self.gpu.as_ref().filter(|_| self.is_ours) {
-                    gpu.store(&self.region)?;
-                }
-                let found = data::checksums(&self.region, &self.case, Side::Target)?;
-                anyhow::ensure!(found.len() == sums.len(), "both sides count blocks alike");
-                let wrong = found.iter().zip(&sums).filter(|(a, b)| a != b).count();
-                return Ok(Answer::Checked { wrong });
-            }
+            Command::Setup(_) => anyhow::bail!("already set up"),
+            Command::End
+            | Command::Late
+            | Command::Check { .. }
+            | Command::Resources
+            | Command::Usage => anyhow::bail!("a question, which is answered elsewhere"),
         }
-        Ok(Answer::Done)
+        Ok(())
     }
 
     fn grant(&mut self, first_room: u64) -> anyhow::Result<()> {

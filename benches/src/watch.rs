@@ -33,7 +33,7 @@ impl Blocks {
     /// A checksum of each.
     pub(crate) fn sums(&self) -> anyhow::Result<Vec<u64>> {
         if let Some(gpu) = &self.gpu {
-            gpu.store(&self.region)?;
+            gpu.store()?;
         }
         data::checksums(&self.region, &self.case, Side::Target)
     }

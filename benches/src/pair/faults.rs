@@ -141,7 +141,7 @@ impl Bench {
         data::fill(&pair.source, &pair.case, seed)?;
         self.sums = data::checksums(&pair.source, &pair.case, Side::Source)?;
         match &pair.gpu {
-            Some(gpu) => gpu.load(&pair.source),
+            Some(gpu) => gpu.load(),
             None => Ok(()),
         }
     }
@@ -153,8 +153,9 @@ impl Bench {
 
     /// Somewhere in the middle of a transfer, and now and then before or behind it.
     fn somewhen(&mut self) -> u64 {
-        let micros = (self.found.typical_ms * 1.2e3).max(10.0);
-        self.random.below(micros as usize) as u64
+        let typical = Duration::from_secs_f64(self.found.typical_ms * 1.2e-3);
+        let micros = usize::try_from(typical.as_micros()).unwrap_or(usize::MAX);
+        self.random.below(micros.max(10)) as u64
     }
 
     /// Starts a transfer to the target.

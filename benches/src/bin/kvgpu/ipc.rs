@@ -10,13 +10,14 @@ use std::{
     path::PathBuf,
     process::Command,
     sync::Arc,
+    thread,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 use kvtransfer::gpu::{
-    Blocks, Context, KernelOptions, Kernels, Launch, Method, Pair, Priority, Rows, Side, Stream,
-    Window,
+    Blocks, Context, KernelOptions, Kernels, Launch, Method, Pair, Pinned, Priority, Rows, Side,
+    Stream, Window,
     ipc::{self, Handle, Imports, PeerProcess},
     memory::{DeviceBuffer, VirtualBuffer},
 };
@@ -56,6 +57,10 @@ pub(crate) struct ReceiverOptions {
 /// Every page differs from every other: random bytes that repeat after so many, and in each 4 KiB its own number.
 const PATTERN_BYTES: usize = 64 << 20;
 const STAMP_SPAN: usize = 4096;
+
+/// Threads that look at what was copied, and bytes that each takes off the GPU at a time: whole pages of every size.
+const CHECKERS: usize = 8;
+const CHECKED_BYTES: usize = 16 << 20;
 
 pub(crate) fn run(gpu: u32, options: &Options) -> Result<Table> {
     let context = Context::primary(gpu)?;
@@ -227,6 +232,14 @@ pub(crate) fn receive(gpu: u32, options: &ReceiverOptions) -> Result<()> {
         pattern: pattern(options.seed),
         seed: options.seed,
         is_other_gpu: options.owner_gpu != gpu,
+        checkers: (0..CHECKERS)
+            .map(|_| {
+                Ok((
+                    Stream::new(&context, Priority::Low)?,
+                    Pinned::allocate(&context, CHECKED_BYTES)?,
+                ))
+            })
+            .collect::<Result<_>>()?,
         context,
         table,
     };
@@ -264,6 +277,7 @@ struct Bench {
     pattern: Vec<u8>,
     seed: u64,
     is_other_gpu: bool,
+    checkers: Vec<(Stream, Pinned)>,
     table: Table,
 }
 
@@ -391,17 +405,57 @@ impl Bench {
         from: &[usize],
         to: &[usize],
     ) -> Result<bool> {
-        let got = target.read(&self.stream)?;
-        let is_page_right = |(from, to): (&usize, &usize)| {
-            (0..page / STAMP_SPAN).all(|part| {
-                let source = from * page + part * STAMP_SPAN;
-                let got = &got[to * page + part * STAMP_SPAN..][..STAMP_SPAN];
+        let mut source_of = vec![usize::MAX; target.len() / page];
+        for (from, to) in from.iter().zip(to) {
+            source_of[*to] = *from;
+        }
+        let is_whole = !source_of.contains(&usize::MAX);
+        ensure!(is_whole, "every page of the target is some page's");
+        self.stream.synchronize()?;
+        let source_of = &source_of;
+        thread::scope(|scope| {
+            let checkers = self.checkers.iter().enumerate().map(|(number, checker)| {
+                scope.spawn(move || self.is_share_right(checker, number, target, page, source_of))
+            });
+            let checkers: Vec<_> = checkers.collect();
+            let mut is_right = true;
+            for checker in checkers {
+                is_right &= checker.join().expect("invariant: checkers do not panic")?;
+            }
+            Ok(is_right)
+        })
+    }
+
+    /// Looks at every [`CHECKERS`]th piece of the target, from the numbered one on.
+    fn is_share_right(
+        &self,
+        (stream, pinned): &(Stream, Pinned),
+        number: usize,
+        target: &DeviceBuffer,
+        page: usize,
+        source_of: &[usize],
+    ) -> Result<bool> {
+        let mut got = vec![0; CHECKED_BYTES];
+        let starts = (0..target.len()).step_by(CHECKED_BYTES);
+        for start in starts.skip(number).step_by(CHECKERS) {
+            let len = CHECKED_BYTES.min(target.len() - start);
+            let from = target.address() + start as u64;
+            // SAFETY: both outlive the synchronisation on the next line.
+            unsafe { stream.copy(pinned.device_address(), from, len) }?;
+            stream.synchronize()?;
+            pinned.region().read_at(0, &mut got[..len])?;
+            for (place, got) in got[..len].chunks_exact(STAMP_SPAN).enumerate() {
+                let at = start + place * STAMP_SPAN;
+                let source = source_of[at / page] * page + at % page;
                 let repeated = source % PATTERN_BYTES;
-                got[..16] == stamp(self.seed, source / STAMP_SPAN)
-                    && got[16..] == self.pattern[repeated + 16..repeated + STAMP_SPAN]
-            })
-        };
-        Ok(from.iter().zip(to).all(is_page_right))
+                let is_right = got[..16] == stamp(self.seed, source / STAMP_SPAN)
+                    && got[16..] == self.pattern[repeated + 16..repeated + STAMP_SPAN];
+                if !is_right {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
     }
 
     /// Mapping again and again leaves nothing behind.

@@ -83,6 +83,7 @@ pub(crate) fn run(gpu: u32, options: &Options) -> Result<Table> {
     bench.pages(&launches)?;
     bench.slices()?;
     bench.windows()?;
+    bench.batches()?;
     bench.pieces_and_checksums()?;
     bench.small()?;
     bench.host()?;
@@ -257,6 +258,61 @@ impl Bench {
                 );
                 self.table
                     .rate(what, rate(window.range.end, took), Some(self.plain));
+            }
+        }
+        Ok(())
+    }
+
+    /// Windows of 16 KiB pages as an engine launches them, one batch behind the other: what a launch costs beside its bytes is
+    /// the difference between batches of different sizes.
+    fn batches(&mut self) -> Result<()> {
+        const PAGE: u32 = 16384;
+        const BUFFERS: u64 = 64;
+        let (source, target) = (self.source.address(), self.target.address());
+        for mib in [64_u64, 128, 256] {
+            let batch = mib << 20;
+            let page = u64::from(PAGE);
+            let items = batch / BUFFERS / page;
+            let count = (self.source.len() as u64 / batch).min(16);
+            let order = self.random.order(usize::try_from(items)?);
+            let order = order.into_iter().map(i32::try_from);
+            let list = order.collect::<Result<Vec<_>, _>>()?;
+            let list_len = u32::try_from(list.len())?;
+            let base = |buffer: u64| Pair {
+                source: source + buffer * items * page,
+                target: target + buffer * items * page,
+            };
+            let bases: Vec<Pair> = (0..count * BUFFERS).map(base).collect();
+            let side = Side {
+                items: Some(&list[..]),
+                stride: page,
+            };
+            let windows = bases.chunks_exact(usize::try_from(BUFFERS)?);
+            let windows: Vec<Window<'_>> = windows
+                .map(|buffers| Window {
+                    buffers,
+                    items: list_len,
+                    source: side,
+                    target: side,
+                    rows: Rows::page(PAGE),
+                    range: 0..batch,
+                })
+                .collect();
+            for launch in NAMED {
+                // SAFETY: as in `plain`.
+                let took = seconds(&self.context, &self.stream, RUNS, || unsafe {
+                    windows.iter().try_for_each(|window| {
+                        self.kernels.copy_window(&self.stream, window, launch)
+                    })
+                })?;
+                let what = format!(
+                    "{count} batches of {mib} MiB, {:?} {:?}",
+                    launch.blocks, launch.method
+                );
+                self.table
+                    .rate(what, rate(count * batch, took), Some(self.plain));
+                let micros = took * 1e6 / f64::from(u32::try_from(count)?);
+                self.table.note(format!("{micros:.0} us each"));
             }
         }
         Ok(())
