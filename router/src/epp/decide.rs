@@ -289,7 +289,7 @@ async fn place(
 ) -> Result<(Placement, String), RouteError> {
     let now = front.pool.now();
     let shape = &request.shape;
-    let prompt = Prompt::of(&request.body, shape);
+    let prompt = Prompt::of(&request.body, shape, front.picker.blocks().tokens());
     let subset = choice.decodes(&now).await;
     if subset.as_ref().is_some_and(Vec::is_empty) {
         return Err(RouteError::NoneEligible);
@@ -298,6 +298,7 @@ async fn place(
         prompt_bytes: request.body.len(),
         prompt: Some(&prompt),
         items: shape.batch.unwrap_or(1),
+        output_tokens: shape.output_tokens,
         model: shape.model.as_deref(),
         priority: shape.priority,
         sticky: shape.sticky.as_deref(),

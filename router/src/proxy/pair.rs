@@ -97,7 +97,11 @@ impl Opened {
 /// See [`serve`].
 pub async fn open(front: &Arc<Front>, request: &PairRequest) -> Result<Opened, RouteError> {
     let mut deadline = Deadline::new(&front.live.now(), request.read_at);
-    let prompt = Prompt::of(&request.body, &request.shape);
+    let prompt = Prompt::of(
+        &request.body,
+        &request.shape,
+        front.picker.blocks().tokens(),
+    );
     let mut plan = Plan::default();
     let mut retrying = None;
     for attempt in 1.. {
@@ -152,6 +156,7 @@ impl Plan {
             prompt_bytes: request.body.len(),
             prompt: Some(prompt),
             items: shape.batch.unwrap_or(1),
+            output_tokens: shape.output_tokens,
             model: shape.model.as_deref(),
             priority: shape.priority,
             sticky: shape.sticky.as_deref(),

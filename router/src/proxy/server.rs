@@ -92,7 +92,7 @@ pub struct Router {
     listener: TcpListener,
     address: SocketAddr,
     tls: Option<TlsAcceptor>,
-    gossip: Option<TcpListener>,
+    gossip: gossip::Talk,
     front: Arc<Front>,
     abort_runner: AbortRunner,
     external: Option<ExternalPicker>,
@@ -140,17 +140,17 @@ impl Router {
             Some(epp) => Some(ExternalPicker::bind(epp.clone()).await?),
             None => None,
         };
-        let gossip = match config.gossip.port {
-            Some(port) => {
-                let listener = TcpListener::bind((host, port)).await;
-                Some(listener.map_err(|source| RunError::Listen {
-                    host: config.host.clone(),
-                    port,
-                    source,
-                })?)
-            }
-            None => None,
-        };
+        let gossip =
+            gossip::Talk::prepare(&config.gossip, host)
+                .await
+                .map_err(|error| match error {
+                    gossip::TalkError::Tls(error) => RunError::Tls(error),
+                    gossip::TalkError::Listen { port, source } => RunError::Listen {
+                        host: config.host.clone(),
+                        port,
+                        source,
+                    },
+                })?;
         let (front, abort_runner) = Front::new(config, fleet)?;
         Ok(Self {
             listener,
@@ -170,7 +170,7 @@ impl Router {
 
     /// Where other replicas are told of this one's bookings, if they are.
     pub fn gossip_addr(&self) -> Option<SocketAddr> {
-        self.gossip.as_ref()?.local_addr().ok()
+        self.gossip.address()
     }
 
     /// Where it listens.
@@ -204,7 +204,7 @@ impl Router {
         tracing::info!(prefills, decodes, "listening on {scheme}://{address}");
         let mut background = JoinSet::new();
         background.spawn(fleet::follow(Arc::clone(&front), front.fleet.clone()));
-        begin_gossip(&front, gossip, &mut background);
+        gossip.begin(&front.picker, &mut background);
         let (close_aborts, closing) = oneshot::channel::<()>();
         let aborts = tokio::spawn(abort_runner.run(async {
             // An error means that the router was dropped, which closes the queue too.
@@ -248,29 +248,6 @@ impl Router {
         {
             tracing::error!(%error, "the export of spans failed");
         }
-    }
-}
-
-/// Tells other replicas, and listens to them.
-fn begin_gossip(front: &Arc<Front>, listener: Option<TcpListener>, background: &mut JoinSet<()>) {
-    let settings = &front.config.gossip;
-    let picker = &front.picker;
-    if let Some(listener) = listener {
-        let token = settings.token.clone();
-        background.spawn(gossip::serve(
-            Arc::clone(picker),
-            picker.replica(),
-            token,
-            listener,
-        ));
-    }
-    if settings.follows() {
-        let siblings = gossip::Siblings::default();
-        background.spawn(gossip::follow_all(
-            Arc::clone(picker),
-            settings.clone(),
-            siblings,
-        ));
     }
 }
 

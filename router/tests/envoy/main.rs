@@ -8,6 +8,7 @@
 
 mod alike;
 mod cases;
+mod explain;
 #[allow(dead_code, reason = "shared with the front's tests")]
 #[path = "../front/fakes.rs"]
 mod fakes;
