@@ -339,12 +339,12 @@ impl Picker {
 
     /// Takes in what a worker's rank told of its prefix cache. Of a worker that is gone it says nothing.
     pub fn cache_events(&self, worker: &Arc<Worker>, rank: u32, events: &[KvEvent]) {
-        let mut inner = self.lock();
-        let Some(id) = inner.id_of(worker) else {
-            return;
-        };
         for event in events {
-            inner.board.cache_event(id, rank, event);
+            // Decisions come in between: a batch may hold thousands of blocks.
+            let mut inner = self.lock();
+            if let Some(id) = inner.id_of(worker) {
+                inner.board.cache_event(id, rank, event);
+            }
         }
     }
 

@@ -30,8 +30,9 @@ use crate::proxy::pair::PairRequest;
 use crate::proxy::passthrough::{ANSWER_TIMEOUT, Asked};
 use crate::proxy::placement::{self, Placement, Prompt, Wish};
 use crate::proxy::request::{self, Dialect};
-use crate::proxy::server::{Target, admit};
+use crate::proxy::server::admit;
 use crate::proxy::stream::ReplyBody;
+use crate::proxy::target::Target;
 use crate::respond::{self, RouteError};
 
 /// What the operator can do for requests that one upstream request cannot serve.

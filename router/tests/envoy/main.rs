@@ -17,3 +17,4 @@ mod gateway;
 mod modes;
 mod outages;
 mod process;
+mod workers;
