@@ -34,7 +34,7 @@ def vector_shape(total_bytes):
     return shape
 
 
-def bulk_shape(pages, part=4096, stages=12):
+def bulk_shape(pages, part=16384, stages=3):
     parts = PAGE // part
     shape = numpy.zeros(1, dtype=[("strides", "u8", 2), ("numbers", "u4", 12)])
     shape["strides"] = PAGE

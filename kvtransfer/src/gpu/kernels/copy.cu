@@ -244,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) kvt_tiles(const Tile *tile
 #define BULK_WARPS 4
 #define BULK_RING_BYTES 49152
 #define BULK_STAGES_MAX 32
-#define BULK_PART_BYTES 4096
+#define BULK_PART_BYTES 16384
 // A thin block is one warp of at most 32 registers a thread, so that it fits beside a block that takes nearly all of a
 // multiprocessor, as those of matrix products do.
 #define THIN_RING_BYTES 12288

@@ -21,7 +21,7 @@ use crate::{
 /// Bytes that lie together on both sides from which copies are listed: few of them are a batch, and the driver copies each
 /// faster than a kernel, without taking a multiprocessor from anybody. Shorter ones the device works out for itself, which
 /// costs neither the processor nor the bus anything per row.
-const LISTED_BYTES: u64 = 1 << 20;
+const LISTED_BYTES: u64 = 4 << 20;
 
 /// Most moves of one copy: its list has 1.5 MiB, and a list of 64 Ki pages takes the device some 100 µs at least.
 const MOVES_MAX: usize = 1 << 16;
