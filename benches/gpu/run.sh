@@ -105,7 +105,7 @@ there() {
         step 40 "memcheck" compute-sanitizer --tool memcheck --error-exitcode 9 "$kvgpu" verify --tiny
         step 40 "racecheck" compute-sanitizer --tool racecheck --error-exitcode 9 "$kvgpu" verify --tiny
     fi
-    step 90 "criterion" "$folder/gpu-bench" --bench --noplot --warm-up-time 0.3 --measurement-time 1
+    CRITERION_HOME=$(mktemp -d) step 90 "criterion" "$folder/gpu-bench" --bench --noplot --warm-up-time 0.3 --measurement-time 1
     # Of the many rows of `verify` only those that are wrong.
     awk '/^== verify/ {quiet = 1} /^-- / {quiet = 0} !quiet || /WRONG/' "$log" | grep -vE "^\{|, round [0-9]"
     echo "right: $(grep -cE " right( |$)" "$log"), wrong: $(grep -cE " WRONG( |$)" "$log")"

@@ -9,7 +9,7 @@ use std::{ffi::c_char, sync::Arc, time::Duration};
 use kvt::{
     engine::Transfer,
     ids::Room,
-    transfer::{Chunk, ReceiveRequest, SendRequest, Source},
+    transfer::{Chunk, ReceiveRequest, SendRequest},
 };
 
 use crate::{

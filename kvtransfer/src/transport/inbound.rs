@@ -23,7 +23,6 @@ use crate::{
     memory::Gate,
     plan::{
         cursor::{Segment, SideCursor},
-        descriptor::Descriptor,
         mismatch::End,
     },
     transfer::{BatchIn, Placement},
@@ -75,7 +74,6 @@ pub(super) struct Inbound {
     segment_end: usize,
     ranges: Vec<IoRange>,
     remote: Vec<IoRange>,
-    descriptors: Box<[Descriptor]>,
     scratch: Box<[u8]>,
     stager: Stager,
     /// Segments of one chunk.
@@ -115,7 +113,6 @@ impl Inbound {
             segment_end: 0,
             ranges: Vec::with_capacity(IOV_MAX),
             remote: Vec::new(),
-            descriptors: Box::default(),
             scratch: Box::default(),
             stager: Stager::default(),
             parts: Vec::new(),

@@ -32,6 +32,7 @@ const COPY_BYTES_MAX: u64 = 256 << 20;
 /// What the next copy is made of.
 #[derive(Default)]
 pub(super) struct Copies {
+    pub(super) descriptors: Box<[Descriptor]>,
     moves: Vec<Move>,
     ends: Vec<Ends>,
 }
@@ -119,14 +120,14 @@ impl Inbound {
         items: &[i32],
         batch: &BatchIn,
     ) -> Result<(), Placement> {
-        if self.descriptors.is_empty() {
-            self.descriptors = vec![Descriptor::EMPTY; IOV_MAX].into_boxed_slice();
+        if self.copies.descriptors.is_empty() {
+            self.copies.descriptors = vec![Descriptor::EMPTY; IOV_MAX].into_boxed_slice();
         }
         let target_items = &batch.items[batch.part.clone()];
         self.copies.moves.clear();
         let mut bytes = 0;
         while cursor.remaining() > 0 {
-            let filled = cursor.fill(items, target_items, &mut self.descriptors);
+            let filled = cursor.fill(items, target_items, &mut self.copies.descriptors);
             for at in 0..filled {
                 let next = self.move_of(context, at)?;
                 let is_full =
@@ -147,7 +148,7 @@ impl Inbound {
             source,
             target,
             len,
-        } = self.descriptors[at];
+        } = self.copies.descriptors[at];
         Ok(Move {
             source: source_base(context, source.region)? + source.offset,
             target: target_address(context, target.region, target.offset, len)?,

@@ -84,12 +84,12 @@ impl Inbound {
             let pulled = self.pull_on_device(context, cursor, gate, items, batch);
             return pulled.map_or_else(|placement| placement, |()| look_back(pid, header, source));
         }
-        if self.descriptors.is_empty() {
-            self.descriptors = vec![Descriptor::EMPTY; IOV_MAX].into_boxed_slice();
+        if self.copies.descriptors.is_empty() {
+            self.copies.descriptors = vec![Descriptor::EMPTY; IOV_MAX].into_boxed_slice();
         }
         let target_items = &batch.items[batch.part.clone()];
         while cursor.remaining() > 0 {
-            let filled = cursor.fill(items, target_items, &mut self.descriptors);
+            let filled = cursor.fill(items, target_items, &mut self.copies.descriptors);
             if let Err(placement) = self.pull_some(context, pid, gate, filled) {
                 return placement;
             }
@@ -110,9 +110,10 @@ impl Inbound {
             self.ranges.clear();
             self.remote.clear();
             let mut bytes = 0_u64;
-            while at < filled && (bytes == 0 || bytes + self.descriptors[at].len <= PULL_BYTES_MAX)
+            while at < filled
+                && (bytes == 0 || bytes + self.copies.descriptors[at].len <= PULL_BYTES_MAX)
             {
-                let descriptor = &self.descriptors[at];
+                let descriptor = &self.copies.descriptors[at];
                 let source = descriptor.source;
                 let base = context.peer_regions.get(source.region.0 as usize);
                 let len = usize::try_from(descriptor.len).unwrap_or(usize::MAX);
