@@ -100,7 +100,7 @@ there() {
     step 60 "kernels" "$kvgpu" kernels
     step 60 "ipc" "$kvgpu" ipc --gib "${GIB:-8}"
     step 60 "a matmul beside copies" python3 -W ignore "$folder/theft.py" "$folder/copy.cu"
-    step 40 "unequal ranks" "$kvgpu" heads --pages 256
+    step 40 "unequal ranks" "$kvgpu" heads --pages 128
     if command -v compute-sanitizer >/dev/null; then
         step 40 "memcheck" compute-sanitizer --tool memcheck --error-exitcode 9 "$kvgpu" verify --tiny
         step 40 "racecheck" compute-sanitizer --tool racecheck --error-exitcode 9 "$kvgpu" verify --tiny

@@ -146,6 +146,8 @@ impl Tuning {
     /// What concerns every path.
     pub(crate) fn apply(&self, config: &mut EngineConfig) {
         config.ring_bytes = self.ring_mib.map_or(config.ring_bytes, |mib| mib << 20);
+        let ring = self.ring_mib.map(|mib| mib << 20);
+        config.device_ring_bytes = ring.unwrap_or(config.device_ring_bytes);
         let staged = self.staged_kib.map(|kib| kib << 10);
         config.staged_batch_bytes = staged.unwrap_or(config.staged_batch_bytes);
         let pulled = self.pull_mib.map(|mib| mib << 20);

@@ -101,6 +101,7 @@ impl EngineSettings {
             config.staging_bytes => self.gpu.staging_bytes,
             config.staged_batch_bytes => self.gpu.staged_batch_bytes,
             config.device_pull_batch_bytes => self.gpu.pull_batch_bytes,
+            config.device_ring_bytes => self.gpu.ring_bytes,
             config.inline_bytes => self.inline_bytes,
             config.drive_while_waiting => self.drive_while_waiting,
             config.spin => self.spin_us.map(Duration::from_micros),
@@ -122,6 +123,7 @@ pub(crate) struct GpuSettings {
     staging_bytes: Option<u64>,
     staged_batch_bytes: Option<u64>,
     pull_batch_bytes: Option<u64>,
+    ring_bytes: Option<usize>,
 }
 
 impl GpuSettings {

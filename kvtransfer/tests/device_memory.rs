@@ -23,6 +23,7 @@ fn config(path: SameHost) -> EngineConfig {
     config.same_host = path;
     config.writable_by_address = true;
     config.ring_bytes = 512 << 10;
+    config.device_ring_bytes = 256 << 10;
     config.staged_batch_bytes = 64 << 10;
     config.staging_bytes = 128 << 10;
     config

@@ -11,7 +11,8 @@ const ALL: &str = r#"{
   "listen": "127.0.0.1:7", "token": "t", "lanes": 3, "same_host": "ring",
   "rdma": {"usage": "auto", "devices": "a,b", "gpu": 2, "connector": "standard", "queue_pairs": 5, "immediate": true,
            "batch_bytes": 8192, "window": 9, "send_queue": 64, "spin_us": 6, "drain_ms": 7, "heartbeat_ms": 80},
-  "gpu": {"multiprocessors_percent": 50, "staging_bytes": 131072, "staged_batch_bytes": 16384, "pull_batch_bytes": 20480},
+  "gpu": {"multiprocessors_percent": 50, "staging_bytes": 131072, "staged_batch_bytes": 16384, "pull_batch_bytes": 20480,
+          "ring_bytes": 131072},
   "batch_bytes": 4096, "lane_window": 11, "pull_batch_bytes": 12288, "ring_bytes": 65536, "inline_bytes": 13,
   "drive_while_waiting": false, "spin_us": 14, "handshake_timeout_ms": 15, "peers_max": 16, "strangers_max": 17,
   "writable_by_address": true, "null_wire": true,
@@ -71,6 +72,7 @@ fn every_field_arrives() {
         ),
         (131_072, 16_384, 20_480)
     );
+    assert_eq!(config.device_ring_bytes, 131_072);
     assert!(!config.drive_while_waiting);
     assert_eq!(
         (config.spin, config.handshake_timeout),

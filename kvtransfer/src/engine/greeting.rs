@@ -345,7 +345,11 @@ impl LocalPath {
 fn ring_len(hub: &Hub) -> usize {
     // A whole number of slots, each a whole number of pages.
     let slots = usize::try_from(RING_SLOTS).unwrap_or(8);
-    hub.config.ring_bytes / (slots * 4096) * (slots * 4096)
+    let bytes = match hub.devices.device() {
+        Some(_) => hub.config.device_ring_bytes,
+        None => hub.config.ring_bytes,
+    };
+    bytes / (slots * 4096) * (slots * 4096)
 }
 
 /// Everything known when a lane's handshake is through.
@@ -416,7 +420,8 @@ pub(super) fn start_lane(hub: &Arc<Hub>, link: &Link, start: LaneStart) -> io::R
             let ring = Region::peer_memfd(fd, len).map_err(io::Error::other)?;
             let used = start.local.as_ref().is_some_and(|local| !local.can_pull);
             let device = hub.devices.device().filter(|_| used);
-            Some(Ring::new(ring, slot).pinned(device))
+            // The peer has cut its ring into as many slots, perhaps of another size.
+            Some(Ring::new(ring, len as u64 / RING_SLOTS).pinned(device))
         }
         _ => None,
     };

@@ -96,6 +96,7 @@ fn start<P: Path>(
         batch_bytes: 64 << 10,
         pull_batch_bytes: 64 << 10,
         ring_bytes: 512 << 10,
+        device_ring_bytes: 256 << 10,
         staged_batch_bytes: 64 << 10,
         staging_bytes: 256 << 10,
         device_pull_batch_bytes: 64 << 10,
