@@ -83,6 +83,7 @@ pub(super) fn open(
     let offer = offers.get(usize::from(track.peer_rail));
     let offer = offer.ok_or("a rail that the peer did not offer")?;
     let mut prepared = prepare(&rail, offer)?;
+    prepared.offer_landing(hub, link, offer)?;
     let left = deadline.since(clock::now());
     let stream = TcpStream::connect_timeout(&address, left.max(MINIMUM));
     let stream = stream.map_err(|error| format!("the connection beside it: {error}"))?;
@@ -111,6 +112,7 @@ pub(super) fn open(
         Ok(other) => return Err(format!("the peer answered a queue pair with {other:?}")),
         Err(error) => return Err(format!("the peer did not answer a queue pair: {error}")),
     };
+    prepared.check_reach(link, offer, &terms)?;
     match terms.end {
         QpEnd::Compat(end) => prepared.connect(&end)?,
         QpEnd::Standard {
@@ -188,12 +190,17 @@ pub(super) fn accept(
     let prepared = match &open.terms.end {
         QpEnd::Compat(end) => {
             let mut prepared = prepare(&rail, offer)?;
+            prepared.offer_landing(hub, link, offer)?;
+            prepared.check_reach(link, offer, &open.terms)?;
             prepared.connect(end)?;
             say(&Control::QpReady(prepared.terms()))?;
             prepared
         }
         QpEnd::Standard { .. } => {
-            let listening = Listening::start(&rail)?;
+            let mut listening = Listening::start(&rail)?;
+            let prepared = listening.prepared_mut();
+            prepared.offer_landing(hub, link, offer)?;
+            prepared.check_reach(link, offer, &open.terms)?;
             say(&Control::QpReady(listening.terms()))?;
             listening.accept(deadline)?
         }

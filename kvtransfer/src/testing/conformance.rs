@@ -20,7 +20,7 @@ pub use device_fabric::{
 };
 pub use engine_fabric::{EngineFabric, Path, PullPath, RingPath, TcpPath};
 pub use sim_fabric::{Inline, Mode, Pull, Ring, SimFabric, Write};
-pub use verbs_fabric::{FakeNetwork, wait_for};
+pub use verbs_fabric::{FakeNetwork, PACKED_STAGING_BYTES, wait_for};
 
 use std::{sync::Arc, time::Duration};
 

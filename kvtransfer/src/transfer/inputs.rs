@@ -318,7 +318,10 @@ impl Node {
         batch: &BatchIn,
         placement: Placement,
     ) -> AckStatus {
+        let (number, epoch, seq) = (header.room, header.epoch(), header.seq);
         let Some(room) = self.receives.get_mut(&batch.transfer) else {
+            // It ended while the batch was being moved: nothing of it moves any more.
+            self.ebb_notice(peer, number, epoch, seq);
             return self.discarded(header);
         };
         let counted = match placement {
@@ -331,10 +334,12 @@ impl Node {
                     reason,
                 };
                 self.end_receive(now, batch.transfer, Err(error));
+                self.ebb_notice(peer, number, epoch, seq);
                 return AckStatus::Discarded;
             }
             Placement::Failed(error) => {
                 self.end_receive(now, batch.transfer, Err(error));
+                self.ebb_notice(peer, number, epoch, seq);
                 return AckStatus::Discarded;
             }
         };

@@ -5,10 +5,11 @@
 //! targets   the peer's addresses and keys (pure)    open      devices, registrations
 //! prepare   making a queue pair; compat connector   standard  the standard connector
 //! lane      one queue pair's state                  pump      pages and frames out
+//! packing   small pieces gathered, landed, scattered ring      where they land (pure)
 //! thread    the one owner of all queue pairs        arrive    completions and frames in
 //! drive     its place taken for a small transfer
 //! requests  what others ask of it                   life      drain, destroy, tell the peer, make room
-//! counters  what it asked of its device (pure)
+//! counters  what it asked of its device (pure)      budget    a bound on memory for packing (pure)
 //! ```
 //! A chain is WRITEs straight from the pages, gathered where their targets touch, none of them signalled, and a SEND with the
 //! batch header after them (or the header itself as a WRITE with immediate data). The receiver counts notices and answers;
@@ -16,6 +17,7 @@
 
 mod address;
 mod arrive;
+mod budget;
 mod buffers;
 mod counters;
 mod credits;
@@ -23,11 +25,13 @@ mod drive;
 mod lane;
 mod life;
 mod open;
+mod packing;
 #[cfg(feature = "testing")]
 pub(crate) mod posting;
 mod prepare;
 mod pump;
 mod requests;
+mod ring;
 mod standard;
 mod targets;
 mod thread;
@@ -40,6 +44,7 @@ use std::{
     time::Duration,
 };
 
+pub(crate) use budget::PackingBudgets;
 pub use counters::RailCounts;
 pub(crate) use lane::QueuePairLane;
 pub(crate) use prepare::{Prepared, QpParts};
@@ -49,6 +54,7 @@ use self::{counters::Counters, requests::Request, thread::Core};
 use crate::{
     clock,
     config::RdmaConfig,
+    layout::RegionId,
     memory::Region,
     plan::descriptor::Place,
     time::Time,
@@ -74,8 +80,10 @@ pub(crate) struct Rail {
     context: Arc<Context>,
     /// One per engine and device: a key is only good within it, and an engine is one domain of trust.
     pd: Arc<Pd>,
-    /// `None` for a region without bytes.
+    /// `None` for a region without bytes, and for one that the device does not reach.
     regions: Vec<Option<RegisteredRegion>>,
+    /// Regions that the device does not reach, ascending.
+    staged: Vec<u32>,
     /// Outlives its registrations.
     _memory: Vec<Arc<Region>>,
     chunk_bytes: u64,
@@ -116,11 +124,17 @@ impl Rail {
             message_bytes_max: self.capabilities.wr_bytes_max.value,
             chunk_bytes: self.chunk_bytes,
             rkeys: rkeys.collect(),
+            staged: self.staged.clone(),
         }
     }
 
     fn offers_immediate(&self) -> bool {
         self.settings.immediate && self.capabilities.immediate.value
+    }
+
+    /// Whether the device reaches a region.
+    fn reaches(&self, region: RegionId) -> bool {
+        self.staged.binary_search(&region.0).is_err()
     }
 
     /// A piece of our memory as a WRITE names it.

@@ -18,7 +18,7 @@ use bytemuck::{Pod, Zeroable};
 use super::{
     WireError,
     codec::{Reader, Writer},
-    hello::{LANES_MAX, NAME_BYTES_MAX, TOKEN_BYTES_MAX},
+    hello::{LANES_MAX, NAME_BYTES_MAX, REGIONS_MAX, TOKEN_BYTES_MAX},
     lane::{Ack, BatchHeader},
 };
 use crate::ids::InstanceId;
@@ -31,6 +31,8 @@ pub const RKEYS_MAX: usize = 1 << 16;
 pub const RECEIVES_MAX: u16 = 1024;
 /// Answers that the end of a queue pair takes along, at most: the largest window.
 pub const ANSWERS_MAX: usize = 256;
+/// Most bytes of the memory that one end of a queue pair offers for packed batches: what a sender must have beside it.
+pub const LANDING_BYTES_MAX: u32 = 16 << 20;
 /// Fewest: one for credits and heartbeats, one for an answer, and two batches.
 pub const RECEIVES_MIN: u16 = 4;
 
@@ -84,8 +86,10 @@ pub struct RailOffer {
     pub message_bytes_max: u64,
     /// Regions are registered in chunks of so many bytes, a power of two.
     pub chunk_bytes: u64,
-    /// The rkey of each chunk of each region, regions in their order.
+    /// The rkey of each chunk of each region, regions in their order, less those in `staged`.
     pub rkeys: Vec<u32>,
+    /// Regions that the device does not reach, ascending: their batches are packed.
+    pub staged: Vec<u32>,
 }
 
 impl RailOffer {
@@ -99,6 +103,10 @@ impl RailOffer {
         for rkey in &self.rkeys {
             w.u32(*rkey);
         }
+        w.count(self.staged.len());
+        for region in &self.staged {
+            w.u32(*region);
+        }
     }
 
     pub(super) fn read(r: &mut Reader<'_>) -> Result<Self, WireError> {
@@ -111,7 +119,15 @@ impl RailOffer {
             rkeys: (0..r.count("rkey count", RKEYS_MAX, 4)?)
                 .map(|_| r.u32())
                 .collect::<Result<_, _>>()?,
+            staged: (0..r.count("region count", REGIONS_MAX, 4)?)
+                .map(|_| r.u32())
+                .collect::<Result<_, _>>()?,
         })
+    }
+
+    /// Whether the device reaches a region.
+    pub fn reaches(&self, region: u32) -> bool {
+        self.staged.binary_search(&region).is_err()
     }
 
     /// Checks that the offer describes regions of these lengths.
@@ -126,7 +142,23 @@ impl RailOffer {
                 "device {name} offers chunks of {chunk} bytes and messages of {most}"
             ));
         }
-        let wanted: u64 = region_lengths.map(|len| len.div_ceil(chunk)).sum();
+        let mut count = 0;
+        let mut wanted = 0;
+        for (region, len) in (0..).zip(region_lengths) {
+            count = region + 1;
+            wanted += if self.reaches(region) {
+                len.div_ceil(chunk)
+            } else {
+                0
+            };
+        }
+        let is_ascending = self.staged.is_sorted_by(|a, b| a < b);
+        if !is_ascending || self.staged.last().is_some_and(|last| *last >= count) {
+            let staged = &self.staged;
+            return Err(format!(
+                "device {name} does not reach regions {staged:?}, which must be ascending numbers below {count}"
+            ));
+        }
         let got = self.rkeys.len() as u64;
         if wanted == got {
             Ok(())
@@ -248,6 +280,50 @@ pub struct QpTerms {
     /// Where the other end writes batch headers when notices travel as immediate data: address and rkey of
     /// `receives` slots of 64 bytes. Zero when they travel as SEND.
     pub slots: (u64, u32),
+    /// Where the other end writes packed batches.
+    pub landing: Landing,
+}
+
+/// Memory that one end of a queue pair offers for batches that the other end packs. It is used as a ring: each batch lies behind
+/// the one before it, or at the start where the rest is too short; its answer frees it. So the receiver knows every place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Landing {
+    /// Its address as a WRITE names it.
+    pub address: u64,
+    /// The remote key that covers it.
+    pub rkey: u32,
+    /// Its bytes, at most [`LANDING_BYTES_MAX`]; a packed batch has at most half. Zero: nothing is offered.
+    pub bytes: u32,
+}
+
+impl Landing {
+    fn write(&self, w: &mut Writer<'_>) {
+        w.u64(self.address);
+        w.u32(self.rkey);
+        w.u32(self.bytes);
+    }
+
+    fn read(r: &mut Reader<'_>) -> Result<Self, WireError> {
+        let (address, rkey, bytes) = (r.u64()?, r.u32()?, r.u32()?);
+        if bytes > LANDING_BYTES_MAX {
+            return Err(WireError::TooLong {
+                what: "landing memory",
+                got: bytes.into(),
+                limit: LANDING_BYTES_MAX.into(),
+            });
+        }
+        if address.checked_add(bytes.into()).is_none() {
+            return Err(WireError::Value {
+                what: "landing address",
+                got: address,
+            });
+        }
+        Ok(Self {
+            address,
+            rkey,
+            bytes,
+        })
+    }
 }
 
 impl QpTerms {
@@ -256,6 +332,7 @@ impl QpTerms {
         w.u16(self.receives);
         w.u64(self.slots.0);
         w.u32(self.slots.1);
+        self.landing.write(w);
     }
 
     fn read(r: &mut Reader<'_>) -> Result<Self, WireError> {
@@ -271,6 +348,7 @@ impl QpTerms {
             end,
             receives,
             slots: (r.u64()?, r.u32()?),
+            landing: Landing::read(r)?,
         })
     }
 }

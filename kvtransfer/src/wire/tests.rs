@@ -17,7 +17,10 @@ use crate::{
             Ack, AckStatus, BATCH_BYTES_MAX, BATCHES_MAX, BatchFields, BatchHeader,
             NULL_BATCH_BYTES_MAX, PayloadMode, Seal, WINDOW_ITEMS_MAX,
         },
-        rdma::{Connector, Endpoint, Frame, Immediate, QpEnd, QpOpen, QpTerms, RailOffer},
+        rdma::{
+            Connector, Endpoint, Frame, Immediate, LANDING_BYTES_MAX, Landing, QpEnd, QpOpen,
+            QpTerms, RailOffer,
+        },
     },
 };
 
@@ -77,6 +80,7 @@ fn rail() -> RailOffer {
         message_bytes_max: u64::MAX,
         chunk_bytes: 1 << 31,
         rkeys: vec![0, u32::MAX],
+        staged: vec![0, 9],
     }
 }
 
@@ -85,6 +89,11 @@ fn terms(end: QpEnd) -> QpTerms {
         end,
         receives: 64,
         slots: (u64::MAX, 7),
+        landing: Landing {
+            address: u64::MAX - u64::from(LANDING_BYTES_MAX),
+            rkey: 3,
+            bytes: LANDING_BYTES_MAX,
+        },
     }
 }
 

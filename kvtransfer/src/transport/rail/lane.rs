@@ -14,6 +14,7 @@ use super::{
     Rail,
     buffers::Buffers,
     credits::Credits,
+    packing::{PackMemory, Packed, Packing},
     requests::{Key, Request},
     targets::Targets,
 };
@@ -103,9 +104,23 @@ pub(super) enum Phase {
 pub(super) struct Writing {
     pub(super) batch: BatchOut,
     pub(super) gate: Arc<Gate>,
-    pub(super) cursor: PairCursor,
+    pub(super) way: Way,
     /// The room ended meanwhile: only the notice is left to send.
     pub(super) is_void: bool,
+}
+
+/// How the bytes of a batch reach the peer's pages.
+pub(super) enum Way {
+    /// The card puts them there.
+    Direct(PairCursor),
+    /// The peer does, from its landing memory.
+    Packed(Packed),
+}
+
+impl Writing {
+    pub(super) fn set_packed(&mut self, state: Packed) {
+        self.way = Way::Packed(state);
+    }
 }
 
 /// The verbs objects of a queue pair, in the order in which they must go.
@@ -115,6 +130,10 @@ pub(super) struct Wires {
     pub(super) connection: Option<Connection>,
     pub(super) cq: Arc<Cq>,
     pub(super) buffers: Buffers,
+    /// Where the peer writes packed batches.
+    pub(super) landing: Option<PackMemory>,
+    /// Where ours are gathered; made for the first of them.
+    pub(super) packing: Option<PackMemory>,
 }
 
 /// An rdma_cm connection, which says when the peer has left.
@@ -135,6 +154,8 @@ pub(super) struct Terms {
     pub(super) message_bytes_max: u64,
     /// The peer's regions are registered in chunks of so many bytes.
     pub(super) peer_chunk_bytes: u64,
+    /// Some region of either side is out of the devices' reach.
+    pub(super) has_staged: bool,
     pub(super) is_active: bool,
 }
 
@@ -186,6 +207,7 @@ pub(super) struct LaneIo {
     pub(super) descriptor_at: usize,
     pub(super) descriptor_end: usize,
     pub(super) writing: Option<Writing>,
+    pub(super) packing: Packing,
     pub(super) acks: VecDeque<Ack>,
     /// Batches that were answered, and the last of the answers: they go to the peer once more when this end is destroyed.
     pub(super) answered: u64,

@@ -129,6 +129,9 @@ impl Rail {
         let pd = Pd::create(&context).map_err(words)?;
         let regions = memory.iter().map(|region| register(&pd, region));
         let regions = regions.collect::<Result<Vec<_>, _>>()?;
+        let numbered = (0..).zip(memory);
+        let staged = numbered.filter(|(_, region)| region.on_device().is_some());
+        let staged = staged.map(|(number, _)| number).collect();
         let keys = regions.iter().flatten().map(|region| region.rkeys().len());
         if keys.sum::<usize>() > RKEYS_MAX {
             return Err(format!(
@@ -149,6 +152,7 @@ impl Rail {
             settings: config.clone(),
             pd,
             regions,
+            staged,
             _memory: memory.to_vec(),
             chunk_bytes: CHUNK_BYTES_MAX,
             capabilities,
@@ -232,7 +236,7 @@ fn connector_of(config: &RdmaConfig, transport: Transport) -> Result<Connector, 
 /// Registers a region with a device, in chunks.
 fn register(pd: &Arc<Pd>, region: &Arc<Region>) -> Result<Option<RegisteredRegion>, String> {
     let len = region.len() as u64;
-    if len == 0 {
+    if len == 0 || region.on_device().is_some() {
         return Ok(None);
     }
     let (base, access) = (region.base_address(), Access::WriteTarget);
