@@ -16,6 +16,7 @@ use std::{
 use super::{
     Blocks, Context, Event, EventKind, GpuError, KernelOptions, Kernels, Pair, Piece as CopyPiece,
     Pinned as PinnedMemory, Priority, Rows, Stream,
+    dmabuf::DmaBuf,
     ipc::{Imports, Mapping, PeerProcess},
     memory::DeviceBuffer,
 };
@@ -23,7 +24,9 @@ use crate::{
     clock,
     memory::{
         Region,
-        device::{Attached, Copier, Device, DeviceError, Move, Piece, Pinned, Share},
+        device::{
+            Attached, Copier, Device, DeviceError, Exported, Move, Piece, Pinned, Share, Visibility,
+        },
     },
 };
 
@@ -416,5 +419,24 @@ impl Device for CudaDevice {
         let pinned = PinnedMemory::register(&self.shared.context, Arc::clone(region));
         let pinned = pinned.map_err(|error| self.shared.refused("pinning", &error))?;
         Ok(Box::new(pinned))
+    }
+
+    fn pci_address(&self) -> String {
+        self.shared.context.facts().pci_address.clone()
+    }
+
+    fn export(&self, address: u64, len: u64) -> Result<Exported, DeviceError> {
+        let exported = DmaBuf::export(&self.shared.context, address, len);
+        let exported = exported.map_err(|error| self.shared.refused("exporting", &error))?;
+        Ok(exported.into())
+    }
+
+    fn visibility(&self) -> Visibility {
+        self.shared.context.facts().visibility()
+    }
+
+    fn flush_writes(&self) -> Result<(), DeviceError> {
+        let flushed = self.shared.context.flush_writes();
+        flushed.map_err(|error| self.shared.refused("flushing writes", &error))
     }
 }

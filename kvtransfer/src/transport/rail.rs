@@ -54,8 +54,9 @@ use self::{counters::Counters, requests::Request, thread::Core};
 use crate::{
     clock,
     config::RdmaConfig,
+    gpu::verdict::GpuDirect,
     layout::RegionId,
-    memory::Region,
+    memory::{Region, device::Device},
     plan::descriptor::Place,
     time::Time,
     transport::verbs::{
@@ -84,6 +85,10 @@ pub(crate) struct Rail {
     regions: Vec<Option<RegisteredRegion>>,
     /// Regions that the device does not reach, ascending.
     staged: Vec<u32>,
+    /// How it reaches a GPU's memory, where regions lie there.
+    verdicts: Vec<GpuDirect>,
+    /// The GPU that must be flushed before its kernels see what peers wrote.
+    flushed: Option<Arc<dyn Device>>,
     /// Outlives its registrations.
     _memory: Vec<Arc<Region>>,
     chunk_bytes: u64,
@@ -273,6 +278,12 @@ impl Rails {
     pub(crate) fn counts(&self) -> Vec<RailCounts> {
         let rails = self.alive();
         rails.map(|rail| rail.counters.counts(&rail.name)).collect()
+    }
+
+    /// How each reaches a GPU's memory, where regions lie there.
+    pub(crate) fn verdicts(&self) -> Vec<GpuDirect> {
+        let rails = self.alive();
+        rails.flat_map(|rail| rail.verdicts.clone()).collect()
     }
 
     /// Whether there are any whose device is there.

@@ -474,6 +474,7 @@ fn immediate_data_holds_a_slot_and_credits() {
 fn a_rail_must_offer_a_key_for_every_chunk() {
     let lengths = [1, 1 << 31, (1 << 31) + 1, 0];
     let mut offer = rail();
+    offer.staged.clear();
     offer.rkeys = vec![0; 4];
     assert_eq!(offer.check(lengths.into_iter()), Ok(()));
     offer.rkeys.push(0);
@@ -484,4 +485,48 @@ fn a_rail_must_offer_a_key_for_every_chunk() {
         offer.check(lengths.into_iter()).is_err(),
         "not a power of two"
     );
+}
+
+#[test]
+fn a_rail_offers_no_keys_for_regions_out_of_reach() {
+    let lengths = [1, 1 << 31, (1 << 31) + 1, 0];
+    let mut offer = rail();
+    offer.staged = vec![0, 2];
+    offer.rkeys = vec![0];
+    assert_eq!(offer.check(lengths.into_iter()), Ok(()));
+    assert!(offer.reaches(1) && offer.reaches(3) && !offer.reaches(2));
+    for wrong in [vec![2, 0], vec![0, 0], vec![0, 2, 4], vec![u32::MAX]] {
+        offer.staged = wrong;
+        let refused = offer.check(lengths.into_iter());
+        assert!(refused.is_err(), "{:?}", offer.staged);
+    }
+}
+
+#[test]
+fn landing_memory_is_bounded_and_does_not_wrap_around() {
+    let open = |landing| {
+        let end = QpEnd::Standard {
+            address: [1, 2, 3, 4],
+            port: 1,
+            token: 2,
+        };
+        let mut bytes = Vec::new();
+        let mut terms = terms(end);
+        terms.landing = landing;
+        Control::QpReady(terms).encode(&mut bytes);
+        let mut decoder = ControlDecoder::for_stranger();
+        decoder.push(&bytes);
+        decoder
+            .next()
+            .map(|message| assert!(message.is_some(), "all of it is there"))
+    };
+    let at = |address, bytes| Landing {
+        address,
+        rkey: 1,
+        bytes,
+    };
+    assert!(open(at(0, LANDING_BYTES_MAX)).is_ok());
+    assert!(open(at(0, LANDING_BYTES_MAX + 1)).is_err());
+    assert!(open(at(u64::MAX - 9, 9)).is_ok());
+    assert!(open(at(u64::MAX - 9, 10)).is_err());
 }

@@ -6,7 +6,7 @@ use kvtransfer::{
     config::{RdmaConfig, SameHost},
     engine::RailCounts,
     testing::{
-        conformance::{Bench, Deal, EngineFabric, Fabric, FakeNetwork, Path, SOON},
+        conformance::{Bench, Deal, EngineFabric, FakeNetwork, Path, SOON},
         fake_verbs::{Behaviour, Forgery},
         model::Model,
     },

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::lane::{LaneIo, Phase, Watch};
 use crate::{
     engine::lanes::Stage,
+    error::TransferError,
     time::Time,
     transfer::Placement,
     transport::verbs::cq::{Completion, Completions, POLL_MAX},
@@ -188,6 +189,8 @@ impl LaneIo {
             PayloadMode::Write => {
                 let placement = if header.place == VOID_PLACE {
                     Placement::Void
+                } else if header.is_last() {
+                    self.made_visible()
                 } else {
                     Placement::Placed
                 };
@@ -206,6 +209,19 @@ impl LaneIo {
         }
         self.answers.push_back(ack);
         Ok(())
+    }
+
+    /// The last batch of a room from this sender has come, and so have all before it: what cards wrote to a GPU becomes visible
+    /// to its kernels, if it is not.
+    fn made_visible(&self) -> Placement {
+        let flushed = self.handle.rail.flushed.as_ref();
+        match flushed.map_or(Ok(()), |device| device.flush_writes()) {
+            Ok(()) => Placement::Placed,
+            Err(error) => {
+                let reason = error.to_string();
+                Placement::Failed(TransferError::Device { reason })
+            }
+        }
     }
 
     /// Tells the node how far the card has come, if a failed room may wait for it.

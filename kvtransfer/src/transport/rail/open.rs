@@ -18,7 +18,11 @@ use super::{
 };
 use crate::{
     config::RdmaConfig,
-    memory::Region,
+    gpu::verdict::{GpuDirect, GpuRange},
+    memory::{
+        Region,
+        device::{Device, Visibility},
+    },
     transport::verbs::{
         context::Context,
         device::{self, Transport},
@@ -77,8 +81,9 @@ impl Rails {
             }
             Err(refused) => return Err(refused),
         };
+        let exports = Exports::new(memory);
         let rails = chosen.into_iter().take(RAILS_MAX).map(|chosen| {
-            Rail::open(config, library, &chosen, &candidates, memory)
+            Rail::open(config, library, &chosen, &candidates, &exports)
                 .map_err(|error| format!("{}: {error}", chosen.name))
         });
         Self::new(rails.collect::<Result<_, _>>()?)
@@ -110,7 +115,7 @@ impl Rail {
         library: &Arc<Library>,
         chosen: &Chosen,
         candidates: &[Candidate],
-        memory: &[Arc<Region>],
+        memory: &Exports<'_>,
     ) -> Result<(Arc<Self>, mio::Poll), String> {
         let words = |error: VerbsError| error.to_string();
         let candidate = candidates.iter().find(|known| known.name == chosen.name);
@@ -127,11 +132,12 @@ impl Rail {
             context.limits().map_err(words)?,
         );
         let pd = Pd::create(&context).map_err(words)?;
-        let regions = memory.iter().map(|region| register(&pd, region));
-        let regions = regions.collect::<Result<Vec<_>, _>>()?;
-        let numbered = (0..).zip(memory);
-        let staged = numbered.filter(|(_, region)| region.on_device().is_some());
-        let staged = staged.map(|(number, _)| number).collect();
+        let Registered {
+            regions,
+            staged,
+            verdicts,
+            flushed,
+        } = Registered::all(&pd, memory)?;
         let keys = regions.iter().flatten().map(|region| region.rkeys().len());
         if keys.sum::<usize>() > RKEYS_MAX {
             return Err(format!(
@@ -153,7 +159,9 @@ impl Rail {
             pd,
             regions,
             staged,
-            _memory: memory.to_vec(),
+            verdicts,
+            flushed,
+            _memory: memory.regions.to_vec(),
             chunk_bytes: CHUNK_BYTES_MAX,
             capabilities,
             gid: chosen.gid.clone(),
@@ -233,10 +241,66 @@ fn connector_of(config: &RdmaConfig, transport: Transport) -> Result<Connector, 
     }
 }
 
+/// An engine's memory on its way to registrations: what lies on a device is exported once, for every rail.
+struct Exports<'a> {
+    regions: &'a [Arc<Region>],
+    /// By region; `None` for host memory.
+    ranges: Vec<Option<GpuRange>>,
+}
+
+impl<'a> Exports<'a> {
+    fn new(regions: &'a [Arc<Region>]) -> Self {
+        let export = |region: &Arc<Region>| {
+            let device = region.on_device().filter(|_| region.len() > 0)?;
+            let (address, len) = (region.base_address(), region.len() as u64);
+            Some(GpuRange::of(&**device, address, len))
+        };
+        let ranges = regions.iter().map(export).collect();
+        Self { regions, ranges }
+    }
+}
+
+/// An engine's memory, registered with one RDMA device as far as that reaches it.
+#[derive(Default)]
+struct Registered {
+    regions: Vec<Option<RegisteredRegion>>,
+    staged: Vec<u32>,
+    /// Of a device's memory, by each path that was taken the first.
+    verdicts: Vec<GpuDirect>,
+    /// Whose kernels see what was written only after a flush.
+    flushed: Option<Arc<dyn Device>>,
+}
+
+impl Registered {
+    fn all(pd: &Arc<Pd>, memory: &Exports<'_>) -> Result<Self, String> {
+        let mut all = Self::default();
+        for (number, (region, range)) in (0..).zip(memory.regions.iter().zip(&memory.ranges)) {
+            let Some(range) = range else {
+                all.regions.push(register(pd, region)?);
+                continue;
+            };
+            // SAFETY: the rail keeps the region, and with it the allocation, for longer than the registration.
+            let (registered, verdict) = unsafe { range.register(pd, Access::WriteTarget) };
+            if registered.is_none() {
+                all.staged.push(number);
+            } else if let Some(device) = region.on_device()
+                && device.visibility() == Visibility::AfterFlush
+            {
+                all.flushed = Some(Arc::clone(device));
+            }
+            all.regions.push(registered);
+            if all.verdicts.iter().all(|known| known.path != verdict.path) {
+                all.verdicts.push(verdict);
+            }
+        }
+        Ok(all)
+    }
+}
+
 /// Registers a region with a device, in chunks.
 fn register(pd: &Arc<Pd>, region: &Arc<Region>) -> Result<Option<RegisteredRegion>, String> {
     let len = region.len() as u64;
-    if len == 0 || region.on_device().is_some() {
+    if len == 0 {
         return Ok(None);
     }
     let (base, access) = (region.base_address(), Access::WriteTarget);

@@ -4,16 +4,14 @@
 //! (or an element of one) of their own. Packed, a batch takes two: its bytes and its notice. So does memory that the device
 //! does not reach. The bytes travel in the order of the stream, so the sender names none of the receiver's pages, and the
 //! receiver places them under its room's gate as on every path where it places (promise P1).
-#![expect(
-    unsafe_code,
-    reason = "registers memory that the card reads and writes"
-)]
+
+mod memory;
 
 use std::sync::Arc;
 
+pub(super) use self::memory::PackMemory;
 use super::{
     Rail,
-    budget::{Budget, Share},
     lane::{LaneIo, Writing},
     pump::Added,
     ring::{Incoming, Outgoing, Part},
@@ -22,10 +20,7 @@ use crate::{
     engine::{hub::Hub, link::Link},
     error::TransferError,
     layout::RegionId,
-    memory::{
-        Gate, Region,
-        device::{Device, Pinned},
-    },
+    memory::Gate,
     plan::{
         cursor::{Segment, SideCursor},
         mismatch::End,
@@ -37,9 +32,8 @@ use crate::{
         LaneError,
         staging::Stager,
         verbs::{
-            chain::{Flags, RemotePlace, Sge},
-            mr::{Access, Mr},
-            pd::Pd,
+            chain::{Flags, RemotePlace},
+            mr::Access,
         },
     },
     wire::{
@@ -53,70 +47,6 @@ const PIECES_MIN: usize = 8;
 
 /// Segments worked out at a time: all of a batch of 1 MiB in pieces of 256 bytes, which is one launch of a device's kernel.
 const SEGMENTS: usize = 4096;
-
-/// Registered memory for the packed batches of one queue pair and direction.
-pub(super) struct PackMemory {
-    // Deregistered before the memory goes.
-    mr: Mr,
-    /// Held, not read; without it a device's copies are slower.
-    _pinned: Option<Box<dyn Pinned>>,
-    region: Arc<Region>,
-    /// The engine's budget has it again when all of that is gone.
-    _share: Share,
-}
-
-impl PackMemory {
-    /// # Errors
-    /// Why there is none, in words.
-    fn new(
-        pd: &Arc<Pd>,
-        budget: &Budget,
-        bytes: u64,
-        access: Access,
-        device: Option<&Arc<dyn Device>>,
-    ) -> Result<Self, String> {
-        let share = budget.take(bytes).ok_or_else(|| {
-            format!("no {bytes} bytes are left for packed batches (staging_bytes)")
-        })?;
-        let len = usize::try_from(bytes).map_err(|error| error.to_string())?;
-        let region = Arc::new(Region::mmap(len).map_err(|error| error.to_string())?);
-        let pinned = device.and_then(|device| {
-            let pinned = device.pin(&region);
-            // Slower copies are copies all the same.
-            pinned
-                .inspect_err(
-                    |error| tracing::warn!(%error, "memory for packed batches is not pinned"),
-                )
-                .ok()
-        });
-        // SAFETY: the registration is a field of the same struct and dropped before the memory; nobody forms references to
-        // bytes of a region.
-        let mr = unsafe { Mr::register(pd, region.base_address(), bytes, access) };
-        Ok(Self {
-            mr: mr.map_err(|error| format!("memory for packed batches: {error}"))?,
-            _pinned: pinned,
-            region,
-            _share: share,
-        })
-    }
-
-    /// As the peer must know it.
-    pub(super) fn landing(&self) -> Landing {
-        Landing {
-            address: self.region.base_address(),
-            rkey: self.mr.rkey(),
-            bytes: u32::try_from(self.region.len()).unwrap_or(0),
-        }
-    }
-
-    fn sge(&self, at: u64, bytes: u64) -> Result<Sge, String> {
-        Ok(Sge {
-            address: self.region.base_address() + at,
-            bytes: u32::try_from(bytes).map_err(|error| error.to_string())?,
-            lkey: self.mr.lkey(),
-        })
-    }
-}
 
 /// How a batch travels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -286,6 +286,17 @@ impl Drop for Prepared {
     }
 }
 
+/// Why the path is no better one, with how a GPU's memory is reached.
+fn reason(rail: &Rail, refused: &str) -> String {
+    let mut reason = refused.to_owned();
+    for verdict in &rail.verdicts {
+        let (path, why) = (verdict.path.words(), &verdict.reason);
+        let between = if reason.is_empty() { "" } else { "; " };
+        reason.push_str(&format!("{between}GPU memory: {path} ({why})"));
+    }
+    reason
+}
+
 /// What both ends have said, put together. `most`: bytes of the longest batch that may be packed.
 fn agreed(rail: &Rail, parts: &QpParts, most: Option<u64>) -> Terms {
     let config = &rail.settings;
@@ -293,7 +304,7 @@ fn agreed(rail: &Rail, parts: &QpParts, most: Option<u64>) -> Terms {
     let setup = LaneSetup {
         mode: PayloadMode::Write,
         path: "verbs",
-        path_reason: parts.path_reason.clone(),
+        path_reason: reason(rail, &parts.path_reason),
         batch_bytes: most.map_or(config.batch_bytes, |most| most.min(config.batch_bytes)),
         window: config.window,
     };
