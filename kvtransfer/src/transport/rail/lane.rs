@@ -110,6 +110,10 @@ pub(super) struct Writing {
 }
 
 /// How the bytes of a batch reach the peer's pages.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one per queue pair, in place; boxing it would allocate for every batch"
+)]
 pub(super) enum Way {
     /// The card puts them there.
     Direct(PairCursor),
