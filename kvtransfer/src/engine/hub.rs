@@ -392,6 +392,7 @@ impl Hub {
         let now = clock::now();
         let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
         core.node.picture(now, &mut snapshot);
+        links::count_operations(&core, &mut snapshot);
         snapshot
     }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 use kvtransfer::{
     config::{RdmaConfig, SameHost},
     engine::RailCounts,
+    telemetry::snapshot::RailStat,
     testing::{
         conformance::{Bench, Deal, EngineFabric, FakeNetwork, Path, SOON},
         fake_verbs::{Behaviour, Forgery},
@@ -110,6 +111,12 @@ fn what_was_packed_is_counted_on_both_sides() {
     assert_eq!(sent.packed_batches, got.unpacked_batches);
     assert!(sent.packed_bytes >= 100 * 4096, "{sent:?}");
     assert_eq!((got.packed_batches, sent.unpacked_batches), (0, 0));
+    let rails = rig.fabric.engine(0).snapshot().rails;
+    let total = |of: fn(&RailStat) -> u64| rails.iter().map(of).sum::<u64>();
+    let packed = total(|rail| rail.packed_batches_total);
+    assert_eq!(packed, sent.packed_batches);
+    let operations = total(|rail| rail.wire_operations_total);
+    assert_eq!(operations, sent.work_requests, "{rails:?}");
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::{
     os::fd::OwnedFd,
     sync::{
         Arc, Weak,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -43,6 +43,9 @@ pub(crate) struct QueuePairLane {
     /// Work was announced and not looked at yet.
     pub(super) kicked: AtomicBool,
     pub(super) over: AtomicBool,
+    /// Work requests posted, and batches that were packed; for telemetry.
+    pub(super) posted: AtomicU64,
+    pub(super) packed: AtomicU64,
 }
 
 impl QueuePairLane {
@@ -78,6 +81,12 @@ impl QueuePairLane {
 
     pub(crate) fn is_over(&self) -> bool {
         self.over.load(Ordering::SeqCst)
+    }
+
+    /// Work requests posted so far, and batches that were sent packed.
+    pub(crate) fn operations(&self) -> (u64, u64) {
+        let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        (read(&self.posted), read(&self.packed))
     }
 }
 

@@ -5,7 +5,7 @@ use std::{
     os::fd::OwnedFd,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -269,6 +269,8 @@ impl Prepared {
             rail: Arc::clone(&rail),
             kicked: AtomicBool::new(false),
             over: AtomicBool::new(false),
+            posted: AtomicU64::new(0),
+            packed: AtomicU64::new(0),
         });
         let lane = lane_io(&rail, &handle, wires, parts);
         known(&handle);

@@ -1,6 +1,9 @@
 //! The sending half of a queue pair: chains of WRITEs straight from the pages, and the frames after them.
 
-use std::{num::NonZeroU64, sync::Arc};
+use std::{
+    num::NonZeroU64,
+    sync::{Arc, atomic::Ordering},
+};
 
 use super::{
     Rail,
@@ -98,6 +101,9 @@ impl LaneIo {
             .post(&mut self.chain)
             .map_err(|error| error.to_string())?;
         self.handle.rail.counters.posted(count);
+        self.handle
+            .posted
+            .fetch_add(count.into(), Ordering::Relaxed);
         self.last_sent = now;
         Ok(true)
     }
@@ -284,6 +290,7 @@ impl LaneIo {
                 fields.mode = PayloadMode::Packed;
                 fields.place = place;
                 self.handle.rail.counters.packed(fields.len);
+                self.handle.packed.fetch_add(1, Ordering::Relaxed);
             }
             Way::Direct(_) | Way::Packed(Packed::Waiting) => fields.place = 0,
         }
