@@ -6,8 +6,9 @@ use kvtransfer::{
     testing::{
         conformance::{
             Bench, Deal, DeviceRails, DmaBufRails, EngineFabric, Fabric, HalfRails, Path,
-            PeerMemoryRails, SOON, StagedRails, to_send,
+            PeerMemoryRails, SOON, StagedRails, to_send, wait_for,
         },
+        fake_verbs::Mode,
         model::Model,
     },
     transfer::NodeConfig,
@@ -93,18 +94,21 @@ fn the_reason_is_shown_with_the_path() {
     }
 }
 
-/// A fabric whose devices' kernels see writes of RDMA devices after a flush only.
-struct Flushed;
+/// A fabric whose devices' kernels see writes of RDMA devices after a flush only, and that packs pieces of fewer bytes.
+struct Flushed<const PACK_BELOW: u64>;
 
-impl Path for Flushed {
+impl<const PACK_BELOW: u64> Path for Flushed<PACK_BELOW> {
     const SAME_HOST: kvtransfer::config::SameHost = DmaBufRails::SAME_HOST;
     const NAME: &'static str = DmaBufRails::NAME;
     const STAGING_BYTES: u64 = DmaBufRails::STAGING_BYTES;
     type Network = DeviceRails;
 
     fn network() -> DeviceRails {
-        let rails = DmaBufRails::network();
+        let mut rails = DmaBufRails::network();
         (0..2).for_each(|rank| rails.devices.of(rank).require_flushes());
+        rails.network.config.pack_below = PACK_BELOW;
+        // What goes over one of them keeps its order.
+        rails.network.config.queue_pairs = 1;
         rails
     }
 
@@ -124,7 +128,7 @@ impl Path for Flushed {
 
 #[test]
 fn a_receiving_device_is_flushed_once_for_each_room_where_it_must() {
-    let mut bench = bench::<Flushed>();
+    let mut bench = bench::<Flushed<0>>();
     for room in 1..4 {
         bench.run(&Deal::new(&model(), room, &[40, 3]));
     }
@@ -136,8 +140,48 @@ fn a_receiving_device_is_flushed_once_for_each_room_where_it_must() {
 }
 
 #[test]
+fn what_was_written_before_a_packed_last_batch_is_flushed_too() {
+    let model = Model {
+        has_state: false,
+        ..model()
+    };
+    let node = NodeConfig::default();
+    let mut bench = Bench::<EngineFabric<Flushed<8192>>>::new(&model, (1, 1), 1, &node);
+    let deal = Deal::new(&model, 1, &[1, 7]);
+    let receive = bench.receive(&deal);
+    let send = bench.send(1);
+    bench.fabric.wait_ready(&send).expect("it is granted");
+    let fabric = bench.fabric.network().network.fabric();
+    // Nothing is answered, so the row of the last batch follows the packed pages before it.
+    fabric.set_mode(Mode::Manual);
+    for chunk in deal.pushes() {
+        bench.fabric.push(&send, &chunk).expect("it is taken");
+    }
+    let packed = |bench: &Bench<EngineFabric<Flushed<8192>>>, rank: usize| {
+        let counts = bench.fabric.engine(rank).rail_counts();
+        (counts[0].packed_batches, counts[0].unpacked_batches)
+    };
+    wait_for("the last of three packed batches", || {
+        (packed(&bench, 0) == (3, 0)).then_some(())
+    });
+    fabric.set_mode(Mode::Auto);
+    for side in [&send, &receive] {
+        let end = bench.fabric.wait(side, SOON).expect("it ends in time");
+        end.expect("it succeeds");
+    }
+    assert_eq!(packed(&bench, 1), (0, 3), "of four, not the first");
+    let batches = bench.fabric.engine(0).snapshot().rails;
+    assert_eq!(
+        batches.iter().map(|rail| rail.batches_total).sum::<u64>(),
+        4
+    );
+    let flushes = [0, 1].map(|rank| bench.fabric.network().devices.of(rank).flushes());
+    assert_eq!(flushes, [0, 1]);
+}
+
+#[test]
 fn a_device_that_cannot_be_flushed_ends_the_room_with_its_words() {
-    let mut bench = bench::<Flushed>();
+    let mut bench = bench::<Flushed<0>>();
     let deal = Deal::new(&model(), 1, &[40]);
     let receive = bench.receive(&deal);
     let send = bench.send(1);

@@ -38,7 +38,7 @@ mod thread;
 
 use std::{
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU32},
     },
     time::Duration,
@@ -87,8 +87,8 @@ pub(crate) struct Rail {
     staged: Vec<u32>,
     /// How it reaches a GPU's memory, where regions lie there.
     verdicts: Vec<GpuDirect>,
-    /// The GPU that must be flushed before its kernels see what peers wrote.
-    flushed: Option<Arc<dyn Device>>,
+    /// The GPU that must be flushed before its kernels see what peers wrote, over this rail or another.
+    flushed: Arc<OnceLock<Arc<dyn Device>>>,
     /// Outlives its registrations.
     _memory: Vec<Arc<Region>>,
     chunk_bytes: u64,

@@ -213,8 +213,8 @@ impl LaneIo {
 
     /// The last batch of a room from this sender has come, and so have all before it: what cards wrote to a GPU becomes visible
     /// to its kernels, if it is not.
-    fn made_visible(&self) -> Placement {
-        let flushed = self.handle.rail.flushed.as_ref();
+    pub(super) fn made_visible(&self) -> Placement {
+        let flushed = self.handle.rail.flushed.get();
         match flushed.map_or(Ok(()), |device| device.flush_writes()) {
             Ok(()) => Placement::Placed,
             Err(error) => {

@@ -4,7 +4,7 @@
 use std::{
     net::Ipv4Addr,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
 };
@@ -136,7 +136,6 @@ impl Rail {
             regions,
             staged,
             verdicts,
-            flushed,
         } = Registered::all(&pd, memory)?;
         let keys = regions.iter().flatten().map(|region| region.rkeys().len());
         if keys.sum::<usize>() > RKEYS_MAX {
@@ -160,7 +159,7 @@ impl Rail {
             regions,
             staged,
             verdicts,
-            flushed,
+            flushed: Arc::clone(&memory.flushed),
             _memory: memory.regions.to_vec(),
             chunk_bytes: CHUNK_BYTES_MAX,
             capabilities,
@@ -246,6 +245,9 @@ struct Exports<'a> {
     regions: &'a [Arc<Region>],
     /// By region; `None` for host memory.
     ranges: Vec<Option<GpuRange>>,
+    /// The device that some rail reaches and whose kernels see what was written only after a flush. The last batch of a room
+    /// may come over another rail than those before it, so all rails share it.
+    flushed: Arc<OnceLock<Arc<dyn Device>>>,
 }
 
 impl<'a> Exports<'a> {
@@ -256,7 +258,11 @@ impl<'a> Exports<'a> {
             Some(GpuRange::of(&**device, address, len))
         };
         let ranges = regions.iter().map(export).collect();
-        Self { regions, ranges }
+        Self {
+            regions,
+            ranges,
+            flushed: Arc::default(),
+        }
     }
 }
 
@@ -267,8 +273,6 @@ struct Registered {
     staged: Vec<u32>,
     /// Of a device's memory, by each path that was taken the first.
     verdicts: Vec<GpuDirect>,
-    /// Whose kernels see what was written only after a flush.
-    flushed: Option<Arc<dyn Device>>,
 }
 
 impl Registered {
@@ -286,7 +290,7 @@ impl Registered {
             } else if let Some(device) = region.on_device()
                 && device.visibility() == Visibility::AfterFlush
             {
-                all.flushed = Some(Arc::clone(device));
+                memory.flushed.get_or_init(|| Arc::clone(device));
             }
             all.regions.push(registered);
             if all.verdicts.iter().all(|known| known.path != verdict.path) {

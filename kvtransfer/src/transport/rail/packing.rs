@@ -397,6 +397,8 @@ impl LaneIo {
             return Ok(self.hub.discarded(header));
         };
         let placement = match self.scatter_all(&batch, &gate, header.place) {
+            // Batches before it may have been written to the pages.
+            Ok(Placement::Placed) if header.is_last() => self.made_visible(),
             Ok(placement) => placement,
             Err(LaneError::Device(error)) => {
                 let reason = error.to_string();
