@@ -79,11 +79,9 @@ pub(super) fn open(
 ) -> Result<(), String> {
     let rails = hub.rails();
     let rail = rails.get(track.rail)?;
-    let offers = &link.agreement.rails;
-    let offer = offers.get(usize::from(track.peer_rail));
+    let offer = link.agreement.rails.get(usize::from(track.peer_rail));
     let offer = offer.ok_or("a rail that the peer did not offer")?;
-    let mut prepared = prepare(&rail, offer)?;
-    prepared.offer_landing(hub, link, offer)?;
+    let mut prepared = prepare(hub, link, &rail, offer)?;
     let left = deadline.since(clock::now());
     let stream = TcpStream::connect_timeout(&address, left.max(MINIMUM));
     let stream = stream.map_err(|error| format!("the connection beside it: {error}"))?;
@@ -144,7 +142,13 @@ pub(super) fn open(
         .unwrap_or_else(|_| Err("the queue pair was dropped".into()))
 }
 
-fn prepare(rail: &Arc<Rail>, offer: &RailOffer) -> Result<Prepared, String> {
+/// A queue pair on a rail, with what it offers for packed batches.
+fn prepare(
+    hub: &Hub,
+    link: &Link,
+    rail: &Arc<Rail>,
+    offer: &RailOffer,
+) -> Result<Prepared, String> {
     if rail.connector != offer.connector {
         let (ours, theirs) = (rail.connector.name(), offer.connector.name());
         return Err(format!(
@@ -152,10 +156,12 @@ fn prepare(rail: &Arc<Rail>, offer: &RailOffer) -> Result<Prepared, String> {
             rail.name, offer.name
         ));
     }
-    match rail.connector {
+    let mut prepared = match rail.connector {
         Connector::Compat => Prepared::compat(rail),
         Connector::Standard => Prepared::standard(rail),
-    }
+    }?;
+    prepared.offer_landing(hub, link, offer)?;
+    Ok(prepared)
 }
 
 fn adopt(link: &Arc<Link>, prepared: Prepared, parts: QpParts) -> Result<(), String> {
@@ -189,8 +195,7 @@ pub(super) fn accept(
     let mut say = |message: &Control| talk.say(message, None).map_err(|error| error.to_string());
     let prepared = match &open.terms.end {
         QpEnd::Compat(end) => {
-            let mut prepared = prepare(&rail, offer)?;
-            prepared.offer_landing(hub, link, offer)?;
+            let mut prepared = prepare(hub, link, &rail, offer)?;
             prepared.check_reach(link, offer, &open.terms)?;
             prepared.connect(end)?;
             say(&Control::QpReady(prepared.terms()))?;

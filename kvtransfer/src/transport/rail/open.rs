@@ -137,12 +137,6 @@ impl Rail {
             staged,
             verdicts,
         } = Registered::all(&pd, memory)?;
-        let keys = regions.iter().flatten().map(|region| region.rkeys().len());
-        if keys.sum::<usize>() > RKEYS_MAX {
-            return Err(format!(
-                "the memory has more than {RKEYS_MAX} chunks; use fewer, larger regions"
-            ));
-        }
         let poll = mio::Poll::new().map_err(|error| error.to_string())?;
         let waker = mio::Waker::new(poll.registry(), WAKE).map_err(|error| error.to_string())?;
         let address = address_of(library, candidate, chosen);
@@ -296,6 +290,12 @@ impl Registered {
             if all.verdicts.iter().all(|known| known.path != verdict.path) {
                 all.verdicts.push(verdict);
             }
+        }
+        let regions = all.regions.iter().flatten();
+        if regions.map(|region| region.rkeys().len()).sum::<usize>() > RKEYS_MAX {
+            return Err(format!(
+                "the memory has more than {RKEYS_MAX} chunks; use fewer, larger regions"
+            ));
         }
         Ok(all)
     }
