@@ -47,6 +47,10 @@ pub(crate) enum CaseName {
     #[value(name = "write-4k")]
     #[serde(rename = "write-4k")]
     Write4k,
+    /// Slices of 512 bytes, scattered on both sides, as between ranks of unequal size, `--mib` in all (verbs)
+    #[value(name = "write-512")]
+    #[serde(rename = "write-512")]
+    Write512,
     /// Scattered pages of 4 KiB into fresh pages that lie in order, `--mib` in all (verbs)
     #[value(name = "gather-4k")]
     #[serde(rename = "gather-4k")]
@@ -70,9 +74,10 @@ impl CaseName {
         Self::Latency16k,
     ];
     /// The cases of the verbs path.
-    pub(crate) const VERBS: [Self; 6] = [
+    pub(crate) const VERBS: [Self; 7] = [
         Self::Write64k,
         Self::Write4k,
+        Self::Write512,
         Self::Gather4k,
         Self::Latency64,
         Self::Latency4k,
@@ -156,6 +161,7 @@ impl Case {
             CaseName::Latency4k => (1, 4 << 10, samples / divisor, samples / divisor),
             CaseName::Write64k => (1, 64 << 10, (mib << 4) / divisor, 1),
             CaseName::Write4k | CaseName::Gather4k => (1, 4 << 10, (mib << 8) / divisor, 1),
+            CaseName::Write512 => (1, 512, (mib << 11) / divisor, 1),
         };
         let pages = pages.max(1);
         let mut random = Random::new(seed);
@@ -316,6 +322,7 @@ mod tests {
             (CaseName::Pages1m, 512 << 20, 512),
             (CaseName::Write64k, 16 << 20, 256),
             (CaseName::Write4k, 16 << 20, 4096),
+            (CaseName::Write512, 16 << 20, 32_768),
         ];
         for (name, bytes, blocks) in sizes {
             let case = Case::new(name, extent(5));

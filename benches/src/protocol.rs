@@ -119,6 +119,9 @@ pub(crate) struct Tuning {
     /// Most KiB of a batch [verbs; default: the engine's]
     #[arg(long, value_name = "KIB")]
     rdma_batch_kib: Option<u64>,
+    /// Pack pieces of fewer bytes; 0: none [verbs; default: the engine's]
+    #[arg(long, value_name = "BYTES")]
+    rdma_pack_below: Option<u64>,
     /// Unacknowledged batches per queue pair [verbs; default: the engine's]
     #[arg(long, value_name = "COUNT")]
     rdma_window: Option<usize>,
@@ -170,6 +173,7 @@ impl Rdma {
         config.queue_pairs = tuning.rdma_queue_pairs.unwrap_or(config.queue_pairs);
         let batch_bytes = tuning.rdma_batch_kib.map(|kib| kib << 10);
         config.batch_bytes = batch_bytes.unwrap_or(config.batch_bytes);
+        config.pack_below = tuning.rdma_pack_below.unwrap_or(config.pack_below);
         config.window = tuning.rdma_window.unwrap_or(config.window);
         config.send_queue = tuning.rdma_send_queue.unwrap_or(config.send_queue);
         let spin = tuning.rdma_spin_us.map(Duration::from_micros);

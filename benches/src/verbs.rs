@@ -40,7 +40,7 @@ enum Goal {
 impl Goal {
     fn of(case: CaseName) -> Self {
         match case {
-            CaseName::Write4k | CaseName::Gather4k => Self::AtLeast(1.5),
+            CaseName::Write4k | CaseName::Write512 | CaseName::Gather4k => Self::AtLeast(1.5),
             name if name.is_latency() => Self::AtMost(1.3),
             _ => Self::AtLeast(0.95),
         }

@@ -90,7 +90,7 @@ fn regions(engine: &Engine) -> Vec<Value> {
 }
 
 fn rdma(engine: &Engine) -> Vec<Value> {
-    let counts = engine.rail_counts();
+    let (counts, direct) = (engine.rail_counts(), engine.gpu_direct());
     let device = counts.iter().map(|counts| {
         json!({
             "device": counts.device,
@@ -98,6 +98,10 @@ fn rdma(engine: &Engine) -> Vec<Value> {
             "work_requests": counts.work_requests,
             "completions": counts.completions,
             "frames_received": counts.frames_received,
+            "packed_batches": counts.packed_batches,
+            "packed_bytes": counts.packed_bytes,
+            "unpacked_batches": counts.unpacked_batches,
+            "gpu_direct": direct.iter().filter(|verdict| verdict.device == counts.device).map(|verdict| json!({ "gpu": verdict.gpu, "path": verdict.path.words(), "reason": verdict.reason })).collect::<Vec<_>>(),
         })
     });
     device.collect()
@@ -134,6 +138,8 @@ fn rail(rail: &RailStat) -> Value {
         "p99_ns": rail.p99_ns,
         "bytes_total": rail.bytes_total,
         "batches_total": rail.batches_total,
+        "wire_operations_total": rail.wire_operations_total,
+        "packed_batches_total": rail.packed_batches_total,
         "failures": counts(&rail.failures),
     })
 }

@@ -58,6 +58,15 @@ pub struct RdmaConfig {
     pub immediate: bool,
     /// Most bytes of one batch. Default 2 MiB.
     pub batch_bytes: u64,
+    /// Batches whose pieces have fewer bytes on average, after touching ones are joined, are *packed*: gathered by the sender,
+    /// written as one piece to landing memory of the receiver, and moved to the pages by it. Default 4096: a work request for
+    /// a smaller piece costs more than copying it twice. 0: only memory that the devices do not reach is packed;
+    /// `u64::MAX`: every batch is.
+    pub pack_below: u64,
+    /// Bytes of the landing memory that a queue pair offers to a peer whose batches may be packed; a packed batch has at most
+    /// half of them. Default 2 MiB, pinned while the queue pair is there, and as much at the sender once it packs; over all
+    /// queue pairs at most [`EngineConfig::staging_bytes`]. 0: nothing is packed for this engine.
+    pub landing_bytes: u64,
     /// Most unacknowledged batches per queue pair. Default 8: with 4 queue pairs, 64 MiB on the wire.
     pub window: usize,
     /// Work requests that one queue pair holds. Default 256, of which a chain has at most 64.
@@ -84,6 +93,8 @@ impl Default for RdmaConfig {
             queue_pairs: 4,
             immediate: false,
             batch_bytes: 2 << 20,
+            pack_below: 4096,
+            landing_bytes: 2 << 20,
             window: 8,
             send_queue: 256,
             spin: Duration::from_micros(50),
@@ -133,7 +144,8 @@ pub struct EngineConfig {
     /// a copy of it takes some ten times as long as starting one.
     pub staged_batch_bytes: u64,
     /// Most bytes of pinned memory through which a device's memory goes over a wire; half for each direction. Default
-    /// 256 MiB, pinned when needed. Further batches wait.
+    /// 256 MiB, pinned when needed. Further batches wait. With RDMA, as many again for packed batches
+    /// ([`RdmaConfig::landing_bytes`]); queue pairs beyond that go without.
     pub staging_bytes: u64,
     /// Most bytes of one batch that a device copies out of its peer's memory. Default 64 MiB.
     pub device_pull_batch_bytes: u64,
@@ -279,13 +291,19 @@ impl EngineConfig {
 
 impl RdmaConfig {
     /// Names, values, and the least and most that they may be.
-    fn ranges(&self) -> [(&'static str, u64, u64, u64); 6] {
-        use crate::wire::lane::BATCH_BYTES_MAX;
+    fn ranges(&self) -> [(&'static str, u64, u64, u64); 7] {
+        use crate::wire::{lane::BATCH_BYTES_MAX, rdma::LANDING_BYTES_MAX};
         let (pairs, queue) = (self.queue_pairs.into(), self.send_queue.into());
         let heartbeat = millis(self.heartbeat);
         [
             ("rdma.queue_pairs", pairs, 1, u64::from(LANES_MAX)),
             ("rdma.batch_bytes", self.batch_bytes, 4096, BATCH_BYTES_MAX),
+            (
+                "rdma.landing_bytes",
+                self.landing_bytes,
+                0,
+                LANDING_BYTES_MAX.into(),
+            ),
             ("rdma.window", self.window as u64, 1, 256),
             ("rdma.send_queue", queue, 16, 8192),
             ("rdma.drain in ms", millis(self.drain), 0, 200),

@@ -397,6 +397,11 @@ impl Engine {
         self.hub.join_lanes();
     }
 
+    /// How each RDMA device in use reaches the GPU's memory, where regions lie there: decided by registering it.
+    pub fn gpu_direct(&self) -> Vec<crate::gpu::verdict::GpuDirect> {
+        self.hub.rails().verdicts()
+    }
+
     /// Resets one data connection of a peer, as a broken network would. Whether there was one.
     #[cfg(feature = "testing")]
     pub fn reset_lane(&self, peer: PeerId, lane: u8) -> bool {

@@ -10,6 +10,7 @@ use kvtransfer::doctor::findings::{Finding, Level};
 use kvtransfer::doctor::gpus::{Distance, GpuPath};
 use kvtransfer::doctor::rails::Mode;
 use kvtransfer::doctor::report::Report;
+use kvtransfer::gpu::verdict::GpuDirect;
 
 #[path = "doctor/trees.rs"]
 mod trees;
@@ -291,6 +292,31 @@ fn the_path_to_a_peer_is_named_with_its_reasons() {
         "{failed}"
     );
     assert!(failed.contains("modprobe erdma compat_mode=Y"), "{failed}");
+}
+
+#[test]
+fn a_path_that_was_tried_takes_the_place_of_the_expected_one() {
+    let tree = trees::erdma_compat(8500);
+    tree.gpu(0, "NVIDIA L20").nvidia(true);
+    let mut facts = collect(&Host::below(&tree.root));
+    let expected = Report::of(facts.clone(), None);
+    let first = &expected.gpus[0];
+    assert!(!first.is_proven);
+    facts.gpu_direct = vec![GpuDirect {
+        device: first.device.clone(),
+        gpu: first.gpu.to_uppercase(),
+        path: GpuPath::Peermem,
+        reason: "registered by its address".into(),
+    }];
+    let report = Report::of(facts, None);
+    let proven = &report.gpus[0];
+    assert_eq!((proven.path, proven.is_proven), (GpuPath::Peermem, true));
+    assert_eq!(proven.reason, "registered by its address");
+    assert!(report.gpus[1..].iter().all(|verdict| !verdict.is_proven));
+    let text = report.text();
+    let line = text.lines().find(|line| line.contains("peer memory"));
+    assert!(line.is_some_and(|line| line.contains("yes")), "{text}");
+    assert!(report.json().contains("registered by its address"));
 }
 
 #[test]

@@ -112,46 +112,55 @@ fn cost(source: &Engine, target: &Engine, number: u64, pages: usize) -> u64 {
     ALLOCATIONS.load(Ordering::Relaxed) - before
 }
 
+/// Measures rooms of few and of many pages over a network of two ranks; WRITEs in all of them.
+fn compare(mut network: FakeNetwork) -> u64 {
+    network.config.queue_pairs = 1;
+    // One batch a room, so that what a batch may cost is the same.
+    network.config.batch_bytes = 16 << 20;
+    network.config.landing_bytes = 16 << 20;
+    // No heartbeat comes between.
+    network.config.heartbeat = Duration::from_secs(60);
+    let (source, target) = (engine(&network, 0), engine(&network, 1));
+    let address = source.local_addr().expect("it listens");
+    target.connect(address, SOON).expect("the devices work");
+    let fabric = network.fabric();
+    wait_for("the queue pair", || {
+        let queues = fabric.queues(0);
+        (queues.len() == 1 && fabric.is_ready(queues[0])).then_some(())
+    });
+    // The first rooms fill what is kept for later ones.
+    for number in 1..4 {
+        cost(&source, &target, number, PAGES * FACTOR);
+    }
+    // Another thread may allocate now and then (a timer, a log): the least of a few runs is what a room costs.
+    let least = |start: u64, pages: usize| {
+        let costs = (start..start + 8).map(|number| cost(&source, &target, number, pages));
+        costs.min().expect("eight runs")
+    };
+    let requests = fabric.counters().queues.writes;
+    let few = least(10, PAGES);
+    let many = least(30, PAGES * FACTOR);
+    let writes = fabric.counters().queues.writes - requests;
+    assert!(
+        many <= few,
+        "{few} allocations for {PAGES} pages, {many} for {FACTOR} times as many"
+    );
+    assert!(few > 0, "the counter counts");
+    drop((source, target));
+    writes
+}
+
 #[test]
 fn a_room_of_many_pages_allocates_as_little_as_one_of_few() {
+    let network = || FakeNetwork::new(&Behaviour::erdma_compat(), 2, 1);
     for immediate in [false, true] {
-        let mut network = FakeNetwork::new(&Behaviour::erdma_compat(), 2, 1);
-        network.config.queue_pairs = 1;
-        network.config.immediate = immediate;
-        // One batch a room, so that what a batch may cost is the same.
-        network.config.batch_bytes = 16 << 20;
-        // No heartbeat comes between.
-        network.config.heartbeat = Duration::from_secs(60);
-        let (source, target) = (engine(&network, 0), engine(&network, 1));
-        let address = source.local_addr().expect("it listens");
-        target.connect(address, SOON).expect("the devices work");
-        let fabric = network.fabric();
-        wait_for("the queue pair", || {
-            let queues = fabric.queues(0);
-            (queues.len() == 1 && fabric.is_ready(queues[0])).then_some(())
-        });
-        // The first rooms fill what is kept for later ones.
-        for number in 1..4 {
-            cost(&source, &target, number, PAGES * FACTOR);
-        }
-        // Another thread may allocate now and then (a timer, a log): the least of a few runs is what a room costs.
-        let least = |start: u64, pages: usize| {
-            let costs = (start..start + 8).map(|number| cost(&source, &target, number, pages));
-            costs.min().expect("eight runs")
-        };
-        let requests = fabric.counters().queues.writes;
-        let few = least(10, PAGES);
-        let many = least(30, PAGES * FACTOR);
-        let writes = fabric.counters().queues.writes - requests;
+        let mut direct = network();
+        direct.config.immediate = immediate;
+        let writes = compare(direct);
         assert!(
             writes >= 8 * 4 * (PAGES + PAGES * FACTOR) as u64,
             "{writes}"
         );
-        assert!(
-            many <= few,
-            "{few} allocations for {PAGES} pages, {many} for {FACTOR} times as many"
-        );
-        assert!(few > 0, "the counter counts");
-        drop((source, target));
     }
+    assert_eq!(compare(network().packed()), 16, "a WRITE for each room");
 }

@@ -13,7 +13,12 @@ mod relay;
 mod rig;
 #[path = "verbs_faults/standard.rs"]
 mod standard;
+#[path = "verbs_faults/storm.rs"]
+mod storm;
 #[path = "verbs_faults/traffic.rs"]
 mod traffic;
 #[path = "verbs_faults/wakes.rs"]
 mod wakes;
+
+/// Batches are written straight to their pages; `verbs_faults_packed.rs` has the same tests with packed ones.
+const IS_PACKED: bool = false;

@@ -10,7 +10,7 @@ use crate::status::{KVT_BAD_CONFIG, KVT_SYSTEM};
 const ALL: &str = r#"{
   "listen": "127.0.0.1:7", "token": "t", "lanes": 3, "same_host": "ring",
   "rdma": {"usage": "auto", "devices": "a,b", "gpu": 2, "connector": "standard", "queue_pairs": 5, "immediate": true,
-           "batch_bytes": 8192, "window": 9, "send_queue": 64, "spin_us": 6, "drain_ms": 7, "heartbeat_ms": 80},
+           "batch_bytes": 8192, "pack_below": 39, "landing_bytes": 40, "window": 9, "send_queue": 64, "spin_us": 6, "drain_ms": 7, "heartbeat_ms": 80},
   "gpu": {"multiprocessors_percent": 50, "staging_bytes": 131072, "staged_batch_bytes": 16384, "pull_batch_bytes": 20480,
           "ring_bytes": 131072},
   "batch_bytes": 4096, "lane_window": 11, "pull_batch_bytes": 12288, "ring_bytes": 65536, "inline_bytes": 13,
@@ -51,6 +51,7 @@ fn every_field_arrives() {
         ),
         (true, 8192, 9, 64)
     );
+    assert_eq!((rdma.pack_below, rdma.landing_bytes), (39, 40));
     assert_eq!(
         (rdma.spin, rdma.drain, rdma.heartbeat),
         (Duration::from_micros(6), ms(7), ms(80))

@@ -97,6 +97,9 @@ pub fn collect(host: &Host) -> Facts {
     facts.ports = limits::ports(&tree);
     facts.gpus = gpus::gpus(&tree);
     facts.nvidia = gpus::driver(&tree);
+    if host.opens_devices && !facts.gpus.is_empty() && !facts.devices.is_empty() {
+        facts.gpu_direct = gpus::tried();
+    }
     facts.cut = tree.cut();
     facts
 }

@@ -6,6 +6,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
 
+use crate::gpu::verdict::GpuDirect;
+
 /// Everything that was seen on one host. A missing field in a report of another version reads as "not seen".
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -46,6 +48,8 @@ pub struct Facts {
     pub gpus: Vec<Gpu>,
     /// First line of the NVIDIA driver's version file.
     pub nvidia: Option<String>,
+    /// How devices reach the GPUs' memory, tried with some of it; empty where nothing could be tried.
+    pub gpu_direct: Vec<GpuDirect>,
     /// Lists that were longer than a bound and were cut there.
     pub cut: Vec<String>,
 }

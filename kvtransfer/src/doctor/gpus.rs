@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::facts::{Device, Facts, Gpu};
+use crate::gpu::verdict::GpuDirect;
 
 /// How GPU memory reaches a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,6 +19,17 @@ pub enum GpuPath {
     Peermem,
     /// Through pinned host memory.
     Staged,
+}
+
+impl GpuPath {
+    /// In words.
+    pub fn words(self) -> &'static str {
+        match self {
+            Self::DmaBuf => "dma-buf",
+            Self::Peermem => "peer memory",
+            Self::Staged => "staged",
+        }
+    }
 }
 
 /// How near two PCI functions are.
@@ -67,6 +79,20 @@ pub struct Verdict {
     pub distance: Distance,
 }
 
+/// Puts what was found by trying in the place of what was expected.
+fn prove(verdicts: &mut [Verdict], proofs: &[GpuDirect]) {
+    for verdict in verdicts {
+        let proof = proofs.iter().find(|proof| {
+            proof.device == verdict.device && proof.gpu.eq_ignore_ascii_case(&verdict.gpu)
+        });
+        if let Some(proof) = proof {
+            verdict.path = proof.path;
+            verdict.reason.clone_from(&proof.reason);
+            verdict.is_proven = true;
+        }
+    }
+}
+
 /// First kernel that hands dma-bufs to RDMA devices.
 const DMABUF_KERNEL: (u32, u32) = (5, 12);
 
@@ -76,9 +102,11 @@ pub fn verdicts(facts: &Facts) -> Vec<Verdict> {
         .devices
         .iter()
         .flat_map(|device| facts.gpus.iter().map(move |gpu| (device, gpu)));
-    pairs
+    let mut verdicts: Vec<Verdict> = pairs
         .map(|(device, gpu)| verdict(facts, device, gpu))
-        .collect()
+        .collect();
+    prove(&mut verdicts, &facts.gpu_direct);
+    verdicts
 }
 
 fn verdict(facts: &Facts, device: &Device, gpu: &Gpu) -> Verdict {

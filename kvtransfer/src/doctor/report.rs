@@ -224,7 +224,7 @@ impl Report {
         if self.gpus.is_empty() {
             return;
         }
-        let head = ["GPU", "MODEL", "DEVICE", "EXPECTED PATH", "DISTANCE"];
+        let head = ["GPU", "MODEL", "DEVICE", "PATH", "TRIED", "DISTANCE"];
         let mut rows = vec![head.map(str::to_owned).to_vec()];
         for verdict in &self.gpus {
             let gpu = self
@@ -232,17 +232,13 @@ impl Report {
                 .gpus
                 .iter()
                 .find(|gpu| gpu.address() == verdict.gpu);
-            let path = match verdict.path {
-                super::gpus::GpuPath::DmaBuf => "dma-buf",
-                super::gpus::GpuPath::Peermem => "peer memory",
-                super::gpus::GpuPath::Staged => "staged",
-            };
             rows.push(vec![
                 verdict.gpu.clone(),
                 gpu.and_then(|gpu| gpu.model.clone())
                     .unwrap_or("-".to_owned()),
                 verdict.device.clone(),
-                path.to_owned(),
+                verdict.path.words().to_owned(),
+                if verdict.is_proven { "yes" } else { "no" }.to_owned(),
                 verdict.distance.words().to_owned(),
             ]);
         }

@@ -36,7 +36,11 @@ use crate::{
     telemetry::snapshot::Snapshot,
     time::Time,
     transfer::{Admission, BatchIn, BatchOut, Chunk, LaneSetup, Node, Placement},
-    transport::{DataLane, null_wire::NullWire, rail::Rails},
+    transport::{
+        DataLane,
+        null_wire::NullWire,
+        rail::{PackingBudgets, Rails},
+    },
     wire::lane::{Ack, AckStatus, BatchHeader},
 };
 
@@ -91,6 +95,8 @@ pub(crate) struct Hub {
     is_ebbing: AtomicBool,
     regions: Vec<Arc<Region>>,
     pub(crate) devices: DeviceSide,
+    /// Memory for batches that queue pairs pack.
+    pub(crate) packing: PackingBudgets,
     core: Mutex<Core>,
     waker: Waker,
     /// When the control thread will wake by itself.
@@ -116,6 +122,7 @@ impl Hub {
         let waker = Waker::new(poll.registry(), super::control::WAKE)?;
         let node = Node::new(config.node.clone());
         let generation = u64::try_from(clock::wall().as_nanos()).unwrap_or(u64::MAX);
+        let packing = PackingBudgets::new(config.staging_bytes);
         let core = Core {
             node,
             transfers: CountedMap::default(),
@@ -141,6 +148,7 @@ impl Hub {
             is_ebbing: AtomicBool::new(false),
             regions,
             devices,
+            packing,
             core: Mutex::new(core),
             waker,
             armed: AtomicU64::new(0),
@@ -324,6 +332,11 @@ impl Hub {
         self.with(|node, now| node.placed(now, peer, header, batch, placement))
     }
 
+    /// A transfer cannot go on here.
+    pub(crate) fn fail(&self, transfer: TransferId, error: TransferError) {
+        self.with(|node, now| node.cancel(now, transfer, error));
+    }
+
     pub(crate) fn discarded(&self, header: &BatchHeader) -> AckStatus {
         self.with(|node, _| node.discarded(header))
     }
@@ -383,6 +396,7 @@ impl Hub {
         let now = clock::now();
         let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
         core.node.picture(now, &mut snapshot);
+        links::count_operations(&core, &mut snapshot);
         snapshot
     }
 

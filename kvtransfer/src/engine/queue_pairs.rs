@@ -79,10 +79,9 @@ pub(super) fn open(
 ) -> Result<(), String> {
     let rails = hub.rails();
     let rail = rails.get(track.rail)?;
-    let offers = &link.agreement.rails;
-    let offer = offers.get(usize::from(track.peer_rail));
+    let offer = link.agreement.rails.get(usize::from(track.peer_rail));
     let offer = offer.ok_or("a rail that the peer did not offer")?;
-    let mut prepared = prepare(&rail, offer)?;
+    let mut prepared = prepare(hub, link, &rail, offer)?;
     let left = deadline.since(clock::now());
     let stream = TcpStream::connect_timeout(&address, left.max(MINIMUM));
     let stream = stream.map_err(|error| format!("the connection beside it: {error}"))?;
@@ -111,6 +110,7 @@ pub(super) fn open(
         Ok(other) => return Err(format!("the peer answered a queue pair with {other:?}")),
         Err(error) => return Err(format!("the peer did not answer a queue pair: {error}")),
     };
+    prepared.check_reach(link, offer, &terms)?;
     match terms.end {
         QpEnd::Compat(end) => prepared.connect(&end)?,
         QpEnd::Standard {
@@ -142,7 +142,13 @@ pub(super) fn open(
         .unwrap_or_else(|_| Err("the queue pair was dropped".into()))
 }
 
-fn prepare(rail: &Arc<Rail>, offer: &RailOffer) -> Result<Prepared, String> {
+/// A queue pair on a rail, with what it offers for packed batches.
+fn prepare(
+    hub: &Hub,
+    link: &Link,
+    rail: &Arc<Rail>,
+    offer: &RailOffer,
+) -> Result<Prepared, String> {
     if rail.connector != offer.connector {
         let (ours, theirs) = (rail.connector.name(), offer.connector.name());
         return Err(format!(
@@ -150,10 +156,12 @@ fn prepare(rail: &Arc<Rail>, offer: &RailOffer) -> Result<Prepared, String> {
             rail.name, offer.name
         ));
     }
-    match rail.connector {
+    let mut prepared = match rail.connector {
         Connector::Compat => Prepared::compat(rail),
         Connector::Standard => Prepared::standard(rail),
-    }
+    }?;
+    prepared.offer_landing(hub, link, offer)?;
+    Ok(prepared)
 }
 
 fn adopt(link: &Arc<Link>, prepared: Prepared, parts: QpParts) -> Result<(), String> {
@@ -187,13 +195,17 @@ pub(super) fn accept(
     let mut say = |message: &Control| talk.say(message, None).map_err(|error| error.to_string());
     let prepared = match &open.terms.end {
         QpEnd::Compat(end) => {
-            let mut prepared = prepare(&rail, offer)?;
+            let mut prepared = prepare(hub, link, &rail, offer)?;
+            prepared.check_reach(link, offer, &open.terms)?;
             prepared.connect(end)?;
             say(&Control::QpReady(prepared.terms()))?;
             prepared
         }
         QpEnd::Standard { .. } => {
-            let listening = Listening::start(&rail)?;
+            let mut listening = Listening::start(&rail)?;
+            let prepared = listening.prepared_mut();
+            prepared.offer_landing(hub, link, offer)?;
+            prepared.check_reach(link, offer, &open.terms)?;
             say(&Control::QpReady(listening.terms()))?;
             listening.accept(deadline)?
         }

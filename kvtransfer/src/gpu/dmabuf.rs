@@ -14,6 +14,7 @@ use super::{
     memory::known,
     pointer,
 };
+use crate::memory::device::Exported;
 
 /// An exported range. The descriptor serves every RDMA device and may be closed after the last registration; the memory
 /// must stay as long as any.
@@ -127,6 +128,15 @@ fn host_page() -> Result<u64, GpuError> {
         .ok()
         .filter(|bytes| bytes.is_power_of_two())
         .ok_or(GpuError::Misuse("the host says no page size"))
+}
+
+impl From<DmaBuf> for Exported {
+    fn from(buffer: DmaBuf) -> Self {
+        Self {
+            offset: buffer.offset(),
+            descriptor: buffer.descriptor,
+        }
+    }
 }
 
 impl AsFd for DmaBuf {

@@ -15,11 +15,12 @@ use self::copier::CudaCopier;
 use super::{
     Blocks, Context, GpuError, KernelOptions, Kernels, Launch, Method, Pinned as PinnedMemory,
     Priority, Stream,
+    dmabuf::DmaBuf,
     ipc::{Imports, Mapping, PeerProcess},
 };
 use crate::memory::{
     Region,
-    device::{Attached, Awaited, Copier, Device, DeviceError, Pinned, Share},
+    device::{Attached, Awaited, Copier, Device, DeviceError, Exported, Pinned, Share, Visibility},
 };
 
 /// Default of [`CudaDevice::open`]'s share of a GPU's multiprocessors, in percent: what a model's own kernels hardly notice.
@@ -190,5 +191,24 @@ impl Device for CudaDevice {
         let pinned = PinnedMemory::register(&self.shared.context, Arc::clone(region));
         let pinned = pinned.map_err(|error| self.shared.refused("pinning", &error))?;
         Ok(Box::new(pinned))
+    }
+
+    fn pci_address(&self) -> String {
+        self.shared.context.facts().pci_address.clone()
+    }
+
+    fn export(&self, address: u64, len: u64) -> Result<Exported, DeviceError> {
+        let exported = DmaBuf::export(&self.shared.context, address, len);
+        let exported = exported.map_err(|error| self.shared.refused("exporting", &error))?;
+        Ok(exported.into())
+    }
+
+    fn visibility(&self) -> Visibility {
+        self.shared.context.facts().visibility()
+    }
+
+    fn flush_writes(&self) -> Result<(), DeviceError> {
+        let flushed = self.shared.context.flush_writes();
+        flushed.map_err(|error| self.shared.refused("flushing writes", &error))
     }
 }

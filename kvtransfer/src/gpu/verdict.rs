@@ -2,7 +2,7 @@
 //! memory), else not at all, and then bytes are staged through pinned host memory.
 #![expect(unsafe_code, reason = "registers memory that its owner vouches for")]
 
-use std::sync::Arc;
+use std::{os::fd::AsFd as _, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     doctor::gpus::GpuPath,
+    memory::device::{Device, Exported},
     transport::verbs::{
         context, device as rdma_device,
         library::Library,
@@ -22,6 +23,8 @@ use crate::{
         pd::Pd,
     },
 };
+
+pub use crate::memory::device::Visibility;
 
 /// Bytes of the range that [`probe`] tries: one piece of virtual memory at the least granularity there is.
 const PROBE_BYTES: usize = 2 << 20;
@@ -44,7 +47,8 @@ pub(crate) struct GpuRange {
     address: u64,
     len: u64,
     gpu: String,
-    exported: Result<DmaBuf, GpuError>,
+    exported: Result<Exported, String>,
+    visibility: Visibility,
 }
 
 impl GpuRange {
@@ -54,7 +58,22 @@ impl GpuRange {
             address,
             len,
             gpu: context.facts().pci_address.clone(),
-            exported: DmaBuf::export(context, address, len),
+            exported: DmaBuf::export(context, address, len)
+                .map(Exported::from)
+                .map_err(|error| error.to_string()),
+            visibility: context.facts().visibility(),
+        }
+    }
+
+    /// The same for an engine's device.
+    pub(crate) fn of(device: &dyn Device, address: u64, len: u64) -> Self {
+        let exported = device.export(address, len);
+        Self {
+            address,
+            len,
+            gpu: device.pci_address(),
+            exported: exported.map_err(|error| error.to_string()),
+            visibility: device.visibility(),
         }
     }
 
@@ -69,9 +88,13 @@ impl GpuRange {
         access: Access,
     ) -> (Option<RegisteredRegion>, GpuDirect) {
         let (address, len) = (self.address, self.len);
-        let as_dmabuf = self.exported.as_ref().map_err(ToString::to_string);
+        if self.visibility == Visibility::Never {
+            let reason = "the GPU orders no writes of RDMA devices, and they cannot be flushed";
+            return (None, self.verdict(pd, GpuPath::Staged, reason.to_owned()));
+        }
+        let as_dmabuf = self.exported.as_ref().map_err(Clone::clone);
         let as_dmabuf = as_dmabuf.and_then(|exported| {
-            let (fd, offset) = (std::os::fd::AsFd::as_fd(exported), exported.offset());
+            let (fd, offset) = (exported.descriptor.as_fd(), exported.offset);
             // SAFETY: the caller vouches for the memory behind the buffer.
             let registered = unsafe {
                 RegisteredRegion::register_dmabuf(
@@ -159,19 +182,6 @@ pub fn probe(gpu: &Arc<Context>) -> Result<Vec<GpuDirect>, String> {
     Ok(devices.iter().map(judge).collect())
 }
 
-/// What must happen between the notice of a peer's WRITEs and a kernel that reads them (erdma.md §5.5).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-#[non_exhaustive]
-pub enum Visibility {
-    /// Nothing: work started after the notice sees the bytes.
-    AtOnce,
-    /// [`Context::flush_writes`], once for each completed transfer.
-    AfterFlush,
-    /// The GPU orders nothing and flushes nothing from the host: such memory is staged.
-    Never,
-}
-
 impl DeviceFacts {
     /// The rule of this GPU.
     #[must_use]
@@ -227,20 +237,16 @@ mod tests {
 
         fn range(&mut self, exported: bool) -> GpuRange {
             let address = self.memory.as_mut_ptr().expose_provenance() as u64;
-            let refusal = GpuError::Refused {
-                what: "a dma-buf",
-                address,
-                reason: "the GPU's driver exports none".to_owned(),
-            };
             GpuRange {
                 address,
                 len: BYTES as u64,
                 gpu: "0000:3b:00.0".to_owned(),
                 exported: if exported {
-                    Ok(DmaBuf::of_memfd(address, BYTES as u64))
+                    Ok(DmaBuf::of_memfd(address, BYTES as u64).into())
                 } else {
-                    Err(refusal)
+                    Err("the GPU's driver exports none".to_owned())
                 },
+                visibility: Visibility::AtOnce,
             }
         }
     }
@@ -305,6 +311,20 @@ mod tests {
             "{}",
             verdict.reason
         );
+    }
+
+    #[test]
+    fn memory_whose_writes_nobody_would_see_is_not_registered() {
+        let fake = FakeVerbs::new(with(Answer::Supported, None));
+        let opened = context::Context::open(&fake.library(), &fake.device_names()[0]);
+        let pd = Pd::create(&opened.expect("opened")).expect("a domain");
+        let mut owner = Owner::new();
+        let mut range = owner.range(true);
+        range.visibility = Visibility::Never;
+        // SAFETY: the memory outlives the registration, of which there is none.
+        let (region, verdict) = unsafe { range.register(&pd, Access::WriteTarget) };
+        assert!(region.is_none() && verdict.path == GpuPath::Staged);
+        assert!(verdict.reason.contains("flushed"), "{}", verdict.reason);
     }
 
     #[test]

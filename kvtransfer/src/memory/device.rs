@@ -2,8 +2,9 @@
 //! no CUDA to build, to start or to be tested (`testing::fake_device`).
 #![forbid(unsafe_code)]
 
-use std::{fmt::Debug, ops::Range, sync::Arc};
+use std::{fmt::Debug, ops::Range, os::fd::OwnedFd, sync::Arc};
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::Region;
@@ -93,6 +94,28 @@ pub struct Share {
     pub offset: u64,
 }
 
+/// A range of device memory as RDMA devices take it into use: a dma-buf.
+#[derive(Debug)]
+pub struct Exported {
+    /// Serves every RDMA device, and may be closed after the last registration.
+    pub descriptor: OwnedFd,
+    /// Where the range starts in the buffer, in bytes.
+    pub offset: u64,
+}
+
+/// What must happen between the notice of a peer's WRITEs and a kernel that reads them (erdma.md §5.5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Visibility {
+    /// Nothing: work started after the notice sees the bytes.
+    AtOnce,
+    /// [`Device::flush_writes`], once for each completed transfer.
+    AfterFlush,
+    /// The device orders nothing and flushes nothing from the host: such memory is staged.
+    Never,
+}
+
 /// A device with memory.
 pub trait Device: Send + Sync + Debug {
     /// What logs call it, for example `cuda:0 (NVIDIA H200)`.
@@ -131,6 +154,24 @@ pub trait Device: Send + Sync + Debug {
     /// # Errors
     /// The driver cannot pin so much; copies work all the same, only slower.
     fn pin(&self, region: &Arc<Region>) -> Result<Box<dyn Pinned>, DeviceError>;
+
+    /// Its PCI address, as verdicts name it.
+    fn pci_address(&self) -> String;
+
+    /// Exports `len` bytes at `address` as a dma-buf.
+    ///
+    /// # Errors
+    /// The device, its driver or the kind of memory has none, in words.
+    fn export(&self, address: u64, len: u64) -> Result<Exported, DeviceError>;
+
+    /// When its kernels see what RDMA devices write.
+    fn visibility(&self) -> Visibility;
+
+    /// Makes everything that RDMA devices wrote before the call visible to work started after it. Takes some microseconds.
+    ///
+    /// # Errors
+    /// The driver's reasons.
+    fn flush_writes(&self) -> Result<(), DeviceError>;
 }
 
 /// Another process's allocation, in use here. Dropping it gives it up.

@@ -204,6 +204,8 @@ fn rail_message(rail: &RailStat) -> v1::RailStat {
         p99_ns: rail.p99_ns,
         bytes_total: rail.bytes_total,
         batches_total: rail.batches_total,
+        wire_operations_total: rail.wire_operations_total,
+        packed_batches_total: rail.packed_batches_total,
         failures: failures_message(&rail.failures),
     }
 }
@@ -227,6 +229,8 @@ fn read_rail(rail: v1::RailStat) -> Result<RailStat, Malformed> {
         p99_ns: rail.p99_ns,
         bytes_total: rail.bytes_total,
         batches_total: rail.batches_total,
+        wire_operations_total: rail.wire_operations_total,
+        packed_batches_total: rail.packed_batches_total,
         failures: read_failures(rail.failures)?,
     })
 }

@@ -65,7 +65,7 @@ type Column = (
 );
 
 /// The numbers that can be added up over rails.
-const SUMMABLE: [Column; 6] = [
+const SUMMABLE: [Column; 8] = [
     ("rail_queued_bytes", "gauge", "Bytes waiting.", |rail, _| {
         lossy(rail.bytes_queued)
     }),
@@ -98,6 +98,18 @@ const SUMMABLE: [Column; 6] = [
         "counter",
         "Batches delivered.",
         |rail, _| lossy(rail.batches_total),
+    ),
+    (
+        "rail_wire_operations_total",
+        "counter",
+        "Work requests posted to an RDMA device.",
+        |rail, _| lossy(rail.wire_operations_total),
+    ),
+    (
+        "rail_packed_batches_total",
+        "counter",
+        "Batches sent packed over RDMA.",
+        |rail, _| lossy(rail.packed_batches_total),
     ),
 ];
 

@@ -62,6 +62,10 @@ pub struct RailStat {
     pub bytes_total: u64,
     /// Batches delivered since the engine's start.
     pub batches_total: u64,
+    /// Work requests posted to an RDMA device (pages, notices, answers) since the queue pair was made; 0 on other paths.
+    pub wire_operations_total: u64,
+    /// Of the batches sent, those that were packed: two work requests each, whatever their pieces.
+    pub packed_batches_total: u64,
     /// Failures on this rail: (reason, count).
     pub failures: Vec<(String, u64)>,
 }

@@ -16,11 +16,12 @@ mod sim_fabric;
 mod verbs_fabric;
 
 pub use device_fabric::{
-    DevicePullPath, DeviceRingPath, DeviceTcpPath, MixedPullPath, MixedTcpPath,
+    DevicePullPath, DeviceRails, DeviceRingPath, DeviceTcpPath, DmaBufRails, HalfRails,
+    MixedPullPath, MixedRails, MixedTcpPath, PeerMemoryRails, StagedRails,
 };
 pub use engine_fabric::{EngineFabric, Path, PullPath, RingPath, TcpPath};
 pub use sim_fabric::{Inline, Mode, Pull, Ring, SimFabric, Write};
-pub use verbs_fabric::{FakeNetwork, wait_for};
+pub use verbs_fabric::{FakeNetwork, PACKED_STAGING_BYTES, wait_for};
 
 use std::{sync::Arc, time::Duration};
 

@@ -14,12 +14,13 @@ use std::{
     },
 };
 
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 use crate::memory::{
     Region,
     device::{
-        Attached, Awaited, Copier, Device, DeviceError, Flight, Grid, Move, Piece, Pinned, Share,
+        Attached, Awaited, Copier, Device, DeviceError, Exported, Flight, Grid, Move, Piece,
+        Pinned, Share, Visibility,
     },
 };
 
@@ -47,8 +48,32 @@ impl Reservation {
             )
         };
         let base = base.map_err(|error| refused("reserve", &error.to_string()))?;
+        Ok(Self::at(base, len))
+    }
+
+    /// The memory behind a descriptor, at addresses that work: for RDMA devices that reach it, whose stand-ins copy by plain
+    /// addresses. The engine's own accesses are still refused, by [`Region`].
+    fn mapped(fd: &OwnedFd, len: usize) -> Result<Self, DeviceError> {
+        // SAFETY: as above; the descriptor is sealed against shrinking.
+        let base = unsafe {
+            mmap(
+                std::ptr::null_mut(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                fd,
+                0,
+            )
+        };
+        let base = base.map_err(|error| refused("map", &error.to_string()))?;
+        Ok(Self::at(base, len))
+    }
+
+    fn at(base: *mut std::ffi::c_void, len: usize) -> Self {
         let base = NonNull::new(base).expect("invariant: a mapping is never at null");
-        Ok(Self { base, len })
+        let made = Self { base, len };
+        addresses().insert(made.address(), len as u64);
+        made
     }
 
     fn address(&self) -> u64 {
@@ -58,10 +83,24 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
+        addresses().remove(&self.address());
         // SAFETY: the mapping is our own and is unmapped once, here.
         let unmapped = unsafe { munmap(self.base.as_ptr(), self.len) };
         debug_assert!(unmapped.is_ok(), "our own mapping");
     }
+}
+
+/// Every device's addresses in this process, with their lengths.
+fn addresses() -> MutexGuard<'static, BTreeMap<u64, u64>> {
+    static ADDRESSES: Mutex<BTreeMap<u64, u64>> = Mutex::new(BTreeMap::new());
+    ADDRESSES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether an address is a device's, which RDMA devices without peer memory do not know.
+pub(crate) fn is_device_address(address: u64) -> bool {
+    let addresses = addresses();
+    let below = addresses.range(..=address).next_back();
+    below.is_some_and(|(base, len)| address - base < *len)
 }
 
 fn refused(call: &'static str, reason: &str) -> DeviceError {
@@ -101,6 +140,10 @@ struct Inner {
     shares_nothing: AtomicBool,
     attaches_nothing: AtomicBool,
     copies_nothing: AtomicBool,
+    /// RDMA devices reach its memory, if they can.
+    is_reachable: AtomicBool,
+    must_flush: AtomicBool,
+    flushes: AtomicUsize,
 }
 
 /// What the device was asked to do so far.
@@ -198,6 +241,21 @@ impl FakeDevice {
         events.unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// From now on memory is made so that RDMA devices reach it: by dma-bufs, or by peer memory where they know that.
+    pub fn let_rdma_reach(&self) {
+        self.inner.is_reachable.store(true, Ordering::SeqCst);
+    }
+
+    /// From now on its kernels see writes of RDMA devices after a flush only.
+    pub fn require_flushes(&self) {
+        self.inner.must_flush.store(true, Ordering::SeqCst);
+    }
+
+    /// How often it was flushed.
+    pub fn flushes(&self) -> usize {
+        self.inner.flushes.load(Ordering::SeqCst)
+    }
+
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Allocation>> {
         self.inner
             .allocations
@@ -206,7 +264,11 @@ impl FakeDevice {
     }
 
     fn place(&self, memory: Arc<Region>) -> Result<u64, DeviceError> {
-        let reservation = Reservation::new(memory.len())?;
+        let is_reachable = self.inner.is_reachable.load(Ordering::SeqCst);
+        let reservation = match memory.memfd_fd().filter(|_| is_reachable) {
+            Some(fd) => Reservation::mapped(fd, memory.len())?,
+            None => Reservation::new(memory.len())?,
+        };
         let address = reservation.address();
         let allocation = Allocation {
             len: memory.len() as u64,
@@ -552,5 +614,34 @@ impl Device for FakeDevice {
 
     fn pin(&self, _region: &Arc<Region>) -> Result<Box<dyn Pinned>, DeviceError> {
         Ok(Box::new(FakePinned))
+    }
+
+    fn pci_address(&self) -> String {
+        "0000:fa:4e.0".into()
+    }
+
+    fn export(&self, address: u64, len: u64) -> Result<Exported, DeviceError> {
+        if !self.inner.is_reachable.load(Ordering::SeqCst) {
+            return Err(refused("export", "its driver exports none"));
+        }
+        let (allocation, offset) = self.find(address, len)?;
+        let fd = allocation.memory.memfd_fd().map(OwnedFd::try_clone);
+        let fd = fd.ok_or_else(|| refused("export", "the allocation is another process's"))?;
+        let descriptor = fd.map_err(|error| refused("export", &error.to_string()))?;
+        Ok(Exported { descriptor, offset })
+    }
+
+    fn visibility(&self) -> Visibility {
+        if self.inner.must_flush.load(Ordering::SeqCst) {
+            Visibility::AfterFlush
+        } else {
+            Visibility::AtOnce
+        }
+    }
+
+    fn flush_writes(&self) -> Result<(), DeviceError> {
+        self.check_copies()?;
+        self.inner.flushes.fetch_add(1, Ordering::SeqCst);
+        Ok(())
     }
 }

@@ -46,7 +46,7 @@ pub use self::{
     behaviour::{Behaviour, CmRules, DmaBuf, EmptyReceive, OutOfBand, RefusedWrite, SendQueueRule},
     counters::{Counters, QueueCounters, Violation, WatchCounters},
     fabric::{Fabric, WatchId},
-    queue::QueuePairId,
+    queue::{Forgery, QueuePairId},
     state::Mode,
 };
 use self::{shared::Shared, state::State, sysfs::Sysfs};

@@ -123,6 +123,7 @@ impl Node {
                 opened: now,
                 first_byte: None,
                 deadline,
+                doom: None,
                 items: vec![Arc::from([0])],
                 legs,
                 told: vec![peer],

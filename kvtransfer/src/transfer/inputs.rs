@@ -22,7 +22,8 @@ use crate::{
     },
 };
 
-/// How long a sender whose batch was thrown away waits for the receiver's reason.
+/// How long a sender whose batch was thrown away waits for the receiver's reason, and a receiver for that of a sender who
+/// withdrew one.
 const REASON_GRACE: Duration = Duration::from_millis(20);
 
 impl Node {
@@ -318,7 +319,10 @@ impl Node {
         batch: &BatchIn,
         placement: Placement,
     ) -> AckStatus {
+        let (number, epoch, seq) = (header.room, header.epoch(), header.seq);
         let Some(room) = self.receives.get_mut(&batch.transfer) else {
+            // It ended while the batch was being moved: nothing of it moves any more.
+            self.ebb_notice(peer, number, epoch, seq);
             return self.discarded(header);
         };
         let counted = match placement {
@@ -330,11 +334,21 @@ impl Node {
                     code: FailureCode::Cancelled,
                     reason,
                 };
-                self.end_receive(now, batch.transfer, Err(error));
+                if let Some(leg) = room.leg_mut(peer) {
+                    leg.seen.insert(seq);
+                }
+                if room.doom.is_none() {
+                    // The sender's own reason comes on the control stream, which this batch may have overtaken.
+                    let left = room.deadline.due().since(now).min(REASON_GRACE);
+                    self.timers.clear(room.deadline);
+                    room.deadline = self.timers.set(now, left, Due::Transfer(batch.transfer));
+                    room.doom = Some(error);
+                }
                 return AckStatus::Discarded;
             }
             Placement::Failed(error) => {
                 self.end_receive(now, batch.transfer, Err(error));
+                self.ebb_notice(peer, number, epoch, seq);
                 return AckStatus::Discarded;
             }
         };
@@ -420,9 +434,10 @@ impl Node {
             let peers: Vec<PeerId> = room.legs.iter().map(|leg| leg.peer).collect();
             let error = doom.unwrap_or_else(|| self.timeout(&peers, stage, elapsed));
             self.end_send(now, id, Err(error));
-        } else if let Some(room) = self.receives.get(&id) {
+        } else if let Some(room) = self.receives.get_mut(&id) {
+            let (doom, stage, elapsed) = (room.doom.take(), room.stage(), now.since(room.opened));
             let peers: Vec<PeerId> = room.legs.iter().map(|leg| leg.peer).collect();
-            let error = self.timeout(&peers, room.stage(), now.since(room.opened));
+            let error = doom.unwrap_or_else(|| self.timeout(&peers, stage, elapsed));
             self.end_receive(now, id, Err(error));
         }
     }

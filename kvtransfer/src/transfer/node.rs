@@ -307,6 +307,7 @@ impl Node {
                 opened: now,
                 first_byte: None,
                 deadline,
+                doom: None,
                 items: request.items.clone(),
                 legs,
                 told: request.sources.iter().map(|source| source.peer).collect(),

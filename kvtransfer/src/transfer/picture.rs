@@ -200,6 +200,9 @@ impl Peer {
                 p99_ns: quantiles.p99_ns,
                 bytes_total: lane.bytes_total,
                 batches_total: lane.batches_total,
+                // The engine knows these, for lanes that are queue pairs.
+                wire_operations_total: 0,
+                packed_batches_total: 0,
                 failures: failures.clone(),
             });
         }

@@ -115,6 +115,8 @@ pub(super) struct ReceiveRoom {
     pub(super) opened: Time,
     pub(super) first_byte: Option<Time>,
     pub(super) deadline: TimerKey,
+    /// A sender withdrew a batch; its reason is on the way, or else this is the error.
+    pub(super) doom: Option<TransferError>,
     pub(super) items: Vec<Arc<[i32]>>,
     pub(super) legs: Vec<ReceiveLeg>,
     /// Peers to be told if it fails, dummies included.

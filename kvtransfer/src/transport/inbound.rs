@@ -303,7 +303,7 @@ impl Inbound {
                 let what = "a batch without its bytes; null_wire is not set here";
                 return Err(LaneError::Protocol(what.into()));
             }
-            (PayloadMode::Write, _) => {
+            (PayloadMode::Write | PayloadMode::Packed, _) => {
                 let what =
                     "a batch written by RDMA, announced on a connection that is not a queue pair";
                 return Err(LaneError::Protocol(what.into()));

@@ -211,7 +211,7 @@ impl Outbound {
                 head.extend_from_slice(&BatchHeader::new(fields).to_bytes());
                 None
             }
-            PayloadMode::Write => {
+            PayloadMode::Write | PayloadMode::Packed => {
                 let what = "a batch for a queue pair was given to a stream";
                 return Err(LaneError::Protocol(what.into()));
             }

@@ -5,10 +5,11 @@
 //! targets   the peer's addresses and keys (pure)    open      devices, registrations
 //! prepare   making a queue pair; compat connector   standard  the standard connector
 //! lane      one queue pair's state                  pump      pages and frames out
+//! packing   small pieces gathered, landed, scattered ring      where they land (pure)
 //! thread    the one owner of all queue pairs        arrive    completions and frames in
 //! drive     its place taken for a small transfer
 //! requests  what others ask of it                   life      drain, destroy, tell the peer, make room
-//! counters  what it asked of its device (pure)
+//! counters  what it asked of its device (pure)      budget    a bound on memory for packing (pure)
 //! ```
 //! A chain is WRITEs straight from the pages, gathered where their targets touch, none of them signalled, and a SEND with the
 //! batch header after them (or the header itself as a WRITE with immediate data). The receiver counts notices and answers;
@@ -16,6 +17,7 @@
 
 mod address;
 mod arrive;
+mod budget;
 mod buffers;
 mod counters;
 mod credits;
@@ -23,23 +25,26 @@ mod drive;
 mod lane;
 mod life;
 mod open;
+mod packing;
 #[cfg(feature = "testing")]
 pub(crate) mod posting;
 mod prepare;
 mod pump;
 mod requests;
+mod ring;
 mod standard;
 mod targets;
 mod thread;
 
 use std::{
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU32},
     },
     time::Duration,
 };
 
+pub(crate) use budget::PackingBudgets;
 pub use counters::RailCounts;
 pub(crate) use lane::QueuePairLane;
 pub(crate) use prepare::{Prepared, QpParts};
@@ -49,7 +54,9 @@ use self::{counters::Counters, requests::Request, thread::Core};
 use crate::{
     clock,
     config::RdmaConfig,
-    memory::Region,
+    gpu::verdict::GpuDirect,
+    layout::RegionId,
+    memory::{Region, device::Device},
     plan::descriptor::Place,
     time::Time,
     transport::verbs::{
@@ -74,8 +81,14 @@ pub(crate) struct Rail {
     context: Arc<Context>,
     /// One per engine and device: a key is only good within it, and an engine is one domain of trust.
     pd: Arc<Pd>,
-    /// `None` for a region without bytes.
+    /// `None` for a region without bytes, and for one that the device does not reach.
     regions: Vec<Option<RegisteredRegion>>,
+    /// Regions that the device does not reach, ascending.
+    staged: Vec<u32>,
+    /// How it reaches a GPU's memory, where regions lie there.
+    verdicts: Vec<GpuDirect>,
+    /// The GPU that must be flushed before its kernels see what peers wrote, over this rail or another.
+    flushed: Arc<OnceLock<Arc<dyn Device>>>,
     /// Outlives its registrations.
     _memory: Vec<Arc<Region>>,
     chunk_bytes: u64,
@@ -116,11 +129,17 @@ impl Rail {
             message_bytes_max: self.capabilities.wr_bytes_max.value,
             chunk_bytes: self.chunk_bytes,
             rkeys: rkeys.collect(),
+            staged: self.staged.clone(),
         }
     }
 
     fn offers_immediate(&self) -> bool {
         self.settings.immediate && self.capabilities.immediate.value
+    }
+
+    /// Whether the device reaches a region.
+    fn reaches(&self, region: RegionId) -> bool {
+        self.staged.binary_search(&region.0).is_err()
     }
 
     /// A piece of our memory as a WRITE names it.
@@ -259,6 +278,12 @@ impl Rails {
     pub(crate) fn counts(&self) -> Vec<RailCounts> {
         let rails = self.alive();
         rails.map(|rail| rail.counters.counts(&rail.name)).collect()
+    }
+
+    /// How each reaches a GPU's memory, where regions lie there.
+    pub(crate) fn verdicts(&self) -> Vec<GpuDirect> {
+        let rails = self.alive();
+        rails.flat_map(|rail| rail.verdicts.clone()).collect()
     }
 
     /// Whether there are any whose device is there.

@@ -15,7 +15,7 @@ use super::{
 use crate::ids::{Epoch, InstanceId};
 
 /// Version of the whole protocol, spoken in every message head and batch header.
-pub const VERSION: u8 = 2;
+pub const VERSION: u8 = 3;
 /// First word of every control message: "KVTC".
 pub const CONTROL_MAGIC: u32 = u32::from_le_bytes(*b"KVTC");
 /// Bytes of a message head.

@@ -39,6 +39,9 @@ pub enum PayloadMode {
     Ring,
     /// The sender's network card has written it to the target pages before the header (RDMA WRITE).
     Write,
+    /// The sender's network card has written it, as it is in the stream, to the receiver's landing memory at
+    /// [`BatchHeader::place`] before the header; the receiver moves it to its pages.
+    Packed,
     /// It does not: measurements of everything else.
     Null,
 }
@@ -67,7 +70,7 @@ pub struct BatchHeader {
     /// Bytes carried.
     pub len: u64,
     /// Pull: address of the sender's validity cell. Ring: offset of the payload in the ring. Write: [`VOID_PLACE`] if the
-    /// room ended while the batch was being written. Otherwise 0.
+    /// room ended while the batch was being written. Packed: offset of the payload in the landing memory. Otherwise 0.
     pub place: u64,
     reserved: u32,
     check: u32,
@@ -83,6 +86,8 @@ const _: () = assert!(
 );
 
 const FLAG_LAST: u8 = 1;
+/// The largest number of a payload mode.
+const MODE_MAX: u8 = 5;
 
 /// The fields of a header that its sender chooses.
 #[derive(Clone, Copy, Debug)]
@@ -123,6 +128,7 @@ impl BatchHeader {
             PayloadMode::Ring => 2,
             PayloadMode::Write => 3,
             PayloadMode::Null => 4,
+            PayloadMode::Packed => MODE_MAX,
         };
         let mut header = Self {
             magic: BATCH_MAGIC,
@@ -176,7 +182,7 @@ impl BatchHeader {
                 got: header.check,
             });
         }
-        if header.mode > 4 {
+        if header.mode > MODE_MAX {
             return Err(WireError::Value {
                 what: "payload mode",
                 got: header.mode.into(),
@@ -213,7 +219,8 @@ impl BatchHeader {
             1 => PayloadMode::Pull,
             2 => PayloadMode::Ring,
             3 => PayloadMode::Write,
-            _ => PayloadMode::Null,
+            4 => PayloadMode::Null,
+            _ => PayloadMode::Packed,
         }
     }
 

@@ -13,12 +13,16 @@
 //! own end is gone, and with the last answers of that end. Only then may batches that were lost with it travel again: the
 //! first copy of them can no longer land, and those that had arrived are known as such (promise P1).
 
+mod offer;
+
 use bytemuck::{Pod, Zeroable};
+
+pub use offer::RailOffer;
 
 use super::{
     WireError,
     codec::{Reader, Writer},
-    hello::{LANES_MAX, NAME_BYTES_MAX, TOKEN_BYTES_MAX},
+    hello::{LANES_MAX, TOKEN_BYTES_MAX},
     lane::{Ack, BatchHeader},
 };
 use crate::ids::InstanceId;
@@ -31,6 +35,8 @@ pub const RKEYS_MAX: usize = 1 << 16;
 pub const RECEIVES_MAX: u16 = 1024;
 /// Answers that the end of a queue pair takes along, at most: the largest window.
 pub const ANSWERS_MAX: usize = 256;
+/// Most bytes of the memory that one end of a queue pair offers for packed batches: what a sender must have beside it.
+pub const LANDING_BYTES_MAX: u32 = 16 << 20;
 /// Fewest: one for credits and heartbeats, one for an answer, and two batches.
 pub const RECEIVES_MIN: u16 = 4;
 
@@ -67,73 +73,6 @@ impl Connector {
                 what: "connector",
                 got: got.into(),
             }),
-        }
-    }
-}
-
-/// One RDMA device of an engine, as its peers must know it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RailOffer {
-    /// The device, for logs: `erdma_0`.
-    pub name: String,
-    /// How it connects.
-    pub connector: Connector,
-    /// Whether it can take WRITE_WITH_IMM and wants it.
-    pub imm: bool,
-    /// Most bytes of one message it can take.
-    pub message_bytes_max: u64,
-    /// Regions are registered in chunks of so many bytes, a power of two.
-    pub chunk_bytes: u64,
-    /// The rkey of each chunk of each region, regions in their order.
-    pub rkeys: Vec<u32>,
-}
-
-impl RailOffer {
-    pub(super) fn write(&self, w: &mut Writer<'_>) {
-        w.text(&self.name);
-        self.connector.write(w);
-        w.u8(u8::from(self.imm));
-        w.u64(self.message_bytes_max);
-        w.u64(self.chunk_bytes);
-        w.count(self.rkeys.len());
-        for rkey in &self.rkeys {
-            w.u32(*rkey);
-        }
-    }
-
-    pub(super) fn read(r: &mut Reader<'_>) -> Result<Self, WireError> {
-        Ok(Self {
-            name: r.text("device name", NAME_BYTES_MAX)?,
-            connector: Connector::read(r)?,
-            imm: r.u8()? != 0,
-            message_bytes_max: r.u64()?,
-            chunk_bytes: r.u64()?,
-            rkeys: (0..r.count("rkey count", RKEYS_MAX, 4)?)
-                .map(|_| r.u32())
-                .collect::<Result<_, _>>()?,
-        })
-    }
-
-    /// Checks that the offer describes regions of these lengths.
-    ///
-    /// # Errors
-    /// A sentence with the numbers.
-    pub fn check(&self, region_lengths: impl Iterator<Item = u64>) -> Result<(), String> {
-        let (name, chunk) = (&self.name, self.chunk_bytes);
-        if !chunk.is_power_of_two() || self.message_bytes_max == 0 {
-            let most = self.message_bytes_max;
-            return Err(format!(
-                "device {name} offers chunks of {chunk} bytes and messages of {most}"
-            ));
-        }
-        let wanted: u64 = region_lengths.map(|len| len.div_ceil(chunk)).sum();
-        let got = self.rkeys.len() as u64;
-        if wanted == got {
-            Ok(())
-        } else {
-            Err(format!(
-                "device {name} offers {got} rkeys for {wanted} chunks of memory"
-            ))
         }
     }
 }
@@ -248,6 +187,50 @@ pub struct QpTerms {
     /// Where the other end writes batch headers when notices travel as immediate data: address and rkey of
     /// `receives` slots of 64 bytes. Zero when they travel as SEND.
     pub slots: (u64, u32),
+    /// Where the other end writes packed batches.
+    pub landing: Landing,
+}
+
+/// Memory that one end of a queue pair offers for batches that the other end packs. It is used as a ring: each batch lies behind
+/// the one before it, or at the start where the rest is too short; its answer frees it. So the receiver knows every place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Landing {
+    /// Its address as a WRITE names it.
+    pub address: u64,
+    /// The remote key that covers it.
+    pub rkey: u32,
+    /// Its bytes, at most [`LANDING_BYTES_MAX`]; a packed batch has at most half. Zero: nothing is offered.
+    pub bytes: u32,
+}
+
+impl Landing {
+    fn write(&self, w: &mut Writer<'_>) {
+        w.u64(self.address);
+        w.u32(self.rkey);
+        w.u32(self.bytes);
+    }
+
+    fn read(r: &mut Reader<'_>) -> Result<Self, WireError> {
+        let (address, rkey, bytes) = (r.u64()?, r.u32()?, r.u32()?);
+        if bytes > LANDING_BYTES_MAX {
+            return Err(WireError::TooLong {
+                what: "landing memory",
+                got: bytes.into(),
+                limit: LANDING_BYTES_MAX.into(),
+            });
+        }
+        if address.checked_add(bytes.into()).is_none() {
+            return Err(WireError::Value {
+                what: "landing address",
+                got: address,
+            });
+        }
+        Ok(Self {
+            address,
+            rkey,
+            bytes,
+        })
+    }
 }
 
 impl QpTerms {
@@ -256,6 +239,7 @@ impl QpTerms {
         w.u16(self.receives);
         w.u64(self.slots.0);
         w.u32(self.slots.1);
+        self.landing.write(w);
     }
 
     fn read(r: &mut Reader<'_>) -> Result<Self, WireError> {
@@ -271,6 +255,7 @@ impl QpTerms {
             end,
             receives,
             slots: (r.u64()?, r.u32()?),
+            landing: Landing::read(r)?,
         })
     }
 }

@@ -17,7 +17,10 @@ use crate::{
             Ack, AckStatus, BATCH_BYTES_MAX, BATCHES_MAX, BatchFields, BatchHeader,
             NULL_BATCH_BYTES_MAX, PayloadMode, Seal, WINDOW_ITEMS_MAX,
         },
-        rdma::{Connector, Endpoint, Frame, Immediate, QpEnd, QpOpen, QpTerms, RailOffer},
+        rdma::{
+            Connector, Endpoint, Frame, Immediate, LANDING_BYTES_MAX, Landing, QpEnd, QpOpen,
+            QpTerms, RailOffer,
+        },
     },
 };
 
@@ -77,6 +80,7 @@ fn rail() -> RailOffer {
         message_bytes_max: u64::MAX,
         chunk_bytes: 1 << 31,
         rkeys: vec![0, u32::MAX],
+        staged: vec![0, 9],
     }
 }
 
@@ -85,6 +89,11 @@ fn terms(end: QpEnd) -> QpTerms {
         end,
         receives: 64,
         slots: (u64::MAX, 7),
+        landing: Landing {
+            address: u64::MAX - u64::from(LANDING_BYTES_MAX),
+            rkey: 3,
+            bytes: LANDING_BYTES_MAX,
+        },
     }
 }
 
@@ -465,6 +474,7 @@ fn immediate_data_holds_a_slot_and_credits() {
 fn a_rail_must_offer_a_key_for_every_chunk() {
     let lengths = [1, 1 << 31, (1 << 31) + 1, 0];
     let mut offer = rail();
+    offer.staged.clear();
     offer.rkeys = vec![0; 4];
     assert_eq!(offer.check(lengths.into_iter()), Ok(()));
     offer.rkeys.push(0);
@@ -475,4 +485,48 @@ fn a_rail_must_offer_a_key_for_every_chunk() {
         offer.check(lengths.into_iter()).is_err(),
         "not a power of two"
     );
+}
+
+#[test]
+fn a_rail_offers_no_keys_for_regions_out_of_reach() {
+    let lengths = [1, 1 << 31, (1 << 31) + 1, 0];
+    let mut offer = rail();
+    offer.staged = vec![0, 2];
+    offer.rkeys = vec![0];
+    assert_eq!(offer.check(lengths.into_iter()), Ok(()));
+    assert!(offer.reaches(1) && offer.reaches(3) && !offer.reaches(2));
+    for wrong in [vec![2, 0], vec![0, 0], vec![0, 2, 4], vec![u32::MAX]] {
+        offer.staged = wrong;
+        let refused = offer.check(lengths.into_iter());
+        assert!(refused.is_err(), "{:?}", offer.staged);
+    }
+}
+
+#[test]
+fn landing_memory_is_bounded_and_does_not_wrap_around() {
+    let open = |landing| {
+        let end = QpEnd::Standard {
+            address: [1, 2, 3, 4],
+            port: 1,
+            token: 2,
+        };
+        let mut bytes = Vec::new();
+        let mut terms = terms(end);
+        terms.landing = landing;
+        Control::QpReady(terms).encode(&mut bytes);
+        let mut decoder = ControlDecoder::for_stranger();
+        decoder.push(&bytes);
+        decoder
+            .next()
+            .map(|message| assert!(message.is_some(), "all of it is there"))
+    };
+    let at = |address, bytes| Landing {
+        address,
+        rkey: 1,
+        bytes,
+    };
+    assert!(open(at(0, LANDING_BYTES_MAX)).is_ok());
+    assert!(open(at(0, LANDING_BYTES_MAX + 1)).is_err());
+    assert!(open(at(u64::MAX - 9, 9)).is_ok());
+    assert!(open(at(u64::MAX - 9, 10)).is_err());
 }

@@ -10,7 +10,7 @@ use kvtransfer::{
     wire::{
         control::Control,
         lane::{Ack, AckStatus, BatchFields, BatchHeader, PayloadMode},
-        rdma::{Connector, Endpoint, QpEnd, QpOpen, QpTerms, RECEIVES_MIN, RailOffer},
+        rdma::{Connector, Endpoint, Landing, QpEnd, QpOpen, QpTerms, RECEIVES_MIN, RailOffer},
     },
 };
 
@@ -40,6 +40,7 @@ fn rail() -> RailOffer {
         message_bytes_max: 1 << 30,
         chunk_bytes: 1 << 31,
         rkeys: vec![1, 2],
+        staged: Vec::new(),
     }
 }
 
@@ -99,6 +100,11 @@ fn open(dice: &mut Dice, fake: &FakeVerbs) -> QpOpen {
             end,
             receives: RECEIVES_MIN,
             slots: (dice.odd_number(), dice.odd_u32()),
+            landing: Landing {
+                address: dice.odd_number(),
+                rkey: dice.odd_u32(),
+                bytes: dice.odd_u32(),
+            },
         },
     }
 }

@@ -3,15 +3,15 @@
 use std::time::Duration;
 
 use kvtransfer::testing::{
-    conformance::{FakeNetwork, SOON, wait_for},
+    conformance::{SOON, wait_for},
     fake_verbs::{Behaviour, Mode},
 };
 
 use super::{
     queues::no_path,
     rig::{
-        Rig, bulk_deal, bulk_rig, compat, devices, gone, opened, push, run_with_fault, settled,
-        succeeded,
+        Rig, bulk_deal, bulk_rig, compat, devices, gone, network, opened, push, run_with_fault,
+        settled, succeeded,
     },
 };
 
@@ -40,7 +40,7 @@ fn a_device_that_is_removed_in_flight_leaves_its_pages_to_the_other() {
     for behaviour in kinds() {
         // The sender's and the receiver's first device.
         for removed in [0, 2] {
-            let mut rig = bulk_rig(FakeNetwork::new(&behaviour, 2, 2));
+            let mut rig = bulk_rig(network(&behaviour, 2));
             settled(&rig);
             run_with_fault(&mut rig, &bulk_deal(1), |rig| {
                 devices(rig).remove_device(removed);
@@ -56,7 +56,7 @@ fn a_device_that_is_removed_in_flight_leaves_its_pages_to_the_other() {
 #[test]
 fn a_device_that_is_removed_without_another_is_named_at_the_deadline() {
     for behaviour in kinds() {
-        let mut rig = bulk_rig(FakeNetwork::new(&behaviour, 2, 1));
+        let mut rig = bulk_rig(network(&behaviour, 1));
         settled(&rig);
         let deal = bulk_deal(1);
         let (send, receive) = opened(&mut rig, &deal, Duration::from_millis(300));
@@ -82,7 +82,7 @@ fn a_device_that_is_removed_without_another_is_named_at_the_deadline() {
 fn a_device_that_is_removed_under_a_rebuild_is_let_go() {
     for behaviour in kinds() {
         for (removed, waits) in [(0, false), (0, true), (2, false), (2, true)] {
-            let mut rig = bulk_rig(FakeNetwork::new(&behaviour, 2, 2));
+            let mut rig = bulk_rig(network(&behaviour, 2));
             let queues = settled(&rig);
             run_with_fault(&mut rig, &bulk_deal(1), |rig| {
                 let fabric = devices(rig);

@@ -5,7 +5,7 @@ use std::{sync::mpsc, time::Duration};
 use kvtransfer::{
     error::TransferError,
     testing::{
-        conformance::{Bench, EngineFabric, Fabric, FakeNetwork, SOON, wait_for},
+        conformance::{Bench, EngineFabric, Fabric, SOON, wait_for},
         fake_verbs::{Behaviour, Mode},
     },
     transfer::NodeConfig,
@@ -14,8 +14,8 @@ use kvtransfer::{
 use super::{
     relay::Relay,
     rig::{
-        FakePath, addresses, bulk, bulk_deal, bulk_rig, compat, devices, opened, push, rig,
-        settled, strangers,
+        FakePath, addresses, bulk, bulk_deal, bulk_rig, compat, devices, network, opened, push,
+        rig, settled, strangers,
     },
 };
 
@@ -83,7 +83,7 @@ fn source_pages_are_free_once_a_silent_cards_queue_pairs_are_destroyed() {
 
 /// The sender and all that it says are frozen, its card is not: what was posted lands whenever the card gets to it.
 fn frozen_sender(behaviour: &Behaviour) {
-    let network = FakeNetwork::new(behaviour, 2, 1);
+    let network = network(behaviour, 1);
     let mut rig: Bench<EngineFabric<FakePath>> =
         strangers(network, &bulk(), &NodeConfig::default());
     let relay = Relay::to(rig.fabric.address(0));
@@ -164,11 +164,14 @@ fn cancelled_rooms_leave_nothing_on_the_wire() {
         assert!(receive.wait(SOON).expect("in time").is_err());
         let pages = addresses(&rig, 1, &deal.to[0]);
         let watched: Vec<_> = pages.into_iter().map(|page| fabric.watch(page)).collect();
+        rig.fill_rank(1, number);
+        let before = rig.image(1);
         fabric.run();
         fabric.set_mode(Mode::Auto);
         assert!(send.wait(SOON).expect("in time").is_err());
         assert_eq!(fabric.counters().late_writes, 0, "room {number}");
         watched.into_iter().for_each(|watch| fabric.unwatch(watch));
+        assert!(before == rig.image(1), "bytes changed after the end");
     }
     rig.run(&bulk_deal(9));
 }

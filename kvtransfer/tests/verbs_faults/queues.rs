@@ -112,7 +112,7 @@ fn after_every_status_the_other_queue_pair_goes_on() {
 }
 
 fn fail_alone(behaviour: &Behaviour, status: u32, name: &str) {
-    let mut network = kvtransfer::testing::conformance::FakeNetwork::new(behaviour, 2, 1);
+    let mut network = super::rig::network(behaviour, 1);
     network.config.queue_pairs = 1;
     network.config.drain = Duration::ZERO;
     let mut rig = bulk_rig(network);

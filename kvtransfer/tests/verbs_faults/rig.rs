@@ -8,7 +8,8 @@ use kvtransfer::{
     layout::Shard,
     testing::{
         conformance::{
-            Bench, Deal, EngineFabric, Fabric, FakeNetwork, Path, SOON, to_send, wait_for,
+            Bench, Deal, EngineFabric, Fabric, FakeNetwork, PACKED_STAGING_BYTES, Path, SOON,
+            to_send, wait_for,
         },
         fake_verbs::{Behaviour, Fabric as Devices, QueuePairId},
         model::{KV_REGION, Model, item_ranges},
@@ -27,6 +28,7 @@ impl Path for FakePath {
     const SAME_HOST: SameHost = SameHost::Off;
     const NAME: &'static str = "verbs";
     type Network = FakeNetwork;
+    const STAGING_BYTES: u64 = PACKED_STAGING_BYTES;
 
     fn network() -> FakeNetwork {
         compat(1)
@@ -42,7 +44,17 @@ pub(crate) type Rig = Bench<EngineFabric<FakePath>>;
 
 /// eRDMA "compat", the most treacherous of the presets: no flushes, no RNR, full queues that overrun, keys that repeat.
 pub(crate) fn compat(rails: usize) -> FakeNetwork {
-    FakeNetwork::new(&Behaviour::erdma_compat(), 2, rails)
+    network(&Behaviour::erdma_compat(), rails)
+}
+
+/// Two ranks with so many devices each, which pack or do not, as the binary of tests says.
+pub(crate) fn network(behaviour: &Behaviour, rails: usize) -> FakeNetwork {
+    let network = FakeNetwork::new(behaviour, 2, rails);
+    if super::IS_PACKED {
+        network.packed()
+    } else {
+        network
+    }
 }
 
 /// Pages of 4 KiB in four buffers, so that a room of 100 takes 25 batches.

@@ -9,7 +9,7 @@ use kvtransfer::testing::{
 };
 
 use super::rig::{
-    bulk_deal, bulk_rig, devices, gone, opened, push, run_with_fault, settled, succeeded,
+    bulk_deal, bulk_rig, devices, gone, network, opened, push, run_with_fault, settled, succeeded,
 };
 
 /// Rounds in which both queue pairs are made anew.
@@ -19,7 +19,7 @@ const LOOKS: u32 = 40;
 const LOOK: Duration = Duration::from_micros(250);
 
 fn standard() -> FakeNetwork {
-    FakeNetwork::new(&Behaviour::erdma_standard(), 2, 1)
+    network(&Behaviour::erdma_standard(), 1)
 }
 
 fn posted(fabric: &Devices, queues: &[QueuePairId]) -> Vec<u64> {

@@ -1,7 +1,13 @@
 //! NVIDIA GPUs and their driver.
 
 use super::tree::Tree;
-use crate::doctor::facts::{Gpu, NVIDIA};
+use crate::{
+    doctor::facts::{Gpu, NVIDIA},
+    gpu::{
+        Context, Driver,
+        verdict::{GpuDirect, probe},
+    },
+};
 
 /// PCI classes of GPUs: VGA and 3D controllers.
 const CLASSES: [u32; 2] = [0x0300, 0x0302];
@@ -40,4 +46,27 @@ pub(super) fn driver(tree: &Tree) -> Option<String> {
     let text = tree.text("proc/driver/nvidia/version")?;
     let line = text.lines().next()?;
     Some(line.trim().to_owned())
+}
+
+/// What registering some memory of each GPU with each RDMA device says. A GPU that cannot be used leaves nothing but a log line.
+pub(super) fn tried() -> Vec<GpuDirect> {
+    let driver = match Driver::open() {
+        Ok(driver) => driver,
+        Err(error) => {
+            tracing::debug!(%error, "GPU-Direct is not tried");
+            return Vec::new();
+        }
+    };
+    let judge = |ordinal| {
+        let context = Context::primary(ordinal).map_err(|error| error.to_string())?;
+        probe(&context)
+    };
+    let mut found = Vec::new();
+    for ordinal in 0..driver.device_count().unwrap_or(0) {
+        match judge(ordinal) {
+            Ok(verdicts) => found.extend(verdicts),
+            Err(reason) => tracing::debug!(ordinal, reason, "GPU-Direct is not tried"),
+        }
+    }
+    found
 }

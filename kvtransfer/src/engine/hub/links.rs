@@ -3,10 +3,12 @@
 
 use std::sync::{Arc, PoisonError};
 
-use super::{Hub, Link, PeerInfo};
+use super::{Core, Hub, Link, PeerInfo};
 use crate::{
     ids::{InstanceId, PeerId},
+    telemetry::snapshot::Snapshot,
     transfer::PeerSetup,
+    transport::DataLane,
 };
 
 impl Hub {
@@ -83,6 +85,24 @@ impl Hub {
         if let Some(link) = link {
             tracing::info!(%peer, instance = %link.agreement.instance, reason, "peer dropped");
             link.shut_down();
+        }
+    }
+}
+
+/// Adds what each queue pair has asked of its device.
+pub(super) fn count_operations(core: &Core, snapshot: &mut Snapshot) {
+    for link in core.links.values() {
+        let peer = link.agreement.instance.to_string();
+        for lane in link.lanes.all() {
+            let DataLane::QueuePair(lane) = lane else {
+                continue;
+            };
+            let name = format!("verbs/{}", lane.id.0);
+            let mut rails = snapshot.rails.iter_mut();
+            let rail = rails.find(|rail| rail.peer == peer && rail.rail == name);
+            if let Some(rail) = rail {
+                (rail.wire_operations_total, rail.packed_batches_total) = lane.operations();
+            }
         }
     }
 }

@@ -111,6 +111,8 @@ fn the_page_of_a_small_engine() {
             p99_ns: 20_000_000,
             bytes_total: 1 << 40,
             batches_total: 7,
+            wire_operations_total: 70,
+            packed_batches_total: 5,
             failures: vec![("timeout".into(), 1)],
         }],
         rooms: (0..3)

@@ -23,6 +23,8 @@ pub trait Path {
     const NAME: &'static str;
     /// What the ranks of one fabric share; it is dropped after they are.
     type Network;
+    /// What all copies on the way through host memory may hold at once, in bytes.
+    const STAGING_BYTES: u64 = 256 << 10;
     /// Makes it.
     fn network() -> Self::Network;
     /// Memory for the rank's region of that index.
@@ -98,7 +100,7 @@ fn start<P: Path>(
         ring_bytes: 512 << 10,
         device_ring_bytes: 256 << 10,
         staged_batch_bytes: 64 << 10,
-        staging_bytes: 256 << 10,
+        staging_bytes: P::STAGING_BYTES,
         device_pull_batch_bytes: 64 << 10,
         node: spec.node.clone(),
         ..EngineConfig::default()

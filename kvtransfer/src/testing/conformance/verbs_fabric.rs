@@ -12,6 +12,12 @@ use crate::{
 /// Between two looks at what has to come.
 const LOOK: Duration = Duration::from_micros(200);
 
+/// Bytes of a queue pair's landing memory where every batch is packed: two batches.
+const LANDING_BYTES: u64 = 128 << 10;
+
+/// Enough for the landing memory of every queue pair of a fabric.
+pub const PACKED_STAGING_BYTES: u64 = 8 << 20;
+
 /// Fake devices for some ranks, and how the ranks use them. When it is dropped, every object of every device must go soon,
 /// and the fabric must have caught nobody.
 pub struct FakeNetwork {
@@ -23,7 +29,8 @@ pub struct FakeNetwork {
 }
 
 impl FakeNetwork {
-    /// So many ranks with so many devices each. Two queue pairs a rail, and batches of 64 KiB, as the suite expects.
+    /// So many ranks with so many devices each. Two queue pairs a rail, and batches of 64 KiB, as the suite expects. Pieces of
+    /// every size are written to their pages, see [`FakeNetwork::packed`].
     ///
     /// # Panics
     /// If the devices cannot be made.
@@ -40,6 +47,7 @@ impl FakeNetwork {
             usage: RdmaUse::Required,
             queue_pairs: 2,
             batch_bytes: 64 << 10,
+            pack_below: 0,
             fake: Some(fake.clone()),
             ..RdmaConfig::default()
         };
@@ -48,6 +56,15 @@ impl FakeNetwork {
             config,
             rails,
         }
+    }
+
+    /// The same, with every batch packed. The engines' [`staging_bytes`](crate::config::EngineConfig::staging_bytes) must be
+    /// [`PACKED_STAGING_BYTES`].
+    #[must_use]
+    pub fn packed(mut self) -> Self {
+        self.config.pack_below = u64::MAX;
+        self.config.landing_bytes = LANDING_BYTES;
+        self
     }
 
     /// How a rank uses RDMA.

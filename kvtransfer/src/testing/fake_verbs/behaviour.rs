@@ -142,6 +142,9 @@ pub struct Behaviour {
     pub zombies: bool,
     /// What `ibv_reg_dmabuf_mr` answers.
     pub dmabuf: DmaBuf,
+    /// True: addresses of a [`FakeDevice`](crate::testing::fake_device::FakeDevice) can be registered as they are, as with a
+    /// peer-memory module; otherwise that is EFAULT.
+    pub peer_memory: bool,
     /// Steps after which a work request that gets no answer completes with `RETRY_EXC_ERR`.
     pub retry_steps: u64,
     /// True: work requests complete at once and nothing is copied, looked up or watched: for measuring what a post
@@ -194,6 +197,7 @@ impl Behaviour {
             keys_repeat: true,
             zombies: true,
             dmabuf: DmaBuf::NotSupported,
+            peer_memory: false,
             retry_steps: RETRY_STEPS,
             null: false,
         }
@@ -290,6 +294,7 @@ impl Behaviour {
             keys_repeat: false,
             zombies: true,
             dmabuf: DmaBuf::Supported,
+            peer_memory: false,
             retry_steps: RETRY_STEPS,
             null: false,
         }

@@ -8,7 +8,7 @@ use super::{
     behaviour::Behaviour,
     counters::{Counters, QueueCounters, Violation, WatchCounters},
     events::Armed,
-    queue::Hardware,
+    queue::{Forgery, Hardware},
     shared::Shared,
     state::{About, AsyncEvent, Mode},
 };
@@ -170,6 +170,13 @@ impl Fabric {
     pub fn fail_request(&self, queue: QueuePairId, after: u32, status: u32, lands: bool) {
         if let Some(queue) = self.shared.lock().queue_mut(queue) {
             queue.injected.failure = Some((after, status, lands));
+        }
+    }
+
+    /// From now on SENDs of a queue pair carry what `forgery` makes of them, as if its owner meant harm.
+    pub fn forge(&self, queue: QueuePairId, forgery: Forgery) {
+        if let Some(queue) = self.shared.lock().queue_mut(queue) {
+            queue.injected.forgery = Some(forgery);
         }
     }
 

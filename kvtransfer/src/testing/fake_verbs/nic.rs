@@ -276,7 +276,10 @@ impl State {
             Operation::Write { addr, key, imm } => {
                 self.execute_write(target, request, (addr, key), imm)
             }
-            Operation::Send { imm } => self.execute_send(target, request, imm),
+            Operation::Send { imm } => match self.forged(id, request) {
+                Some(forged) => self.execute_send(target, &forged, imm),
+                None => self.execute_send(target, request, imm),
+            },
             Operation::Read { addr, key } => self.execute_read(id, target, request, (addr, key)),
         }
     }
@@ -361,6 +364,20 @@ impl State {
 
     fn take_receive(&mut self, target: QueuePairId) -> Option<RecvRequest> {
         self.queue_mut(target)?.received.pop_front()
+    }
+
+    /// What a test has made of a SEND.
+    fn forged(&mut self, id: QueuePairId, request: &SendRequest) -> Option<SendRequest> {
+        let forgery = self.queue_mut(id)?.injected.forgery?;
+        let bytes = match &request.payload {
+            Payload::Bytes(bytes) => bytes.clone(),
+            // SAFETY: the list was checked under the lock that `&mut self` proves is held.
+            Payload::Gather(list) => unsafe { memory::snapshot(list) },
+        };
+        forgery(&bytes).map(|bytes| SendRequest {
+            payload: Payload::Bytes(bytes),
+            ..request.clone()
+        })
     }
 
     fn no_receive(&mut self, len: u64) -> Outcome {

@@ -78,6 +78,9 @@ pub struct QueuePairId {
     pub number: u32,
 }
 
+/// Makes another message of one that was posted; `None` leaves it as it is.
+pub type Forgery = fn(&[u8]) -> Option<Vec<u8>>;
+
 /// What a test asked to go wrong on one queue pair.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Injected {
@@ -87,6 +90,8 @@ pub(super) struct Injected {
     pub(super) failure: Option<(u32, u32, bool)>,
     /// After this many more completions, one is dropped.
     pub(super) dropped_completion: Option<u32>,
+    /// What its SENDs carry instead of what was posted.
+    pub(super) forgery: Option<Forgery>,
 }
 
 /// Send queue space, in the device's own unit.

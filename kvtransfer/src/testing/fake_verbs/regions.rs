@@ -12,13 +12,19 @@ use super::{
     memory::{Region, effective_access},
     shared::{fabric_of, set_errno},
 };
-use crate::transport::verbs::sys;
+use crate::{testing::fake_device::is_device_address, transport::verbs::sys};
 
-/// Registers memory; null with `errno` when it is refused.
+/// Registers memory; null with `errno` when it is refused. Memory of a device is found by a dma-buf, or with peer memory.
 ///
 /// # Safety
 /// `pd` must be a domain of a living fabric.
-unsafe fn register(pd: *mut sys::ibv_pd, start: u64, len: usize, access: u32) -> *mut sys::ibv_mr {
+unsafe fn register(
+    pd: *mut sys::ibv_pd,
+    start: u64,
+    len: usize,
+    access: u32,
+    is_dmabuf: bool,
+) -> *mut sys::ibv_mr {
     // SAFETY: by this function's contract.
     let context = unsafe { (*pd).context };
     // SAFETY: as above.
@@ -40,6 +46,8 @@ unsafe fn register(pd: *mut sys::ibv_pd, start: u64, len: usize, access: u32) ->
         || !device.domains.contains(&domain)
     {
         libc::EINVAL
+    } else if !is_dmabuf && !behaviour.peer_memory && is_device_address(start) {
+        libc::EFAULT
     } else if behaviour.locked_bytes_max.is_some_and(|max| locked > max) {
         libc::ENOMEM
     } else {
@@ -82,7 +90,7 @@ pub(super) unsafe extern "C" fn reg_mr(
 ) -> *mut sys::ibv_mr {
     let start = addr.expose_provenance() as u64;
     // SAFETY: the caller passes a domain of a living fabric.
-    unsafe { register(pd, start, len, access.cast_unsigned()) }
+    unsafe { register(pd, start, len, access.cast_unsigned(), false) }
 }
 
 pub(super) unsafe extern "C" fn reg_mr_iova2(
@@ -99,12 +107,23 @@ pub(super) unsafe extern "C" fn reg_mr_iova2(
         return ptr::null_mut();
     }
     // SAFETY: the caller passes a domain of a living fabric.
-    unsafe { register(pd, start, len, access) }
+    unsafe { register(pd, start, len, access, false) }
+}
+
+/// Whether a buffer has the bytes that are asked of it; one without any stands for all.
+fn holds(fd: c_int, offset: u64, len: usize) -> bool {
+    // SAFETY: all bytes zero are a value of the structure.
+    let mut facts: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: the structure outlives the call.
+    let is_known = unsafe { libc::fstat(fd, &raw mut facts) } == 0;
+    let bytes = u64::try_from(facts.st_size).unwrap_or(0);
+    let end = offset.checked_add(len as u64);
+    is_known && (bytes == 0 || end.is_some_and(|end| end <= bytes))
 }
 
 pub(super) unsafe extern "C" fn reg_dmabuf_mr(
     pd: *mut sys::ibv_pd,
-    _offset: u64,
+    offset: u64,
     len: usize,
     iova: u64,
     fd: c_int,
@@ -121,10 +140,11 @@ pub(super) unsafe extern "C" fn reg_dmabuf_mr(
         DmaBuf::NotSupported => libc::EOPNOTSUPP,
         DmaBuf::Supported if !is_open => libc::EBADF,
         DmaBuf::Invalid => libc::EINVAL,
+        DmaBuf::Supported if !holds(fd, offset, len) => libc::EINVAL,
         DmaBuf::Supported => {
             // The buffer is taken to be mapped at `iova`, as a CUDA allocation is.
             // SAFETY: as above.
-            return unsafe { register(pd, iova, len, access.cast_unsigned()) };
+            return unsafe { register(pd, iova, len, access.cast_unsigned(), true) };
         }
     };
     set_errno(errno);

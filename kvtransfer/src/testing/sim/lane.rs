@@ -254,7 +254,7 @@ impl World {
                 self.refuse_batch(at, &header);
                 Expect::Frame
             }
-            (PayloadMode::Write | PayloadMode::Null, _) => {
+            (PayloadMode::Write | PayloadMode::Packed | PayloadMode::Null, _) => {
                 return Err("a batch that this lane cannot carry".into());
             }
         };

@@ -146,7 +146,7 @@ impl World {
                 }
             }
             PayloadMode::Ring => fields.place = self.copy_to_ring(at, &batch, &gate),
-            PayloadMode::Write | PayloadMode::Null => {
+            PayloadMode::Write | PayloadMode::Packed | PayloadMode::Null => {
                 self.protocol(index, "a batch that no lane here can carry".into())
             }
         }

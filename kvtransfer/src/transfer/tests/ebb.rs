@@ -95,6 +95,69 @@ fn a_receiver_ends_when_a_live_sender_has_stopped() {
     assert_eq!(receiver.audit().ebbing, 0);
 }
 
+/// P1, P2: a packed batch whose room ends while its bytes are moved to the pages counts as come once that has stopped, and so
+/// does one that could not be moved.
+#[test]
+fn a_batch_that_was_being_moved_when_its_room_ended_is_not_waited_for() {
+    let device = TransferError::Device {
+        reason: "broken".into(),
+    };
+    for placement in [Placement::GateClosed, Placement::Failed(device)] {
+        let (mut sender, send, mut receiver, receive) = ready_pair(3);
+        sender.push(NOW, send, &page(4, false)).unwrap();
+        let batch = sender.next_batch(NOW, PEER, LaneId(0)).unwrap();
+        let header = BatchHeader::new(batch.fields);
+        let Admission::Place(place) = receiver.admit(NOW, PEER, &header) else {
+            panic!("the room is there");
+        };
+        if placement == Placement::GateClosed {
+            receiver.on_timeout(NOW + LONG);
+            assert!(is_stopping(&talk(&mut receiver, &mut sender), receive));
+        }
+        let status = receiver.placed(NOW, PEER, &header, &place, placement);
+        assert_eq!(status, AckStatus::Discarded);
+        let mut wanted = talk(&mut receiver, &mut sender);
+        talk(&mut sender, &mut receiver);
+        wanted.extend(outputs(&mut receiver));
+        assert!(has_ended(&wanted, receive) && fenced(&wanted).is_empty());
+        assert_eq!(receiver.audit().ebbing, 0);
+    }
+}
+
+/// P2: a withdrawn batch overtakes its sender's reason, which is told all the same; without one the batch is reason enough.
+#[test]
+fn a_receiver_whose_batch_was_withdrawn_waits_a_moment_for_the_reason() {
+    for has_reason in [true, false] {
+        let (mut sender, send, mut receiver, receive) = ready_pair(3);
+        sender.push(NOW, send, &page(4, false)).unwrap();
+        let batch = sender.next_batch(NOW, PEER, LaneId(0)).unwrap();
+        let header = BatchHeader::new(batch.fields);
+        let Admission::Place(place) = receiver.admit(NOW, PEER, &header) else {
+            panic!("the room is there");
+        };
+        let status = receiver.placed(NOW, PEER, &header, &place, Placement::Void);
+        assert_eq!(status, AckStatus::Discarded);
+        assert!(outputs(&mut receiver).is_empty(), "not yet");
+        if has_reason {
+            let reason = "the device is broken".into();
+            sender.cancel(NOW, send, TransferError::Device { reason });
+        } else {
+            receiver.on_timeout(receiver.next_timeout());
+            talk(&mut receiver, &mut sender);
+        }
+        talk(&mut sender, &mut receiver);
+        let wanted = outputs(&mut receiver);
+        assert!(has_ended(&wanted, receive) && fenced(&wanted).is_empty());
+        let words = if has_reason {
+            "is broken"
+        } else {
+            "it withdrew pages"
+        };
+        let text = format!("{wanted:?}");
+        assert!(text.contains(words), "{text}");
+    }
+}
+
 /// P1, P2: the sender is frozen, so the queue pairs are destroyed; the room ends when all are.
 #[test]
 fn a_receiver_destroys_the_queue_pairs_of_a_frozen_sender() {

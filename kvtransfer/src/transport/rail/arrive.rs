@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::lane::{LaneIo, Phase, Watch};
 use crate::{
     engine::lanes::Stage,
+    error::TransferError,
     time::Time,
     transfer::Placement,
     transport::verbs::cq::{Completion, Completions, POLL_MAX},
@@ -148,6 +149,7 @@ impl LaneIo {
                 // One that does not fit, because one before it was lost, leaves both to the peer's last word.
                 self.is_hungry |= self.hub.on_ack(now, self.peer, self.handle.id, &ack)?;
                 self.acked += 1;
+                self.packing.answered(self.acked);
                 Ok(())
             }
             Frame::Batch(header) => self.batch(&header, now),
@@ -178,20 +180,25 @@ impl LaneIo {
         Ok(())
     }
 
-    /// A batch lies in our pages: count it and answer.
+    /// A batch lies in our pages, or is moved there now: count it and answer.
     fn batch(&mut self, header: &BatchHeader, now: Time) -> Result<(), String> {
-        if header.mode() != PayloadMode::Write {
-            return Err("a batch that was not written by RDMA".into());
-        }
         if self.acks.len() >= ACKS_MAX {
             return Err("more unanswered batches than any window has".into());
         }
-        let placement = if header.place == VOID_PLACE {
-            Placement::Void
-        } else {
-            Placement::Placed
+        let status = match header.mode() {
+            PayloadMode::Write => {
+                let placement = if header.place == VOID_PLACE {
+                    Placement::Void
+                } else if header.is_last() {
+                    self.made_visible()
+                } else {
+                    Placement::Placed
+                };
+                self.hub.arrived(now, self.peer, header, placement)
+            }
+            PayloadMode::Packed => self.unpack(header)?,
+            _ => return Err("a batch that was not written by RDMA".into()),
         };
-        let status = self.hub.arrived(now, self.peer, header, placement);
         // A receiver that has failed the room says so even if the pages came: they are no longer the room's.
         debug_assert!(status == AckStatus::Placed || status == AckStatus::Discarded);
         let ack = Ack::new(header, status);
@@ -202,6 +209,19 @@ impl LaneIo {
         }
         self.answers.push_back(ack);
         Ok(())
+    }
+
+    /// The last batch of a room from this sender has come, and so have all before it: what cards wrote to a GPU becomes visible
+    /// to its kernels, if it is not.
+    pub(super) fn made_visible(&self) -> Placement {
+        let flushed = self.handle.rail.flushed.get();
+        match flushed.map_or(Ok(()), |device| device.flush_writes()) {
+            Ok(()) => Placement::Placed,
+            Err(error) => {
+                let reason = error.to_string();
+                Placement::Failed(TransferError::Device { reason })
+            }
+        }
     }
 
     /// Tells the node how far the card has come, if a failed room may wait for it.

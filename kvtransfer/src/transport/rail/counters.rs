@@ -17,6 +17,12 @@ pub struct RailCounts {
     pub completions: u64,
     /// Frames received: one completion and one posted receive each.
     pub frames_received: u64,
+    /// Batches sent that were packed: each is two of the work requests, whatever its pieces.
+    pub packed_batches: u64,
+    /// Their bytes.
+    pub packed_bytes: u64,
+    /// Packed batches received.
+    pub unpacked_batches: u64,
 }
 
 /// The same while it grows. Whoever holds the rail's core counts; anybody may look.
@@ -26,6 +32,9 @@ pub(super) struct Counters {
     work_requests: AtomicU64,
     completions: AtomicU64,
     frames_received: AtomicU64,
+    packed_batches: AtomicU64,
+    packed_bytes: AtomicU64,
+    unpacked_batches: AtomicU64,
 }
 
 impl Counters {
@@ -33,6 +42,17 @@ impl Counters {
         self.doorbells.fetch_add(1, Ordering::Relaxed);
         self.work_requests
             .fetch_add(work_requests.into(), Ordering::Relaxed);
+    }
+
+    /// A packed batch of so many bytes was posted.
+    pub(super) fn packed(&self, bytes: u64) {
+        self.packed_batches.fetch_add(1, Ordering::Relaxed);
+        self.packed_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// A packed batch came.
+    pub(super) fn unpacked(&self) {
+        self.unpacked_batches.fetch_add(1, Ordering::Relaxed);
     }
 
     /// `completed` sends and `received` frames were polled at once.
@@ -48,6 +68,9 @@ impl Counters {
             work_requests: self.work_requests.load(Ordering::Relaxed),
             completions: self.completions.load(Ordering::Relaxed),
             frames_received: self.frames_received.load(Ordering::Relaxed),
+            packed_batches: self.packed_batches.load(Ordering::Relaxed),
+            packed_bytes: self.packed_bytes.load(Ordering::Relaxed),
+            unpacked_batches: self.unpacked_batches.load(Ordering::Relaxed),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::{
     os::fd::OwnedFd,
     sync::{
         Arc, Weak,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -14,6 +14,7 @@ use super::{
     Rail,
     buffers::Buffers,
     credits::Credits,
+    packing::{PackMemory, Packed, Packing},
     requests::{Key, Request},
     targets::Targets,
 };
@@ -42,6 +43,9 @@ pub(crate) struct QueuePairLane {
     /// Work was announced and not looked at yet.
     pub(super) kicked: AtomicBool,
     pub(super) over: AtomicBool,
+    /// Work requests posted, and batches that were packed; for telemetry.
+    pub(super) posted: AtomicU64,
+    pub(super) packed: AtomicU64,
 }
 
 impl QueuePairLane {
@@ -78,6 +82,12 @@ impl QueuePairLane {
     pub(crate) fn is_over(&self) -> bool {
         self.over.load(Ordering::SeqCst)
     }
+
+    /// Work requests posted so far, and batches that were sent packed.
+    pub(crate) fn operations(&self) -> (u64, u64) {
+        let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        (read(&self.posted), read(&self.packed))
+    }
 }
 
 /// Where a queue pair is in its life.
@@ -103,9 +113,27 @@ pub(super) enum Phase {
 pub(super) struct Writing {
     pub(super) batch: BatchOut,
     pub(super) gate: Arc<Gate>,
-    pub(super) cursor: PairCursor,
+    pub(super) way: Way,
     /// The room ended meanwhile: only the notice is left to send.
     pub(super) is_void: bool,
+}
+
+/// How the bytes of a batch reach the peer's pages.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one per queue pair, in place; boxing it would allocate for every batch"
+)]
+pub(super) enum Way {
+    /// The card puts them there.
+    Direct(PairCursor),
+    /// The peer does, from its landing memory.
+    Packed(Packed),
+}
+
+impl Writing {
+    pub(super) fn set_packed(&mut self, state: Packed) {
+        self.way = Way::Packed(state);
+    }
 }
 
 /// The verbs objects of a queue pair, in the order in which they must go.
@@ -115,6 +143,10 @@ pub(super) struct Wires {
     pub(super) connection: Option<Connection>,
     pub(super) cq: Arc<Cq>,
     pub(super) buffers: Buffers,
+    /// Where the peer writes packed batches.
+    pub(super) landing: Option<PackMemory>,
+    /// Where ours are gathered; made for the first of them.
+    pub(super) packing: Option<PackMemory>,
 }
 
 /// An rdma_cm connection, which says when the peer has left.
@@ -135,6 +167,8 @@ pub(super) struct Terms {
     pub(super) message_bytes_max: u64,
     /// The peer's regions are registered in chunks of so many bytes.
     pub(super) peer_chunk_bytes: u64,
+    /// Some region of either side is out of the devices' reach.
+    pub(super) has_staged: bool,
     pub(super) is_active: bool,
 }
 
@@ -186,6 +220,7 @@ pub(super) struct LaneIo {
     pub(super) descriptor_at: usize,
     pub(super) descriptor_end: usize,
     pub(super) writing: Option<Writing>,
+    pub(super) packing: Packing,
     pub(super) acks: VecDeque<Ack>,
     /// Batches that were answered, and the last of the answers: they go to the peer once more when this end is destroyed.
     pub(super) answered: u64,

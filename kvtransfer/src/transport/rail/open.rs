@@ -4,7 +4,7 @@
 use std::{
     net::Ipv4Addr,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
 };
@@ -18,7 +18,11 @@ use super::{
 };
 use crate::{
     config::RdmaConfig,
-    memory::Region,
+    gpu::verdict::{GpuDirect, GpuRange},
+    memory::{
+        Region,
+        device::{Device, Visibility},
+    },
     transport::verbs::{
         context::Context,
         device::{self, Transport},
@@ -77,8 +81,9 @@ impl Rails {
             }
             Err(refused) => return Err(refused),
         };
+        let exports = Exports::new(memory);
         let rails = chosen.into_iter().take(RAILS_MAX).map(|chosen| {
-            Rail::open(config, library, &chosen, &candidates, memory)
+            Rail::open(config, library, &chosen, &candidates, &exports)
                 .map_err(|error| format!("{}: {error}", chosen.name))
         });
         Self::new(rails.collect::<Result<_, _>>()?)
@@ -110,7 +115,7 @@ impl Rail {
         library: &Arc<Library>,
         chosen: &Chosen,
         candidates: &[Candidate],
-        memory: &[Arc<Region>],
+        memory: &Exports<'_>,
     ) -> Result<(Arc<Self>, mio::Poll), String> {
         let words = |error: VerbsError| error.to_string();
         let candidate = candidates.iter().find(|known| known.name == chosen.name);
@@ -127,14 +132,11 @@ impl Rail {
             context.limits().map_err(words)?,
         );
         let pd = Pd::create(&context).map_err(words)?;
-        let regions = memory.iter().map(|region| register(&pd, region));
-        let regions = regions.collect::<Result<Vec<_>, _>>()?;
-        let keys = regions.iter().flatten().map(|region| region.rkeys().len());
-        if keys.sum::<usize>() > RKEYS_MAX {
-            return Err(format!(
-                "the memory has more than {RKEYS_MAX} chunks; use fewer, larger regions"
-            ));
-        }
+        let Registered {
+            regions,
+            staged,
+            verdicts,
+        } = Registered::all(&pd, memory)?;
         let poll = mio::Poll::new().map_err(|error| error.to_string())?;
         let waker = mio::Waker::new(poll.registry(), WAKE).map_err(|error| error.to_string())?;
         let address = address_of(library, candidate, chosen);
@@ -149,7 +151,10 @@ impl Rail {
             settings: config.clone(),
             pd,
             regions,
-            _memory: memory.to_vec(),
+            staged,
+            verdicts,
+            flushed: Arc::clone(&memory.flushed),
+            _memory: memory.regions.to_vec(),
             chunk_bytes: CHUNK_BYTES_MAX,
             capabilities,
             gid: chosen.gid.clone(),
@@ -226,6 +231,73 @@ fn connector_of(config: &RdmaConfig, transport: Transport) -> Result<Connector, 
                 .into(),
         ),
         chosen => Ok(chosen.unwrap_or(by_device)),
+    }
+}
+
+/// An engine's memory on its way to registrations: what lies on a device is exported once, for every rail.
+struct Exports<'a> {
+    regions: &'a [Arc<Region>],
+    /// By region; `None` for host memory.
+    ranges: Vec<Option<GpuRange>>,
+    /// The device that some rail reaches and whose kernels see what was written only after a flush. The last batch of a room
+    /// may come over another rail than those before it, so all rails share it.
+    flushed: Arc<OnceLock<Arc<dyn Device>>>,
+}
+
+impl<'a> Exports<'a> {
+    fn new(regions: &'a [Arc<Region>]) -> Self {
+        let export = |region: &Arc<Region>| {
+            let device = region.on_device().filter(|_| region.len() > 0)?;
+            let (address, len) = (region.base_address(), region.len() as u64);
+            Some(GpuRange::of(&**device, address, len))
+        };
+        let ranges = regions.iter().map(export).collect();
+        Self {
+            regions,
+            ranges,
+            flushed: Arc::default(),
+        }
+    }
+}
+
+/// An engine's memory, registered with one RDMA device as far as that reaches it.
+#[derive(Default)]
+struct Registered {
+    regions: Vec<Option<RegisteredRegion>>,
+    staged: Vec<u32>,
+    /// Of a device's memory, by each path that was taken the first.
+    verdicts: Vec<GpuDirect>,
+}
+
+impl Registered {
+    fn all(pd: &Arc<Pd>, memory: &Exports<'_>) -> Result<Self, String> {
+        let mut all = Self::default();
+        for (number, (region, range)) in (0..).zip(memory.regions.iter().zip(&memory.ranges)) {
+            let Some(range) = range else {
+                all.regions.push(register(pd, region)?);
+                continue;
+            };
+            // SAFETY: the rail keeps the region, and with it the allocation, for longer than the registration.
+            let (registered, verdict) = unsafe { range.register(pd, Access::WriteTarget) };
+            if registered.is_none() {
+                all.staged.push(number);
+            } else if let Some(device) = region.on_device()
+                && device.visibility() == Visibility::AfterFlush
+            {
+                memory.flushed.get_or_init(|| Arc::clone(device));
+            }
+            all.regions.push(registered);
+            if all.verdicts.iter().all(|known| known.path != verdict.path) {
+                all.verdicts.push(verdict);
+            }
+        }
+        let regions = all.regions.iter().flatten();
+        if regions.map(|region| region.rkeys().len()).sum::<usize>() > RKEYS_MAX {
+            return Err(format!(
+                "the memory has more than {RKEYS_MAX} chunks; use fewer, larger regions"
+            ));
+        }
+        Ok(all)
     }
 }
 

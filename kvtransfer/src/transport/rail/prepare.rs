@@ -5,7 +5,7 @@ use std::{
     os::fd::OwnedFd,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -15,6 +15,7 @@ use super::{
     buffers::Buffers,
     credits::Credits,
     lane::{Connection, LaneIo, Phase, QueuePairLane, Side, Terms, Watch, Wires},
+    packing::{self, PackMemory, Packing},
     requests::{Key, Request},
     targets::Targets,
 };
@@ -35,7 +36,7 @@ use crate::{
     wire::{
         control::ControlDecoder,
         lane::PayloadMode,
-        rdma::{Connector, Endpoint, QpEnd, QpTerms, RailOffer},
+        rdma::{Connector, Endpoint, Landing, QpEnd, QpTerms, RailOffer},
     },
 };
 
@@ -50,6 +51,8 @@ pub(crate) struct Prepared {
     buffers: Option<Buffers>,
     pub(super) slots: (u64, u32),
     pub(super) wires: Option<Wires>,
+    /// What the peer is offered for packed batches. Goes after the queue pair.
+    landing: Option<PackMemory>,
     psn: u32,
 }
 
@@ -106,6 +109,7 @@ impl Prepared {
             slots: buffers.slots(),
             buffers: Some(buffers),
             wires: None,
+            landing: None,
             psn: u32::from_le_bytes(psn) & PSN_MASK,
         })
     }
@@ -129,6 +133,8 @@ impl Prepared {
             connection,
             cq,
             buffers,
+            landing: None,
+            packing: None,
         });
         Ok(())
     }
@@ -144,7 +150,46 @@ impl Prepared {
                 token: 0,
             },
         };
-        terms(end, self.slots)
+        self.terms_at(end)
+    }
+
+    pub(super) fn terms_at(&self, end: QpEnd) -> QpTerms {
+        QpTerms {
+            end,
+            receives: RECEIVES,
+            slots: self.slots,
+            landing: self
+                .landing
+                .as_ref()
+                .map_or(Landing::default(), PackMemory::landing),
+        }
+    }
+
+    /// Makes the memory in which the peer may lay packed batches, if it has any. Before [`Self::terms`].
+    ///
+    /// # Errors
+    /// The peer can do nothing without, and there is none, in words.
+    pub(crate) fn offer_landing(
+        &mut self,
+        hub: &Hub,
+        link: &Link,
+        theirs: &RailOffer,
+    ) -> Result<(), String> {
+        self.landing = packing::offer(&self.rail, hub, link, theirs)?;
+        Ok(())
+    }
+
+    /// Whether what we send to the peer can reach its pages over this queue pair.
+    ///
+    /// # Errors
+    /// It cannot, in words.
+    pub(crate) fn check_reach(
+        &self,
+        link: &Link,
+        offer: &RailOffer,
+        theirs: &QpTerms,
+    ) -> Result<(), String> {
+        packing::check_reach(&self.rail, link, offer, theirs.landing)
     }
 
     fn endpoint(&self) -> Endpoint {
@@ -215,7 +260,8 @@ impl Prepared {
         parts: QpParts,
         known: impl FnOnce(&Arc<QueuePairLane>),
     ) -> Result<Arc<QueuePairLane>, String> {
-        let wires = self.wires.take().ok_or("the queue pair is not connected")?;
+        let mut wires = self.wires.take().ok_or("the queue pair is not connected")?;
+        wires.landing = self.landing.take();
         let rail = Arc::clone(&self.rail);
         let handle = Arc::new(QueuePairLane {
             id: parts.lane,
@@ -223,6 +269,8 @@ impl Prepared {
             rail: Arc::clone(&rail),
             kicked: AtomicBool::new(false),
             over: AtomicBool::new(false),
+            posted: AtomicU64::new(0),
+            packed: AtomicU64::new(0),
         });
         let lane = lane_io(&rail, &handle, wires, parts);
         known(&handle);
@@ -240,17 +288,29 @@ impl Drop for Prepared {
     }
 }
 
-/// What both ends have said, put together.
-fn agreed(rail: &Rail, parts: &QpParts) -> Terms {
+/// Why the path is no better one, with how a GPU's memory is reached.
+fn reason(rail: &Rail, refused: &str) -> String {
+    let mut reason = refused.to_owned();
+    for verdict in &rail.verdicts {
+        let (path, why) = (verdict.path.words(), &verdict.reason);
+        let between = if reason.is_empty() { "" } else { "; " };
+        reason.push_str(&format!("{between}GPU memory: {path} ({why})"));
+    }
+    reason
+}
+
+/// What both ends have said, put together. `most`: bytes of the longest batch that may be packed.
+fn agreed(rail: &Rail, parts: &QpParts, most: Option<u64>) -> Terms {
     let config = &rail.settings;
     let ours = rail.offers_immediate();
     let setup = LaneSetup {
         mode: PayloadMode::Write,
         path: "verbs",
-        path_reason: parts.path_reason.clone(),
-        batch_bytes: config.batch_bytes,
+        path_reason: reason(rail, &parts.path_reason),
+        batch_bytes: most.map_or(config.batch_bytes, |most| most.min(config.batch_bytes)),
         window: config.window,
     };
+    let has_staged = !rail.staged.is_empty() || !parts.offer.staged.is_empty();
     Terms {
         setup,
         targets: Targets::new(&parts.link.agreement.regions, &parts.offer),
@@ -262,12 +322,15 @@ fn agreed(rail: &Rail, parts: &QpParts) -> Terms {
             .value
             .min(parts.offer.message_bytes_max),
         peer_chunk_bytes: parts.offer.chunk_bytes,
+        has_staged,
         is_active: parts.is_active,
     }
 }
 
 fn lane_io(rail: &Arc<Rail>, handle: &Arc<QueuePairLane>, wires: Wires, parts: QpParts) -> LaneIo {
-    let (now, terms) = (clock::now(), agreed(rail, &parts));
+    let ours = wires.landing.as_ref().map(PackMemory::landing);
+    let packing = Packing::new(parts.terms.landing, ours, rail.settings.pack_below);
+    let (now, terms) = (clock::now(), agreed(rail, &parts, packing.most()));
     let sges_max = rail.capabilities.send_sge.value as usize;
     LaneIo {
         handle: Arc::clone(handle),
@@ -299,6 +362,7 @@ fn lane_io(rail: &Arc<Rail>, handle: &Arc<QueuePairLane>, wires: Wires, parts: Q
         descriptor_at: 0,
         descriptor_end: 0,
         writing: None,
+        packing,
         acks: VecDeque::new(),
         is_inline: rail.is_inline(),
         sges_max,
@@ -317,13 +381,5 @@ fn lane_io(rail: &Arc<Rail>, handle: &Arc<QueuePairLane>, wires: Wires, parts: Q
         is_hungry: true,
         opened: parts.opened,
         terms,
-    }
-}
-
-pub(super) fn terms(end: QpEnd, slots: (u64, u32)) -> QpTerms {
-    QpTerms {
-        end,
-        receives: RECEIVES,
-        slots,
     }
 }

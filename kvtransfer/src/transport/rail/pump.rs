@@ -1,11 +1,15 @@
 //! The sending half of a queue pair: chains of WRITEs straight from the pages, and the frames after them.
 
-use std::{num::NonZeroU64, sync::Arc};
+use std::{
+    num::NonZeroU64,
+    sync::{Arc, atomic::Ordering},
+};
 
 use super::{
     Rail,
     buffers::slot_address,
-    lane::{LaneIo, Phase, Writing},
+    lane::{LaneIo, Phase, Way, Writing},
+    packing::{Choice, Packed},
 };
 use crate::{
     engine::hub::Next,
@@ -14,7 +18,7 @@ use crate::{
     transfer::BatchOut,
     transport::verbs::chain::{CHAIN_SGES_MAX, ChainError, Flags, RemotePlace, Sge},
     wire::{
-        lane::{BatchHeader, VOID_PLACE},
+        lane::{BatchHeader, PayloadMode, VOID_PLACE},
         rdma::{Frame, Immediate},
     },
 };
@@ -31,9 +35,9 @@ pub(super) const NO_SGE: Sge = Sge {
 
 /// Whether all that was to be added to a chain is in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Added {
+pub(super) enum Added {
     All,
-    /// The chain or the send queue is full.
+    /// The chain, the send queue or the peer's landing memory is full.
     Some,
 }
 
@@ -97,6 +101,9 @@ impl LaneIo {
             .post(&mut self.chain)
             .map_err(|error| error.to_string())?;
         self.handle.rail.counters.posted(count);
+        self.handle
+            .posted
+            .fetch_add(count.into(), Ordering::Relaxed);
         self.last_sent = now;
         Ok(true)
     }
@@ -157,6 +164,18 @@ impl LaneIo {
         } = next;
         self.is_hungry = has_more;
         self.given += 1;
+        let (way, is_void) = self.way(rail, &batch)?;
+        self.writing = Some(Writing {
+            way,
+            batch,
+            gate,
+            is_void,
+        });
+        Ok(true)
+    }
+
+    /// How a batch travels, and whether it does not because its room ends here.
+    fn way(&mut self, rail: &Rail, batch: &BatchOut) -> Result<(Way, bool), String> {
         let fields = &batch.fields;
         let chunk = NonZeroU64::new(rail.chunk_bytes);
         let limits = Limits {
@@ -171,18 +190,19 @@ impl LaneIo {
             fields.offset..fields.offset + fields.len,
             &limits,
         );
+        let mut cursor = cursor.map_err(|error| error.to_string())?;
+        let (sources, targets) = ranges(batch)?;
         self.descriptor_at = 0;
-        self.descriptor_end = 0;
-        self.writing = Some(Writing {
-            cursor: cursor.map_err(|error| error.to_string())?,
-            batch,
-            gate,
-            is_void: false,
-        });
-        Ok(true)
+        self.descriptor_end = cursor.fill(sources, targets, &mut self.descriptors);
+        let way = match self.choose(batch) {
+            Choice::Direct => (Way::Direct(cursor), false),
+            Choice::Packed => (Way::Packed(Packed::Waiting), false),
+            Choice::Neither => (Way::Packed(Packed::Waiting), true),
+        };
+        Ok(way)
     }
 
-    fn has_place_for_pages(&self) -> bool {
+    pub(super) fn has_place_for_pages(&self) -> bool {
         let used = u32::try_from(self.chain.len()).unwrap_or(u32::MAX);
         self.chain.room() > 0 && self.sends.free() > used.saturating_add(FRAMES_RESERVED)
     }
@@ -194,6 +214,19 @@ impl LaneIo {
         let Some(mut writing) = self.writing.take() else {
             return Ok(Added::All);
         };
+        if let Way::Packed(state) = writing.way {
+            let added = if writing.is_void {
+                Ok(Added::All)
+            } else {
+                self.add_packed(&mut writing, state)
+            };
+            self.writing = Some(writing);
+            return added;
+        }
+        if self.packing.holds_before(&writing.batch) {
+            self.writing = Some(writing);
+            return Ok(Added::Some);
+        }
         let gate = Arc::clone(&writing.gate);
         let pass = gate.pass();
         let added = if pass.is_some() && !writing.is_void {
@@ -210,10 +243,13 @@ impl LaneIo {
     }
 
     fn add_pages(&mut self, rail: &Rail, writing: &mut Writing) -> Result<Added, String> {
+        let Writing { batch, way, .. } = writing;
+        let Way::Direct(cursor) = way else {
+            return Ok(Added::All);
+        };
         let mut sges = [NO_SGE; CHAIN_SGES_MAX];
         while self.has_place_for_pages() {
             if self.descriptor_at == self.descriptor_end {
-                let Writing { batch, cursor, .. } = writing;
                 let (sources, targets) = ranges(batch)?;
                 let filled = cursor.fill(sources, targets, &mut self.descriptors);
                 (self.descriptor_at, self.descriptor_end) = (0, filled);
@@ -235,7 +271,7 @@ impl LaneIo {
                 Err(error) => return Err(error.to_string()),
             }
         }
-        let is_done = self.descriptor_at == self.descriptor_end && writing.cursor.remaining() == 0;
+        let is_done = self.descriptor_at == self.descriptor_end && cursor.remaining() == 0;
         Ok(if is_done { Added::All } else { Added::Some })
     }
 
@@ -248,7 +284,16 @@ impl LaneIo {
             return Ok(false);
         };
         let mut fields = writing.batch.fields;
-        fields.place = if writing.is_void { VOID_PLACE } else { 0 };
+        match writing.way {
+            _ if writing.is_void => fields.place = VOID_PLACE,
+            Way::Packed(Packed::At { place, .. }) => {
+                fields.mode = PayloadMode::Packed;
+                fields.place = place;
+                self.handle.rail.counters.packed(fields.len);
+                self.handle.packed.fetch_add(1, Ordering::Relaxed);
+            }
+            Way::Direct(_) | Way::Packed(Packed::Waiting) => fields.place = 0,
+        }
         let header = BatchHeader::new(fields);
         match self.terms.slots {
             Some(slots) => self.add_immediate(slots, &header)?,

@@ -4,11 +4,7 @@ use std::{net::SocketAddr, os::fd::AsFd, sync::Arc, time::Duration};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::{
-    Rail,
-    lane::Connection,
-    prepare::{Prepared, terms},
-};
+use super::{Rail, lane::Connection, prepare::Prepared};
 use crate::{
     clock,
     time::Time,
@@ -115,7 +111,12 @@ impl Listening {
             port: self.listener.local_port(),
             token: self.token,
         };
-        terms(end, self.prepared.slots)
+        self.prepared.terms_at(end)
+    }
+
+    /// The queue pair to be.
+    pub(crate) fn prepared_mut(&mut self) -> &mut Prepared {
+        &mut self.prepared
     }
 
     /// Takes the announced connection, and no other.

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use crate::{
+    layout::RegionId,
     plan::descriptor::Place,
     transport::verbs::chain::RemotePlace,
     wire::{hello::RegionAddress, rdma::RailOffer},
@@ -17,15 +18,18 @@ pub(super) struct Targets {
     starts: Vec<usize>,
     rkeys: Vec<u32>,
     chunk_shift: u32,
+    /// Regions out of reach.
+    staged: Vec<u32>,
 }
 
 impl Targets {
     /// The offer was checked against the regions in the hello ([`RailOffer::check`]).
     pub(super) fn new(regions: &Arc<[RegionAddress]>, offer: &RailOffer) -> Self {
         let mut next = 0;
-        let starts = regions.iter().map(|region| {
+        let starts = (0..).zip(regions.iter()).map(|(number, region)| {
             let start = next;
             let chunks = region.len.div_ceil(offer.chunk_bytes.max(1));
+            let chunks = if offer.reaches(number) { chunks } else { 0 };
             next += usize::try_from(chunks).unwrap_or(0);
             start
         });
@@ -34,11 +38,20 @@ impl Targets {
             regions: Arc::clone(regions),
             rkeys: offer.rkeys.clone(),
             chunk_shift: offer.chunk_bytes.trailing_zeros(),
+            staged: offer.staged.clone(),
         }
     }
 
-    /// The place as a WRITE names it; `None` for a region that the peer does not have.
+    /// Whether WRITEs reach a region.
+    pub(super) fn reaches(&self, region: RegionId) -> bool {
+        self.staged.binary_search(&region.0).is_err()
+    }
+
+    /// The place as a WRITE names it; `None` for a region that the peer does not have, or its device does not reach.
     pub(super) fn place(&self, place: Place) -> Option<RemotePlace> {
+        if !self.reaches(place.region) {
+            return None;
+        }
         let region = place.region.0 as usize;
         let start = self.starts.get(region)?;
         let chunk = usize::try_from(place.offset >> self.chunk_shift).ok()?;
@@ -76,6 +89,7 @@ mod tests {
             message_bytes_max: 1 << 20,
             chunk_bytes: 4096,
             rkeys: vec![10, 20, 21, 22, 30, 31],
+            staged: Vec::new(),
         };
         assert_eq!(offer.check(regions.iter().map(|r| r.len)), Ok(()));
         let targets = Targets::new(&regions.into(), &offer);
@@ -95,5 +109,20 @@ mod tests {
             offset: 5,
         });
         assert_eq!(at.map(|at| at.address), Some(0x9005));
+        let without = RailOffer {
+            rkeys: vec![10, 30, 31],
+            staged: vec![1],
+            ..offer
+        };
+        assert_eq!(without.check([4096, 10_000, 4097].into_iter()), Ok(()));
+        let targets = Targets::new(&regions.into(), &without);
+        let key = |region, offset| {
+            let region = RegionId(region);
+            targets.place(Place { region, offset }).map(|at| at.rkey)
+        };
+        assert_eq!(
+            [key(0, 0), key(1, 0), key(2, 4096)],
+            [Some(10), None, Some(31)]
+        );
     }
 }
