@@ -183,7 +183,7 @@ impl Running {
         }
     }
 
-    /// Starts `program` on `cores` and waits until every worker has answered through it. What it says goes to `logs`.
+    /// Starts `program` on `cores` and waits until it serves, a rival with every worker. What it says goes to `logs`.
     pub(crate) async fn start(
         program: &Program,
         workers: &Addresses,
@@ -229,7 +229,9 @@ impl Running {
                 client::closed_loop(self.address, &Job::chat(80), 1, 8, START_TIME_MAX).await;
             let now = counts(workers).await?;
             let mut grown = now.by_worker.iter().zip(&before.by_worker);
-            if outcome.errors == 0 && grown.all(|(now, before)| now > before) {
+            // Ours asks all workers from the start, and may well prefer one of each role as long as nothing is under way.
+            let is_known = self.who == Who::Ours || grown.all(|(now, before)| now > before);
+            if outcome.errors == 0 && is_known {
                 return Ok(());
             }
             let error = outcome
