@@ -327,8 +327,14 @@ fn a_write_to_an_engine_that_goes_away_is_not_called_settled() {
         });
         pair.written.shut_down();
         let error = write.join().unwrap().unwrap_err();
-        assert!(matches!(error, WriteError::Unsettled { .. }), "{error:?}");
-        assert!(error.to_string().contains("has not confirmed"), "{error}");
+        let owned = image(&pair.written);
+        fabric.hold_completions(1, false);
+        if matches!(error, WriteError::Unsettled { .. }) {
+            assert!(error.to_string().contains("has not confirmed"), "{error}");
+        } else {
+            // The peer could still confirm that nothing moves any more: then it must be so.
+            assert!(matches!(error, WriteError::Failed(_)), "{error:?}");
+            assert!(image(&pair.written) == owned, "late bytes");
+        }
     });
-    fabric.hold_completions(1, false);
 }

@@ -38,7 +38,7 @@ class Outcome:
     """Tokens that the receivers hold already; 0 until all have granted their pages."""
     is_ready: bool
     bytes: int
-    """Payload bytes that were placed or acknowledged."""
+    """Payload bytes that were placed or acknowledged; 0 unless it succeeded."""
     batches: int
     waited_s: float
     """From opening to the first batch."""

@@ -203,6 +203,7 @@ impl Transfer {
         hub: &Arc<Hub>,
         peer: PeerId,
         open: WriteOpen,
+        timeout: Duration,
         pairing: Pairing,
     ) -> Result<Self, SubmitError> {
         if hub.is_stopped() {
@@ -212,7 +213,7 @@ impl Transfer {
         let shared = Arc::new(Shared::new(hub.new_token()));
         let pairing = Arc::new(pairing);
         let id = hub.open(&shared, |node, now| {
-            node.open_write(now, peer, open, pairing)
+            node.open_write(now, peer, open, timeout, pairing)
         })?;
         Ok(Self {
             hub: Arc::clone(hub),

@@ -213,15 +213,16 @@ fn start<'a>(
         .map_err(|error| refused(SubmitError::Items(error.to_string())))?;
     let room = new_room().map_err(|error| refused(SubmitError::Items(error)))?;
     // The peer's deadline is later, so that the caller's own decides.
-    let left = (deadline.since(clock::now()) + SETTLE_MAX).as_millis();
+    let left = deadline.since(clock::now());
+    let peers = (left + SETTLE_MAX).as_millis();
     let open = WriteOpen {
         room: room.number(),
-        timeout_ms: u32::try_from(left)
+        timeout_ms: u32::try_from(peers)
             .unwrap_or(u32::MAX)
             .clamp(1, WRITE_MILLIS_MAX),
         blocks: runs.to_vec(),
     };
-    let transfer = Transfer::open_write(hub, link.peer, open, pairing).map_err(refused)?;
+    let transfer = Transfer::open_write(hub, link.peer, open, left, pairing).map_err(refused)?;
     let part = Part {
         transfer,
         _turn: turn,

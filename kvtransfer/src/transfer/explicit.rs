@@ -21,7 +21,8 @@ use crate::{
 };
 
 impl Node {
-    /// Opens a room that writes blocks to a peer, and asks the peer for it. Item 0 of component 0 is all of it.
+    /// Opens a room that writes blocks to a peer, and asks the peer for it. Item 0 of component 0 is all of it. It ends here
+    /// by `timeout`; the request bears the peer's own, which should be later, so that this side is the one that decides.
     ///
     /// # Errors
     /// The number is in use for sending, the peer is not connected, or the table of transfers is full.
@@ -30,6 +31,7 @@ impl Node {
         now: Time,
         peer: PeerId,
         open: WriteOpen,
+        timeout: Duration,
         pairing: Arc<Pairing>,
     ) -> Result<TransferId, SubmitError> {
         let room = Room::new(open.room).ok_or_else(|| SubmitError::Items("room 0".into()))?;
@@ -40,7 +42,6 @@ impl Node {
             return Err(SubmitError::UnknownPeer);
         }
         let id = self.new_transfer()?;
-        let timeout = Duration::from_millis(open.timeout_ms.into());
         let deadline = self.timers.set(now, timeout, Due::Transfer(id));
         self.send_rooms.insert(open.room, id);
         self.sends.insert(

@@ -16,7 +16,7 @@ use crate::{
         control::{Control, FailureCode},
     },
 };
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 fn run() -> Descriptor {
     let place = Place {
@@ -45,7 +45,7 @@ fn a_refusal_before_the_grant_ends_the_room_with_its_reason() {
     let mut writer = node(2, NodeConfig::default());
     let (request, pairing) = open(9);
     let id = writer
-        .open_write(NOW, PEER, request.clone(), pairing)
+        .open_write(NOW, PEER, request.clone(), LONG, pairing)
         .expect("it opens");
     let asked = Control::WriteOpen(Box::new(request));
     assert_eq!(messages(&mut writer, PEER), [asked]);
@@ -76,11 +76,29 @@ fn a_refusal_before_the_grant_ends_the_room_with_its_reason() {
 }
 
 #[test]
+fn the_writing_side_decides_when_it_is_too_late() {
+    let mut writer = node(2, NodeConfig::default());
+    let (request, pairing) = open(9);
+    let own = Duration::from_millis(100);
+    assert!(own < Duration::from_millis(request.timeout_ms.into()));
+    let id = writer
+        .open_write(NOW, PEER, request, own, pairing)
+        .expect("it opens");
+    writer.on_timeout(NOW + own);
+    let ended = outputs(&mut writer).into_iter().find_map(|o| match o {
+        Output::Ended { transfer, result } if transfer == id => Some(result),
+        _ => None,
+    });
+    let error = ended.expect("it ends").expect_err("by its deadline");
+    assert!(matches!(error, TransferError::Timeout { .. }), "{error:?}");
+}
+
+#[test]
 fn a_grant_of_another_peer_gets_nothing() {
     let mut writer = node(2, NodeConfig::default());
     let (request, pairing) = open(9);
     writer
-        .open_write(NOW, PEER, request, pairing)
+        .open_write(NOW, PEER, request, LONG, pairing)
         .expect("it opens");
     outputs(&mut writer);
     let mut thief = node(1, NodeConfig::default());
@@ -167,9 +185,9 @@ fn an_applications_room_of_that_number_is_not_taken() {
     };
     writer.open_send(NOW, &request).expect("it opens");
     let (request, pairing) = open(room().number());
-    let refused = writer.open_write(NOW, PEER, request, pairing);
+    let refused = writer.open_write(NOW, PEER, request, LONG, pairing);
     assert_eq!(refused, Err(SubmitError::DuplicateRoom(room())));
     let (request, pairing) = open(77);
-    let refused = writer.open_write(NOW, PeerId(5), request, pairing);
+    let refused = writer.open_write(NOW, PeerId(5), request, LONG, pairing);
     assert_eq!(refused, Err(SubmitError::UnknownPeer));
 }
