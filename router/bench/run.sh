@@ -23,9 +23,12 @@ sglang_router=$(rival sglang-router 0.3.2)
 smg=$(rival smg 1.13.0)
 cargo build --manifest-path "$root/Cargo.toml" --profile "$profile" \
   -p kvrouter --bin kvrouter -p kvtransfer-benches --bin kvroutebench
+# The scheduler alone; its own report goes to stderr, and its figures into ours.
+cargo bench --manifest-path "$root/Cargo.toml" --profile "$profile" -p kvrouter --bench decision -- \
+  --noplot 'fused|samples' >&2
 logs=$(mktemp -d)
 "$target/$profile/kvroutebench" --kvrouter "$target/$profile/kvrouter" \
-  --sglang-router "$sglang_router" --smg "$smg" --logs "$logs" "$@" || {
+  --sglang-router "$sglang_router" --smg "$smg" --criterion "$target/criterion" --logs "$logs" "$@" || {
   status=$?
   tail -n 20 "$logs"/*.log >&2
   echo "the routers' logs are in $logs" >&2

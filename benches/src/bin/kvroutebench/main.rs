@@ -6,12 +6,14 @@
 mod cases;
 mod client;
 mod http;
+mod relay;
 mod report;
 mod routers;
 mod usage;
 mod worker;
 
 use std::io::Write as _;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -19,12 +21,15 @@ use anyhow::Context as _;
 use clap::{Parser, Subcommand, ValueEnum as _};
 
 use crate::cases::{Case, Figures, Size};
-use crate::report::{Machine, Report, Row};
+use crate::report::{Machine, Report, Row, Scheduler};
 use crate::routers::{Process, Program, Running, Who};
 use crate::worker::Addresses;
 
 /// How the program starts itself as the workers.
 const WORKER_SUBCOMMAND: &str = "worker";
+
+/// And as the relay.
+const RELAY_SUBCOMMAND: &str = "relay";
 
 /// File descriptors that a router needs besides two per stream.
 const DESCRIPTORS_SPARE: u64 = 200;
@@ -71,6 +76,9 @@ struct Cli {
     /// Cores for the workers and the client
     #[arg(long, value_delimiter = ',', default_value = "1")]
     load_cores: Vec<usize>,
+    /// Criterion's folder, if `cargo bench -p kvrouter --bench decision` has been run: its goals are judged too
+    #[arg(long, value_name = "FOLDER")]
+    criterion: Option<PathBuf>,
     /// Where what the routers say goes
     #[arg(long, value_name = "FOLDER", default_value = ".")]
     logs: PathBuf,
@@ -81,16 +89,32 @@ enum Mode {
     /// The workers; started by this program itself
     #[command(name = WORKER_SUBCOMMAND, hide = true)]
     Worker,
+    /// A relay that looks at nothing; started by this program itself
+    #[command(name = RELAY_SUBCOMMAND, hide = true)]
+    Relay {
+        /// Where it listens
+        port: u16,
+        /// Where connections go
+        worker: SocketAddr,
+    },
 }
 
 fn main() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
-    if matches!(cli.mode, Some(Mode::Worker)) {
-        worker::run()?;
-        return Ok(ExitCode::SUCCESS);
+    match cli.mode {
+        Some(Mode::Worker) => {
+            worker::run()?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Some(Mode::Relay { port, worker }) => {
+            relay::run(port, worker)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        None => {}
     }
     let machine = Machine::here();
-    let descriptors = raise_descriptors()?;
+    let wanted = u64::try_from(cli.streams)? * 2 + DESCRIPTORS_SPARE;
+    let descriptors = raise_descriptors(wanted)?;
     usage::run_on(&cli.load_cores)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -114,15 +138,22 @@ fn say(text: &str) {
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
-/// Takes as many file descriptors as this process may have; its children inherit the limit.
-fn raise_descriptors() -> anyhow::Result<u64> {
+/// Takes as many file descriptors as this process may have, or `wanted` where the privileged may have more; its children
+/// inherit the limit.
+fn raise_descriptors(wanted: u64) -> anyhow::Result<u64> {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let maximum = getrlimit(Resource::Nofile).maximum;
-    let limit = Rlimit {
-        current: maximum,
-        maximum,
+    let set = |limit| {
+        let limits = Rlimit {
+            current: limit,
+            maximum: limit,
+        };
+        setrlimit(Resource::Nofile, limits)
     };
-    setrlimit(Resource::Nofile, limit)?;
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    if maximum.is_some_and(|maximum| maximum < wanted) && set(Some(wanted)).is_ok() {
+        return Ok(wanted);
+    }
+    set(maximum)?;
     Ok(maximum.unwrap_or(u64::MAX))
 }
 
@@ -136,7 +167,9 @@ struct Bench {
 
 impl Bench {
     fn start(cli: Cli, descriptors: u64) -> anyhow::Result<Self> {
+        let relay = Some(std::env::current_exe()?);
         let programs = [
+            (Who::Relay, &relay),
             (Who::Ours, &cli.kvrouter),
             (Who::Sglang, &cli.sglang_router),
             (Who::Smg, &cli.smg),
@@ -167,6 +200,8 @@ impl Bench {
     }
 
     async fn run(self, machine: Machine) -> anyhow::Result<Report> {
+        let scheduler = self.cli.criterion.as_deref().map(Scheduler::read);
+        let scheduler = scheduler.transpose()?;
         let cases = match self.cli.case.as_slice() {
             [] => Case::value_variants(),
             some => some,
@@ -181,11 +216,11 @@ impl Bench {
             rows.extend(self.one_by_one(case).await?);
         }
         let counts = routers::counts(&self.workers).await?;
-        let routed = rows.iter().filter(|row| row.who != Who::Direct);
+        let routed = rows.iter().filter(|row| row.who.pairs());
         let routed: u64 = routed.map(|row| row.median.answers).sum();
         let mut report = Report {
             machine,
-            versions: self.programs.iter().map(Program::version).collect(),
+            versions: self.programs.iter().filter_map(Program::version).collect(),
             router_cores: self.cli.router_cores.clone(),
             load_cores: self.cli.load_cores.clone(),
             rounds: self.cli.rounds.into(),
@@ -195,6 +230,7 @@ impl Bench {
                 + counts.doubled
                 + counts.roomless
                 + routed.saturating_sub(counts.paired),
+            scheduler,
             rows,
             goals: Vec::new(),
         };
@@ -255,7 +291,7 @@ impl Bench {
             .collect();
         for program in &self.programs {
             let (mut size, is_ours) = (self.size, program.who == Who::Ours);
-            if case == Case::Many && !is_ours {
+            if !program.who.pairs() || (case == Case::Many && !is_ours) {
                 continue;
             }
             if !is_ours {

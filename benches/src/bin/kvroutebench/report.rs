@@ -3,7 +3,9 @@
 
 use std::fmt::Write as _;
 use std::fs;
+use std::path::Path;
 
+use anyhow::Context as _;
 use serde::Serialize;
 
 use crate::cases::{Case, Figures, Resident, Size};
@@ -85,6 +87,40 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
     values.get(values.len() / 2).copied()
 }
 
+/// Criterion's folders of the two benchmarks that have goals.
+const DECISION: &str = "decision at 64P x 64D/fused";
+const SAMPLE: &str = "samples/64 links, every rate changed";
+
+/// What criterion measured of the scheduler alone.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(crate) struct Scheduler {
+    /// One choice among 64 prefill and 64 decode workers, all loaded.
+    decision_us: f64,
+    /// One sample of 64 links entering the board.
+    sample_us: f64,
+}
+
+impl Scheduler {
+    /// Reads it from criterion's `folder`.
+    pub(crate) fn read(folder: &Path) -> anyhow::Result<Self> {
+        let median_us = |benchmark: &str| {
+            let file = folder.join(benchmark).join("new/estimates.json");
+            let text = fs::read_to_string(&file);
+            let text = text.with_context(|| format!("cannot read {}", file.display()))?;
+            median_us(&text).with_context(|| format!("{} is odd", file.display()))
+        };
+        Ok(Self {
+            decision_us: median_us(DECISION)?,
+            sample_us: median_us(SAMPLE)?,
+        })
+    }
+}
+
+fn median_us(estimates: &str) -> Option<f64> {
+    let estimates: serde_json::Value = serde_json::from_str(estimates).ok()?;
+    Some(estimates["median"]["point_estimate"].as_f64()? / 1e3)
+}
+
 /// A goal and what came of it.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Goal {
@@ -108,6 +144,8 @@ pub(crate) struct Report {
     /// Requests that reached one prefill and one decode worker under one room, and those that did not.
     pub(crate) paired: u64,
     pub(crate) unpaired: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) scheduler: Option<Scheduler>,
     pub(crate) rows: Vec<Row>,
     pub(crate) goals: Vec<Goal>,
 }
@@ -171,6 +209,16 @@ impl Report {
                 ours(Case::Many)
                     .and_then(|figures| figures.open_max)
                     .map(|open| open as f64),
+            ),
+            (
+                "choice of a pair at 64P x 64D, us",
+                20.0,
+                self.scheduler.map(|scheduler| scheduler.decision_us),
+            ),
+            (
+                "samples taken in per second and core",
+                -100_000.0,
+                self.scheduler.map(|scheduler| 1e6 / scheduler.sample_us),
             ),
             ("errors of all requests", 0.0, Some(self.errors() as f64)),
         ];
@@ -294,6 +342,10 @@ mod tests {
             },
             paired: 1,
             unpaired: 0,
+            scheduler: Some(Scheduler {
+                decision_us: 8.0,
+                sample_us: 12.5,
+            }),
             rows: vec![
                 Row::new(Who::Ours, Case::Small, rounds(&[500.0, 60.0, 70.0])),
                 Row::new(Who::Smg, Case::Small, rounds(&[200.0, 209.0, 300.0])),
@@ -306,8 +358,25 @@ mod tests {
             .iter()
             .map(|goal| (goal.value, goal.reached))
             .collect();
-        assert_eq!(goals, [(70.0, true), (209.0 / 70.0, false), (0.0, true)]);
+        let expected = [
+            (70.0, true),
+            (209.0 / 70.0, false),
+            (8.0, true),
+            (80_000.0, false),
+            (0.0, true),
+        ];
+        assert_eq!(goals, expected);
         assert!(report.table().contains("| **no** |"), "{}", report.table());
+    }
+
+    #[test]
+    fn criterion_tells_nanoseconds() {
+        let text = r#"{"mean":{"point_estimate":9.0},"median":{"point_estimate":8250.0}}"#;
+        assert_eq!(median_us(text), Some(8.25));
+        assert_eq!(median_us("{}"), None);
+        let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let error = Scheduler::read(here).unwrap_err().to_string();
+        assert!(error.contains("fused/new/estimates.json"), "{error}");
     }
 
     #[test]

@@ -26,6 +26,9 @@ pub(crate) enum Who {
     /// No router: the client asks a decode worker.
     #[serde(rename = "direct")]
     Direct,
+    /// Copies bytes to one worker.
+    #[serde(rename = "relay")]
+    Relay,
     #[serde(rename = "kvrouter")]
     Ours,
     #[serde(rename = "sglang-router")]
@@ -38,10 +41,16 @@ impl Who {
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Direct => "direct",
+            Self::Relay => "relay",
             Self::Ours => "kvrouter",
             Self::Sglang => "sglang-router",
             Self::Smg => "smg",
         }
+    }
+
+    /// Whether it sends each request to a pair.
+    pub(crate) const fn pairs(self) -> bool {
+        !matches!(self, Self::Direct | Self::Relay)
     }
 }
 
@@ -57,6 +66,14 @@ impl Program {
     /// is not needed here; ours runs as it comes.
     pub(crate) fn arguments(&self, workers: &Addresses, port: u16) -> anyhow::Result<Vec<String>> {
         let mut words: Vec<String> = match self.who {
+            Who::Relay => {
+                let words = [
+                    crate::RELAY_SUBCOMMAND,
+                    &port.to_string(),
+                    &workers.decode[0].to_string(),
+                ];
+                return Ok(words.map(str::to_owned).into());
+            }
             Who::Direct | Who::Ours => Vec::new(),
             Who::Sglang => vec!["-m".into(), "sglang_router.launch_router".into()],
             Who::Smg => vec!["-m".into(), "smg.launch_router".into()],
@@ -87,10 +104,11 @@ impl Program {
     }
 
     /// Its version, in its own words.
-    pub(crate) fn version(&self) -> String {
+    pub(crate) fn version(&self) -> Option<String> {
         let mut command = Command::new(&self.path);
         let package = match self.who {
-            Who::Direct | Who::Ours => None,
+            Who::Direct | Who::Relay => return None,
+            Who::Ours => None,
             Who::Sglang => Some("sglang-router"),
             Who::Smg => Some("smg"),
         };
@@ -107,7 +125,7 @@ impl Program {
             .output()
             .map(|output| output.stdout)
             .unwrap_or_default();
-        String::from_utf8_lossy(&said).trim().to_owned()
+        Some(String::from_utf8_lossy(&said).trim().to_owned())
     }
 }
 
@@ -230,7 +248,8 @@ impl Running {
             let now = counts(workers).await?;
             let mut grown = now.by_worker.iter().zip(&before.by_worker);
             // Ours asks all workers from the start, and may well prefer one of each role as long as nothing is under way.
-            let is_known = self.who == Who::Ours || grown.all(|(now, before)| now > before);
+            let is_known = matches!(self.who, Who::Ours | Who::Relay)
+                || grown.all(|(now, before)| now > before);
             if outcome.errors == 0 && is_known {
                 return Ok(());
             }

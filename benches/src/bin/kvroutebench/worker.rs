@@ -8,13 +8,14 @@
 use std::collections::HashMap;
 use std::io::Write as _;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::time::Instant;
 
 use crate::http::{end_of_head, header, number_after};
 
@@ -26,6 +27,9 @@ pub(crate) const BOOTSTRAP_PORT: u16 = 8998;
 
 /// Where the workers' own counts are told.
 pub(crate) const COUNTS_PATH: &str = "/_counts";
+
+/// A decode worker computes the next token of all its streams in one step, and its streams are written together.
+const STEP: Duration = Duration::from_millis(10);
 
 /// The bodies sent have some ten KiB.
 const BODY_BYTES_MAX: usize = 16 << 20;
@@ -234,6 +238,14 @@ fn event(native: bool, token: u64) -> Vec<u8> {
     format!("{:x}\r\n{data}\r\n", data.len()).into_bytes()
 }
 
+/// The step that is under way at `time` ends then.
+fn next_step(time: Instant) -> Instant {
+    static ZERO: LazyLock<Instant> = LazyLock::new(Instant::now);
+    let since = time.saturating_duration_since(*ZERO).as_nanos();
+    let steps = since / STEP.as_nanos();
+    *ZERO + STEP * u32::try_from(steps).unwrap_or(u32::MAX)
+}
+
 async fn generate(
     stream: &mut TcpStream,
     role: Role,
@@ -263,12 +275,9 @@ async fn generate(
     };
     let gap = Duration::from_micros(number_after(body, b"gap_us=").unwrap_or(0));
     let mut piece = STREAM_HEAD.to_vec();
-    let mut ticks = tokio::time::interval(gap.max(Duration::from_micros(1)));
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     for token in 1..=tokens {
-        if !gap.is_zero() {
-            // The first one is due at once.
-            ticks.tick().await;
+        if !gap.is_zero() && token > 1 {
+            tokio::time::sleep_until(next_step(Instant::now() + gap)).await;
         }
         piece.extend_from_slice(&event(native, token));
         if role == Role::Decode {
