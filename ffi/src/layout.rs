@@ -439,8 +439,9 @@ fn memory_over(regions: &Regions, percent: u32) -> Result<Memory, Failure> {
                 Some((_, device)) => Arc::clone(device),
                 None => {
                     let opened = CudaDevice::open(gpu, percent);
-                    let opened =
-                        opened.map_err(|error| Failure::new(KVT_REGION, error.to_string()))?;
+                    let opened = opened.map_err(|error| {
+                        Failure::new(KVT_REGION, format!("CUDA device {gpu}: {error}"))
+                    })?;
                     let opened: Arc<dyn Device> = Arc::new(opened);
                     devices.push((gpu, Arc::clone(&opened)));
                     opened

@@ -370,6 +370,14 @@ pub enum ConfigError {
     /// One half of what TLS needs.
     #[error("--tls-certificate and --tls-key belong together")]
     HalfTls,
+    /// A part of what TLS among replicas needs.
+    #[error("--gossip-certificate, --gossip-key and --gossip-authorities belong together")]
+    HalfGossipTls,
+    /// A part of what TLS towards telemetry listeners needs.
+    #[error(
+        "--telemetry-certificate and --telemetry-key belong together, and need --telemetry-authorities"
+    )]
+    HalfTelemetryTls,
     /// One half of what TLS for Envoy needs.
     #[error("--grpc-tls-certificate and --grpc-tls-key belong together")]
     HalfGrpcTls,

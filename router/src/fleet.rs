@@ -1,6 +1,7 @@
 //! What follows the workers: the pool, their probes, and what they tell of themselves.
 #![forbid(unsafe_code)]
 
+pub mod kv_events;
 pub mod loads;
 pub mod telemetry;
 
@@ -68,6 +69,9 @@ impl Attended {
             if let Some(interval) = front.config.telemetry.loads_interval {
                 tasks.spawn(loads::poll(Arc::clone(front), Arc::clone(worker), interval));
             }
+        }
+        if worker.role() == Role::Prefill && front.config.telemetry.kv_events {
+            tasks.spawn(kv_events::watch(Arc::clone(front), Arc::clone(worker)));
         }
         Self {
             worker: Arc::clone(worker),

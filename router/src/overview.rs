@@ -92,6 +92,8 @@ pub struct WorkerView {
     pub kv_tokens: Option<u64>,
     /// KV tokens that fit into its pool.
     pub kv_tokens_max: Option<u64>,
+    /// Blocks in a prefill worker's prefix cache, as far as it tells.
+    pub cached_blocks: Option<u64>,
     /// Since its last telemetry.
     pub telemetry_age_s: Option<f64>,
 }
@@ -279,6 +281,7 @@ fn view(worker: &Arc<Worker>, picker: &Picker) -> WorkerView {
         egress_bytes: of(Role::Prefill, |load| load.egress_bytes),
         kv_tokens: of(Role::Decode, |load| load.kv_tokens),
         kv_tokens_max: load.and_then(|load| load.kv_tokens_max),
+        cached_blocks: load.and_then(|load| load.cached_blocks),
         telemetry_age_s: load
             .and_then(|load| load.sample_age)
             .map(|age| age.as_secs_f64()),

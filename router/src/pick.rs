@@ -3,6 +3,7 @@
 //! The board is pure; here it gets its time, the gates that only the pool knows (readiness, breakers, limits), and the news of
 //! what becomes of its decisions. Nothing here waits while the lock is held.
 //!
+//! * `blocks`: how large the blocks are that workers tell of.
 //! * `gates`: who may serve a request at all.
 //! * `booking`: what becomes of a placed request.
 //! * `notes`: why, and what came of it.
@@ -13,6 +14,7 @@
 //! * `rooms`: which booking the rooms in telemetry belong to.
 #![forbid(unsafe_code)]
 
+pub mod blocks;
 pub mod booking;
 pub mod feed;
 mod gates;
@@ -32,7 +34,9 @@ use tokio::time::Instant;
 use crate::config::scheduling::{Nominal, Scheduling};
 use crate::pool::{Role, Worker, Workers};
 use crate::schedule::board::{Event, IngestError, Key, Load, PairState};
+use crate::schedule::sample::KvEvent;
 use crate::schedule::{Board, Decision, NoPair, Policy, Request, Sample, Settings, WorkerId};
+use blocks::Blocks;
 use feed::Feed;
 use notes::{Note, Ring};
 use prompt::Prompt;
@@ -45,8 +49,10 @@ pub struct Wish<'a> {
     pub prompt_bytes: usize,
     /// Its prompt as the scheduler sees it; none: guessed from the bytes.
     pub prompt: Option<&'a Prompt>,
-    /// Prompts in it.
+    /// Prompts in it; 0 counts as one.
     pub items: usize,
+    /// Most tokens that each of its answers may have; none: nobody said.
+    pub output_tokens: Option<u64>,
     /// The model asked for.
     pub model: Option<&'a str>,
     /// More is more important.
@@ -83,6 +89,9 @@ pub enum NoPlace {
     },
 }
 
+/// Most tokens that one answer is booked with: SGLang's `SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION`.
+pub const OUTPUT_TOKENS_MAX: u64 = 4096;
+
 /// A place that nobody can foresee is asked for this often, besides when something ends.
 const BUSY_RETRY: Duration = Duration::from_millis(500);
 
@@ -113,6 +122,7 @@ pub struct Picker {
     zero: Instant,
     nominal: Nominal,
     requests: AtomicU64,
+    blocks: Arc<Blocks>,
 }
 
 /// What telemetry tells of a room.
@@ -158,6 +168,7 @@ impl Picker {
             zero: Instant::now(),
             nominal: scheduling.nominal.clone(),
             requests: AtomicU64::new(0),
+            blocks: Arc::default(),
         }
     }
 
@@ -208,7 +219,10 @@ impl Picker {
                 || Request::tokens_of_bytes(wish.prompt_bytes as u64),
                 |prompt| prompt.tokens,
             ),
+            output_tokens: self.output_tokens(wish),
             chunks: wish.prompt.map_or(&[], |prompt| prompt.chunks.as_slice()),
+            blocks: wish.prompt.map_or(&[], |prompt| prompt.blocks.as_slice()),
+            block_tokens: wish.prompt.map_or(0, |prompt| prompt.block_tokens.into()),
             sticky: wish.sticky.map(sticky_hash),
             priority: clamped(wish.priority),
             prefill_subset: prefill_subset.as_deref(),
@@ -261,6 +275,14 @@ impl Picker {
         })
     }
 
+    /// What the answers are booked with in a decode's KV pool. A bound is seldom reached, and SGLang itself counts with no
+    /// more than this.
+    fn output_tokens(&self, wish: &Wish<'_>) -> u64 {
+        let each = wish.output_tokens.unwrap_or(self.nominal.output_tokens);
+        each.min(OUTPUT_TOKENS_MAX)
+            .saturating_mul(wish.items.max(1) as u64)
+    }
+
     /// Tells what happened to a booking just now.
     fn advance(&self, key: Key, event: Event) {
         let at = self.now();
@@ -308,6 +330,22 @@ impl Picker {
     /// [`IngestError`]
     pub fn ingest(&self, sample: &Sample<'_>) -> Result<(), IngestError> {
         self.lock().board.ingest(sample)
+    }
+
+    /// How large the blocks are in which workers tell of their prefix caches.
+    pub fn blocks(&self) -> &Arc<Blocks> {
+        &self.blocks
+    }
+
+    /// Takes in what a worker's rank told of its prefix cache. Of a worker that is gone it says nothing.
+    pub fn cache_events(&self, worker: &Arc<Worker>, rank: u32, events: &[KvEvent]) {
+        for event in events {
+            // Decisions come in between: a batch may hold thousands of blocks.
+            let mut inner = self.lock();
+            if let Some(id) = inner.id_of(worker) {
+                inner.board.cache_event(id, rank, event);
+            }
+        }
     }
 
     /// The board's number of a worker, if it is there.

@@ -10,7 +10,7 @@ pub mod worker;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-pub use worker::{Blame, Role, Worker, WorkerInfo};
+pub use worker::{Blame, CacheFeed, Role, Worker, WorkerInfo};
 
 use crate::discover::{Fleet, MEMBERS_MAX, Member};
 use breaker::BreakerState;

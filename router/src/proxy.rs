@@ -4,6 +4,7 @@ pub mod admission;
 pub mod deadline;
 pub mod dispatch;
 pub mod fanout;
+pub mod first_bytes;
 pub mod headers;
 pub mod json_edit;
 pub mod leg;
@@ -19,6 +20,7 @@ pub mod server;
 pub mod shape;
 pub mod sse;
 pub mod stream;
+pub mod target;
 
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex};

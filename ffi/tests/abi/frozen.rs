@@ -5,7 +5,7 @@ use std::{
     process::{Child, ChildStdin, ChildStdout, Stdio},
 };
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
 use crate::build::{Language, command, compile};
 
@@ -41,6 +41,20 @@ impl Spoken {
         self.line()
     }
 
+    /// Stops it, and returns when none of its threads runs any more: a signal that was sent is not yet one that has worked.
+    fn freeze(&self) {
+        self.signal(Signal::STOP);
+        let pid = Pid::from_child(&self.child);
+        let (_, status) = waitpid(Some(pid), WaitOptions::UNTRACED)
+            .expect("it is ours")
+            .expect("it was waited for");
+        assert!(status.stopped(), "it ended: {status:?}");
+    }
+
+    fn thaw(&self) {
+        self.signal(Signal::CONT);
+    }
+
     fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).expect("it is ours");
     }
@@ -59,12 +73,12 @@ fn a_frozen_peer_does_not_answer_a_probe_and_a_thawed_one_does() {
     let address = served.line();
     let mut probing = Spoken::start(&["probe", &address]);
     assert_eq!(probing.ask(), "KVT_OK: it worked");
-    served.signal(Signal::STOP);
+    served.freeze();
     assert_eq!(
         probing.ask(),
         "KVT_PEER_LOST: the connection to the peer ended, or it stopped answering"
     );
-    served.signal(Signal::CONT);
+    served.thaw();
     assert_eq!(probing.ask(), "KVT_OK: it worked");
     assert!(probing.child.wait().expect("it is ours").success());
     served.hears.write_all(b"\n").expect("it reads");

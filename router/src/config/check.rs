@@ -66,6 +66,13 @@ fn problems(layers: &layers::Layers) -> Vec<String> {
     if let Some(Err(error)) = config.tls.as_ref().map(tls::acceptor) {
         found.push(with_causes(&error));
     }
+    if let Some(Err(error)) = config.gossip.tls.as_ref().map(tls::mutual_acceptor) {
+        found.push(with_causes(&error));
+    }
+    let telemetry = &config.telemetry;
+    if let Some(Err(error)) = telemetry.identity.as_ref().map(tls::acceptor) {
+        found.push(with_causes(&error));
+    }
     if let Err(error) = WorkerClient::new(&config) {
         found.push(with_causes(&error));
     }

@@ -1,10 +1,12 @@
 //! How replicas find each other.
 #![forbid(unsafe_code)]
 
+use std::path::PathBuf;
+
 use clap::Args;
 use kvtransfer::token::BearerToken;
 
-use super::ConfigError;
+use super::{ConfigError, TlsFiles};
 
 /// What is told to other replicas, and where they are.
 #[derive(Clone, Debug, Default)]
@@ -17,6 +19,17 @@ pub struct Gossip {
     pub dns: Option<String>,
     /// Asked of followers and shown to those that are followed.
     pub token: Option<BearerToken>,
+    /// How replicas know each other. Default none: they speak plain text.
+    pub tls: Option<MutualTls>,
+}
+
+/// Certificates on both sides.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MutualTls {
+    /// This side's certificate and key.
+    pub files: TlsFiles,
+    /// PEM file with the authorities that sign the other side's.
+    pub authorities: PathBuf,
 }
 
 impl Gossip {
@@ -42,6 +55,16 @@ pub struct GossipArguments {
     /// Bearer token that replicas show each other.
     #[arg(long, env = "KVROUTER_GOSSIP_TOKEN", hide_env_values = true)]
     gossip_token: Option<String>,
+    /// Speak TLS among replicas, with this certificate chain (PEM) in both directions. It must carry the names by which the
+    /// others are told of this one [default: plain text].
+    #[arg(long, value_name = "FILE")]
+    gossip_certificate: Option<PathBuf>,
+    /// The certificate's private key (PEM).
+    #[arg(long, value_name = "FILE")]
+    gossip_key: Option<PathBuf>,
+    /// Who signs the certificates of replicas (PEM). Others are neither told nor followed.
+    #[arg(long, value_name = "FILE")]
+    gossip_authorities: Option<PathBuf>,
 }
 
 impl TryFrom<GossipArguments> for Gossip {
@@ -56,7 +79,22 @@ impl TryFrom<GossipArguments> for Gossip {
             }
         }
         let token = arguments.gossip_token.map(BearerToken::new).transpose();
+        let files = (
+            arguments.gossip_certificate,
+            arguments.gossip_key,
+            arguments.gossip_authorities,
+        );
+        let tls = match files {
+            (Some(certificates), Some(key), Some(authorities)) => Some(MutualTls {
+                files: TlsFiles { certificates, key },
+                authorities,
+            }),
+            (None, None, None) => None,
+            // One source of settings may have a part of them.
+            _ => return Err(ConfigError::HalfGossipTls),
+        };
         Ok(Self {
+            tls,
             port: arguments.gossip_port,
             peers: arguments.gossip_peer,
             dns: arguments.gossip_dns,

@@ -22,6 +22,9 @@ pub struct Nominal {
     pub prefill_tokens_per_s: f64,
     /// Tokens that a decode's KV pool holds; none: unknown, which disables its admission gate.
     pub kv_tokens: Option<u64>,
+    /// Tokens that an answer without a bound is expected to have. Default 512: SGLang's `num_reserved_decode_tokens`, which its
+    /// decodes keep free for each request.
+    pub output_tokens: u64,
 }
 
 impl Default for Nominal {
@@ -33,6 +36,7 @@ impl Default for Nominal {
             link_bytes_per_s: facts.bytes_per_s,
             prefill_tokens_per_s: facts.prefill_tokens_per_s,
             kv_tokens: None,
+            output_tokens: 512,
         }
     }
 }
@@ -129,6 +133,9 @@ pub struct SchedulingArguments {
     /// Tokens that a decode's KV cache holds, where /server_info does not tell [default: no gate].
     #[arg(long, value_name = "TOKENS")]
     kv_tokens_per_decode: Option<u64>,
+    /// Tokens that an answer is expected to have, where the client sets no bound: booked in a decode's KV cache.
+    #[arg(long, value_name = "TOKENS", default_value_t = Nominal::default().output_tokens)]
+    output_tokens: u64,
     /// Bandwidth of a worker in bytes per second, until it is measured.
     #[arg(long, value_name = "BYTES", default_value_t = Nominal::default().link_bytes_per_s)]
     link_bandwidth: f64,
@@ -187,6 +194,7 @@ impl From<SchedulingArguments> for Scheduling {
                 link_bytes_per_s: arguments.link_bandwidth,
                 prefill_tokens_per_s: arguments.prefill_speed,
                 kv_tokens: arguments.kv_tokens_per_decode,
+                output_tokens: arguments.output_tokens,
             },
         }
     }

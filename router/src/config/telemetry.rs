@@ -8,7 +8,7 @@ use clap::Args;
 use kvtransfer::token::BearerToken;
 
 use super::command_line::parse_time;
-use super::{ConfigError, WorkerUrl};
+use super::{ConfigError, TlsFiles, WorkerUrl};
 
 /// Default of [`Telemetry::loads_interval`].
 pub const LOADS_INTERVAL_DEFAULT: Duration = Duration::from_secs(1);
@@ -25,8 +25,12 @@ pub struct Telemetry {
     pub token: Option<BearerToken>,
     /// PEM file with the authorities that sign their certificates. Default none: they speak plain text.
     pub authorities: Option<PathBuf>,
+    /// Shown to listeners that ask who we are. Default none.
+    pub identity: Option<TlsFiles>,
     /// How often SGLang's `/v1/loads` is asked, default 1 s; `None`: never.
     pub loads_interval: Option<Duration>,
+    /// Listen to the events of prefix caches where workers publish them. Default yes.
+    pub kv_events: bool,
 }
 
 impl Default for Telemetry {
@@ -36,7 +40,9 @@ impl Default for Telemetry {
             ports: Vec::new(),
             token: None,
             authorities: None,
+            identity: None,
             loads_interval: Some(LOADS_INTERVAL_DEFAULT),
+            kv_events: true,
         }
     }
 }
@@ -65,12 +71,21 @@ pub struct TelemetryArguments {
     /// Who signs the certificates of the telemetry listeners (PEM) [default: they speak plain text].
     #[arg(long, value_name = "FILE")]
     telemetry_authorities: Option<PathBuf>,
+    /// Our certificate chain (PEM) for telemetry listeners that ask for one.
+    #[arg(long, value_name = "FILE")]
+    telemetry_certificate: Option<PathBuf>,
+    /// That certificate's private key (PEM).
+    #[arg(long, value_name = "FILE")]
+    telemetry_key: Option<PathBuf>,
     /// How often the workers' /v1/loads is asked.
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_time)]
     loads_interval: Duration,
     /// Do not ask for /v1/loads.
     #[arg(long, conflicts_with = "loads_interval")]
     no_loads: bool,
+    /// Do not listen to the events of prefix caches (SGLang's --kv-events-config), which workers' /server_info tells of.
+    #[arg(long)]
+    no_kv_events: bool,
 }
 
 impl TryFrom<TelemetryArguments> for Telemetry {
@@ -84,12 +99,22 @@ impl TryFrom<TelemetryArguments> for Telemetry {
             Ok((url.parse()?, port))
         });
         let token = arguments.telemetry_token.map(BearerToken::new).transpose();
+        let files = (arguments.telemetry_certificate, arguments.telemetry_key);
+        let identity = match files {
+            (Some(certificates), Some(key)) if arguments.telemetry_authorities.is_some() => {
+                Some(TlsFiles { certificates, key })
+            }
+            (None, None) => None,
+            _ => return Err(ConfigError::HalfTelemetryTls),
+        };
         Ok(Self {
+            identity,
             port: arguments.telemetry_port,
             ports: ports.collect::<Result<_, ConfigError>>()?,
             token: token.map_err(|_| ConfigError::TelemetryToken)?,
             authorities: arguments.telemetry_authorities,
             loads_interval: (!arguments.no_loads).then_some(arguments.loads_interval),
+            kv_events: !arguments.no_kv_events,
         })
     }
 }

@@ -30,8 +30,9 @@ use crate::proxy::pair::PairRequest;
 use crate::proxy::passthrough::{ANSWER_TIMEOUT, Asked};
 use crate::proxy::placement::{self, Placement, Prompt, Wish};
 use crate::proxy::request::{self, Dialect};
-use crate::proxy::server::{Target, admit};
+use crate::proxy::server::admit;
 use crate::proxy::stream::ReplyBody;
+use crate::proxy::target::Target;
 use crate::respond::{self, RouteError};
 
 /// What the operator can do for requests that one upstream request cannot serve.
@@ -289,7 +290,7 @@ async fn place(
 ) -> Result<(Placement, String), RouteError> {
     let now = front.pool.now();
     let shape = &request.shape;
-    let prompt = Prompt::of(&request.body, shape);
+    let prompt = Prompt::of(&request.body, shape, front.picker.blocks().tokens());
     let subset = choice.decodes(&now).await;
     if subset.as_ref().is_some_and(Vec::is_empty) {
         return Err(RouteError::NoneEligible);
@@ -298,6 +299,7 @@ async fn place(
         prompt_bytes: request.body.len(),
         prompt: Some(&prompt),
         items: shape.batch.unwrap_or(1),
+        output_tokens: shape.output_tokens,
         model: shape.model.as_deref(),
         priority: shape.priority,
         sticky: shape.sticky.as_deref(),

@@ -400,7 +400,7 @@ impl Exchange {
     }
 
     /// Puts headers into the answer's head, in time before it.
-    pub fn add_to_answer(&mut self, headers: &HeaderMap) {
+    pub fn add_to_answer(&mut self, headers: HeaderMap) {
         self.response.add(headers);
     }
 

@@ -21,6 +21,7 @@ use super::choice;
 use super::counters::Outcome;
 use super::decide::{self, Underway, Verdict};
 use super::exchange::{AnswerHead, ClientRequest, Closing, Early, Effect, Exchange, Violation};
+use super::message::Head;
 use super::protocol::BodySendMode;
 use super::protocol::ext_proc::processing_request::Request as Piece;
 use super::protocol::ext_proc::{ProcessingRequest, ProcessingResponse};
@@ -30,7 +31,7 @@ use crate::metrics::{Route, bump};
 use crate::proxy::Front;
 use crate::proxy::deadline::Stage;
 use crate::proxy::fanout::ANSWER_BYTES_MAX;
-use crate::proxy::leg::{LegCause, LegFailure, WorkerError};
+use crate::proxy::leg::{LegCause, LegFailure, WorkerError, is_event_stream};
 use crate::proxy::live::LOGPROBS_WAIT;
 use crate::proxy::request::{self, KIB};
 use crate::proxy::stream::ReplyBody;
@@ -189,18 +190,36 @@ impl Session {
             let counter = &self.shared.front.epp.body_bytes;
             counter.fetch_add(bytes, Ordering::Relaxed);
         }
-        if matches!(message.request, Some(Piece::ResponseHeaders(_)))
-            && let Some(Underway {
-                live,
-                explains: true,
-                ..
-            }) = &self.underway
-        {
-            let mut headers = HeaderMap::new();
-            live.booking().note().put_headers(&mut headers);
-            self.exchange.add_to_answer(&headers);
-        }
+        self.explain(&message);
         self.exchange.take(message, &mut self.effects);
+    }
+
+    /// Puts the decision's headers on the answer's head. One that waits for its first event gets them anew with that, when
+    /// more is known.
+    fn explain(&mut self, message: &ProcessingRequest) {
+        let Some(Underway {
+            live,
+            explains: true,
+            ..
+        }) = &self.underway
+        else {
+            return;
+        };
+        let has_begun = match &message.request {
+            Some(Piece::ResponseHeaders(head)) => {
+                let head = Head::of(head.headers.clone());
+                head.status.is_some_and(|status| status.is_success())
+                    && !is_event_stream(&head.headers)
+            }
+            Some(Piece::ResponseBody(_)) => !self.exchange.is_answered(),
+            _ => return,
+        };
+        if has_begun {
+            live.booking().first_byte();
+        }
+        let mut headers = HeaderMap::new();
+        live.booking().note().put_headers(&mut headers);
+        self.exchange.add_to_answer(headers);
     }
 
     fn release_held(&mut self) {

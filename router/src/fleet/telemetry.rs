@@ -106,7 +106,12 @@ fn listen(front: &Front, worker: &Worker, port: u16) -> anyhow::Result<Watcher> 
     let mut config = WatchConfig::new(format!("{scheme}://{host}:{port}"));
     config.token.clone_from(&settings.token);
     if let Some(file) = &settings.authorities {
-        config.tls = Some(WatchTls::new(std::fs::read(file)?));
+        let mut tls = WatchTls::new(std::fs::read(file)?);
+        if let Some(files) = &settings.identity {
+            let chain = std::fs::read(&files.certificates)?;
+            tls.identity = Some((chain, std::fs::read(&files.key)?));
+        }
+        config.tls = Some(tls);
     }
     Ok(Watcher::spawn(config)?)
 }

@@ -1,13 +1,13 @@
 //! Follows other replicas.
 #![forbid(unsafe_code)]
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 
 use super::v1::gossip_client::GossipClient;
 use super::v1::{Booking, FollowRequest, FollowResponse};
@@ -34,22 +34,29 @@ const NAME_BYTES_MAX: usize = 512;
 /// Longer ago than this nothing was dispatched.
 const AGE_MAX_S: f64 = 1e9;
 
-/// Follows all replicas that the settings name, until it is dropped.
-pub async fn follow_all(picker: Arc<Picker>, settings: Gossip, siblings: Siblings) {
+/// Follows all replicas that the settings name, until it is dropped; over TLS with `tls`.
+pub async fn follow_all(
+    picker: Arc<Picker>,
+    settings: Gossip,
+    tls: Option<ClientTlsConfig>,
+    siblings: Siblings,
+) {
     let mut tasks = JoinSet::new();
     let mut followed: HashMap<String, AbortHandle> = HashMap::new();
     loop {
         if let Some(wanted) = addresses(&settings).await {
             followed.retain(|address, task| {
-                let stays = wanted.contains(address);
+                let stays = wanted.contains_key(address);
                 if !stays {
                     task.abort();
                 }
                 stays
             });
-            for address in wanted {
+            for (address, name) in wanted {
                 followed.entry(address).or_insert_with_key(|address| {
+                    let tls = tls.clone().map(|tls| tls.domain_name(name));
                     let follower = Follower {
+                        tls,
                         picker: Arc::clone(&picker),
                         settings: settings.clone(),
                         siblings: siblings.clone(),
@@ -64,12 +71,18 @@ pub async fn follow_all(picker: Arc<Picker>, settings: Gossip, siblings: Sibling
     }
 }
 
-/// Where replicas may be; none: the name cannot be resolved now, and what is followed stays.
-async fn addresses(settings: &Gossip) -> Option<BTreeSet<String>> {
-    let mut all: BTreeSet<String> = settings.peers.iter().cloned().collect();
+/// Where replicas may be, and the names that their certificates must carry; none: the name cannot be resolved now, and what is
+/// followed stays.
+async fn addresses(settings: &Gossip) -> Option<BTreeMap<String, String>> {
+    let host = |address: &str| {
+        let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+        host.trim_matches(['[', ']']).to_owned()
+    };
+    let peers = settings.peers.iter();
+    let mut all: BTreeMap<_, _> = peers.map(|peer| (peer.clone(), host(peer))).collect();
     if let Some(name) = &settings.dns {
         match tokio::net::lookup_host(name).await {
-            Ok(found) => all.extend(found.map(|address| address.to_string())),
+            Ok(found) => all.extend(found.map(|address| (address.to_string(), host(name)))),
             Err(error) => {
                 tracing::warn!(name, %error, "the other replicas cannot be looked up");
                 return None;
@@ -88,6 +101,7 @@ struct Follower {
     settings: Gossip,
     siblings: Siblings,
     address: String,
+    tls: Option<ClientTlsConfig>,
 }
 
 /// Why a stream ended.
@@ -186,9 +200,13 @@ impl Follower {
     }
 
     async fn open(&self) -> Result<tonic::Streaming<FollowResponse>, Lost> {
-        let endpoint = Endpoint::from_shared(format!("http://{}", self.address))?
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        let mut endpoint = Endpoint::from_shared(format!("{scheme}://{}", self.address))?
             .connect_timeout(CONNECT_TIMEOUT)
             .tcp_nodelay(true);
+        if let Some(tls) = &self.tls {
+            endpoint = endpoint.tls_config(tls.clone())?;
+        }
         let channel: Channel = endpoint.connect().await?;
         let mut client = GossipClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
         let mut request = tonic::Request::new(FollowRequest {});

@@ -1,6 +1,7 @@
 //! Tells other replicas of this one's bookings.
 #![forbid(unsafe_code)]
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,9 +10,11 @@ use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use kvtransfer::token::BearerToken;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::codegen::Service;
 use tonic::{Request, Response, Status};
@@ -32,16 +35,38 @@ const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// A request holds nothing but its head.
 const REQUEST_BYTES_MAX: usize = 4 << 10;
 
+/// A replica that has not finished its TLS handshake in this time is let go.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// When accepting fails, the next try comes after this pause.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// Where replicas are told, and how they are known.
+pub struct Door {
+    /// Listens.
+    pub listener: TcpListener,
+    /// Asks for a token.
+    pub token: Option<BearerToken>,
+    /// Asks for a certificate.
+    pub tls: Option<TlsAcceptor>,
+}
+
+impl fmt::Debug for Door {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Door")
+            .field("listener", &self.listener)
+            .field("tls", &self.tls.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
 /// Serves until it is dropped.
-pub async fn serve(
-    picker: Arc<Picker>,
-    replica: u64,
-    token: Option<BearerToken>,
-    listener: TcpListener,
-) {
+pub async fn serve(picker: Arc<Picker>, replica: u64, door: Door) {
+    let Door {
+        listener,
+        token,
+        tls,
+    } = door;
     let service = GossipServer::new(Teller {
         picker,
         replica,
@@ -53,7 +78,7 @@ pub async fn serve(
         tokio::select! {
             Some(_) = connections.join_next() => {}
             accepted = listener.accept(), if connections.len() < REPLICAS_MAX => match accepted {
-                Ok((stream, _)) => { connections.spawn(connection(stream, service.clone())); }
+                Ok((stream, _)) => { connections.spawn(greet(stream, tls.clone(), service.clone())); }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a replica's connection");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -63,11 +88,25 @@ pub async fn serve(
     }
 }
 
-async fn connection(stream: TcpStream, service: GossipServer<Teller>) {
+async fn greet(stream: TcpStream, tls: Option<TlsAcceptor>, service: GossipServer<Teller>) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "a replica was gone before it was told anything");
         return;
     }
+    let Some(tls) = tls else {
+        return connection(stream, service).await;
+    };
+    match tokio::time::timeout(HANDSHAKE_TIMEOUT, tls.accept(stream)).await {
+        Ok(Ok(stream)) => connection(stream, service).await,
+        Ok(Err(error)) => tracing::warn!(%error, "somebody who is no replica wants to be told"),
+        Err(_) => tracing::debug!("a replica's TLS handshake took too long"),
+    }
+}
+
+async fn connection(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    service: GossipServer<Teller>,
+) {
     let service = service_fn(move |request: hyper::Request<Incoming>| {
         let mut service = service.clone();
         async move { service.call(request).await }

@@ -92,7 +92,7 @@ fn render_views(text: &mut Text, overview: &Overview) {
         fn(&WorkerView) -> Option<f64>,
     );
     #[expect(clippy::cast_precision_loss, reason = "gauges are doubles anyway")]
-    let series: [Series; 6] = [
+    let series: [Series; 7] = [
         (
             "prefill decode",
             "kvrouter_worker_bookings",
@@ -122,6 +122,12 @@ fn render_views(text: &mut Text, overview: &Overview) {
             "kvrouter_worker_kv_capacity_tokens",
             "KV tokens that fit into a decode worker's pool, if it tells.",
             |view| view.kv_tokens_max.map(|count| count as f64),
+        ),
+        (
+            "prefill",
+            "kvrouter_worker_cached_blocks",
+            "Blocks of a prefill worker's prefix cache that its own events told of; absent while it does not tell.",
+            |view| view.cached_blocks.map(|count| count as f64),
         ),
         (
             "prefill decode",

@@ -5,7 +5,7 @@ use memchr::{memchr, memchr_iter, memmem};
 
 use crate::proxy::shape::Shape;
 use crate::schedule::Request;
-use crate::schedule::prefix::chunks_of_bytes;
+use crate::schedule::prefix::{CHUNKS_MAX, chunks_of_bytes, chunks_of_tokens};
 
 /// Tokens of an image or a sound, whose bytes say little: in the range of what today's models make of one.
 const MEDIA_TOKENS: u64 = 1024;
@@ -20,11 +20,17 @@ pub struct Prompt {
     pub tokens: u64,
     /// Hashes of its beginning.
     pub chunks: Vec<u64>,
+    /// Hashes of its whole blocks of tokens, where it comes as token ids and workers tell of such blocks. Of a batch those of
+    /// the first prompt.
+    pub blocks: Vec<u64>,
+    /// Tokens per block.
+    pub block_tokens: u32,
 }
 
 impl Prompt {
-    /// The prompt in `body`, of which `shape` knows where it stands.
-    pub fn of(body: &[u8], shape: &Shape) -> Self {
+    /// The prompt in `body`, of which `shape` knows where it stands; workers tell of blocks of `block_tokens`, or of none if
+    /// that is 0.
+    pub fn of(body: &[u8], shape: &Shape, block_tokens: u32) -> Self {
         let Some((range, of_numbers)) = &shape.prompt else {
             return Self::of_text(body);
         };
@@ -35,6 +41,13 @@ impl Prompt {
         Self {
             tokens: memchr_iter(b',', text).count() as u64 + 1,
             chunks: chunks_of_bytes(text),
+            blocks: match block_tokens as usize {
+                0 => Vec::new(),
+                size => {
+                    chunks_of_tokens(&first_tokens(text, size.saturating_mul(CHUNKS_MAX)), size)
+                }
+            },
+            block_tokens,
         }
     }
 
@@ -54,8 +67,21 @@ impl Prompt {
         Self {
             tokens: Request::tokens_of_bytes(bytes as u64).max(1) + media,
             chunks: chunks_of_bytes(text),
+            ..Self::default()
         }
     }
+}
+
+/// The tokens of a JSON list, or of the first list in it, at most so many. What is no token ends them.
+fn first_tokens(text: &[u8], most: usize) -> Vec<u32> {
+    let begin = text.iter().position(u8::is_ascii_digit);
+    let list = &text[begin.unwrap_or(text.len())..];
+    let end = memchr(b']', list).unwrap_or(list.len());
+    list[..end]
+        .split(|byte| *byte == b',')
+        .take(most)
+        .map_while(|token| std::str::from_utf8(token.trim_ascii()).ok()?.parse().ok())
+        .collect()
 }
 
 #[cfg(test)]
@@ -65,7 +91,7 @@ mod tests {
 
     fn prompt(endpoint: PairEndpoint, body: &str) -> Prompt {
         let shape = read(endpoint, body.as_bytes(), Trust::default()).unwrap();
-        Prompt::of(body.as_bytes(), &shape)
+        Prompt::of(body.as_bytes(), &shape, 2)
     }
 
     #[test]
@@ -87,6 +113,32 @@ mod tests {
         );
         let image = prompt(PairEndpoint::Chat, &body);
         assert!((1024..1060).contains(&image.tokens), "{}", image.tokens);
+    }
+
+    #[test]
+    fn token_ids_are_cut_into_blocks() {
+        for (body, tokens) in [
+            (r#"{"input_ids":[1,2,3, 4 ,5]}"#, &[1, 2, 3, 4][..]),
+            (
+                r#"{"input_ids": [ [1,2,3,70000],[9,9]]}"#,
+                &[1, 2, 3, 70_000],
+            ),
+            (r#"{"input_ids":[1,2,-3,4]}"#, &[1, 2]),
+            (r#"{"input_ids":[1,2,4294967296,4]}"#, &[1, 2]),
+            (r#"{"input_ids":[1]}"#, &[]),
+            (r#"{"text":"1,2,3"}"#, &[]),
+        ] {
+            let found = prompt(PairEndpoint::Generate, body);
+            assert_eq!(found.blocks, chunks_of_tokens(tokens, 2), "{body}");
+        }
+        assert_eq!(first_tokens(b"[1,2,3]", 2), [1, 2]);
+        let shape = read(
+            PairEndpoint::Generate,
+            br#"{"input_ids":[1,2]}"#,
+            Trust::default(),
+        );
+        let untold = Prompt::of(br#"{"input_ids":[1,2]}"#, &shape.unwrap(), 0);
+        assert!(untold.blocks.is_empty());
     }
 
     #[test]

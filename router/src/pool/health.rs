@@ -13,7 +13,8 @@ use hyper::StatusCode;
 
 use super::bootstrap_probe::BootstrapProbe;
 use super::client::WorkerClient;
-use super::{Worker, WorkerInfo};
+use super::{CacheFeed, Worker, WorkerInfo};
+use crate::schedule::facts::RANKS_MAX;
 
 /// A worker that does not answer a probe within this time has failed it.
 pub const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -29,6 +30,12 @@ const PROBE_BODY_BYTES_MAX: usize = 64 << 10;
 
 /// Longest `/server_info` that is read: it lists every argument of the server, some tens of KiB.
 const INFO_BYTES_MAX: usize = 1 << 20;
+
+/// Blocks of more tokens are no statement about a real worker.
+const BLOCK_TOKENS_MAX: u32 = 1 << 16;
+
+/// The longest topic that fits a short frame of the subscription.
+const TOPIC_BYTES_MAX: usize = 254;
 
 /// Probes one worker until the task is dropped, and calls `on_news` when it is known for the first time, or has changed,
 /// whether it is ready.
@@ -107,5 +114,58 @@ async fn describe(worker: &Worker, client: &WorkerClient) -> Option<()> {
         page_tokens: number("page_size"),
         kv_tokens: number("max_total_num_tokens"),
     });
+    worker.publishes(info.get("kv_events").and_then(cache_feed));
     Some(())
+}
+
+/// Where the events of the prefix cache are published; none where it cannot be so.
+fn cache_feed(told: &serde_json::Value) -> Option<CacheFeed> {
+    let number = |name: &str| told.get(name)?.as_u64();
+    let feed = CacheFeed {
+        port: u16::try_from(number("endpoint_port_base")?).ok()?,
+        ranks: u32::try_from(number("dp_size")?).ok()?,
+        block_tokens: u32::try_from(number("block_size")?).ok()?,
+        topic: told.get("topic")?.as_str()?.to_owned(),
+    };
+    let is_real = told.get("publisher")?.as_str()? == "zmq"
+        && feed.port > 0
+        && (1..=RANKS_MAX).contains(&feed.ranks)
+        && (1..=BLOCK_TOKENS_MAX).contains(&feed.block_tokens)
+        && feed.topic.len() <= TOPIC_BYTES_MAX;
+    is_real.then_some(feed)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn where_events_are_published_is_believed_within_bounds() {
+        let told = json!({"publisher": "zmq", "endpoint_host": "*", "endpoint_port_base": 5557, "topic": "kv",
+                          "block_size": 64, "dp_size": 2, "replay_endpoint_port_base": 5570});
+        let feed = CacheFeed {
+            port: 5557,
+            ranks: 2,
+            block_tokens: 64,
+            topic: "kv".to_owned(),
+        };
+        assert_eq!(cache_feed(&told), Some(feed));
+        for (name, value) in [
+            ("publisher", json!("null")),
+            ("endpoint_port_base", json!(0)),
+            ("endpoint_port_base", json!(70_000)),
+            ("dp_size", json!(0)),
+            ("dp_size", json!(65)),
+            ("block_size", json!(0)),
+            ("block_size", json!(1_u64 << 40)),
+            ("topic", json!("x".repeat(300))),
+            ("topic", json!(null)),
+        ] {
+            let mut other = told.clone();
+            other[name] = value;
+            assert_eq!(cache_feed(&other), None, "{other}");
+        }
+    }
 }

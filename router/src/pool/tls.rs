@@ -15,11 +15,14 @@ use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use tokio_rustls::rustls::server::WebPkiClientVerifier;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
+use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 use tower_service::Service;
 
 use crate::config::TlsFiles;
+use crate::config::gossip::MutualTls;
 
 /// Where systems keep the authorities they trust, in the order of trial.
 const SYSTEM_AUTHORITIES: [&str; 3] = [
@@ -67,19 +70,65 @@ fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     Ok(found)
 }
 
+type Own = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
+
+fn own(files: &TlsFiles) -> Result<Own, TlsError> {
+    let chain = certificates(&files.certificates)?;
+    let key =
+        PrivateKeyDer::from_pem_file(&files.key).map_err(|error| file_error(&files.key, &error))?;
+    Ok((chain, key))
+}
+
+fn authorities(file: &Path) -> Result<RootCertStore, TlsError> {
+    let mut roots = RootCertStore::empty();
+    // A system's file may hold certificates of kinds that are not supported; the others still count.
+    let (added, _) = roots.add_parsable_certificates(certificates(file)?);
+    if added == 0 {
+        return Err(file_error(file, &"no certificate in it is usable"));
+    }
+    Ok(roots)
+}
+
 /// Accepts clients with the certificate in `files`.
 ///
 /// # Errors
 /// [`TlsError`] when the files cannot be used.
 pub fn acceptor(files: &TlsFiles) -> Result<TlsAcceptor, TlsError> {
-    let chain = certificates(&files.certificates)?;
-    let key =
-        PrivateKeyDer::from_pem_file(&files.key).map_err(|error| file_error(&files.key, &error))?;
+    let (chain, key) = own(files)?;
     let mut config = ServerConfig::builder()
         .with_no_client_auth()
         .with_single_cert(chain, key)?;
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
+/// Accepts HTTP/2 from those whose certificates the authorities in `tls` have signed.
+///
+/// # Errors
+/// [`TlsError`] when the files cannot be used.
+pub fn mutual_acceptor(tls: &MutualTls) -> Result<TlsAcceptor, TlsError> {
+    let roots = authorities(&tls.authorities)?;
+    let verifier = WebPkiClientVerifier::builder(Arc::new(roots))
+        .build()
+        .map_err(|error| file_error(&tls.authorities, &error))?;
+    let (chain, key) = own(&tls.files)?;
+    let mut config = ServerConfig::builder()
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(chain, key)?;
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
+/// What tonic's clients need for the same on their side.
+///
+/// # Errors
+/// [`TlsError`] when the files cannot be read.
+pub fn mutual_client(tls: &MutualTls) -> Result<ClientTlsConfig, TlsError> {
+    let read = |file: &Path| std::fs::read(file).map_err(|error| file_error(file, &error));
+    let identity = Identity::from_pem(read(&tls.files.certificates)?, read(&tls.files.key)?);
+    Ok(ClientTlsConfig::new()
+        .ca_certificate(Certificate::from_pem(read(&tls.authorities)?))
+        .identity(identity))
 }
 
 /// Reaches `https://` workers whose certificates are signed by the authorities in `file`, or by the system's.
@@ -93,14 +142,8 @@ pub fn connector(file: Option<&Path>) -> Result<TlsConnector, TlsError> {
             known.find(|file| file.exists())
         })
         .ok_or(TlsError::NoAuthorities)?;
-    let mut roots = RootCertStore::empty();
-    // A system's file may hold certificates of kinds that are not supported; the others still count.
-    let (added, _) = roots.add_parsable_certificates(certificates(file)?);
-    if added == 0 {
-        return Err(file_error(file, &"no certificate in it is usable"));
-    }
     let config = ClientConfig::builder()
-        .with_root_certificates(roots)
+        .with_root_certificates(authorities(file)?)
         .with_no_client_auth();
     Ok(TlsConnector::from(Arc::new(config)))
 }

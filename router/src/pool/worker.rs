@@ -32,6 +32,19 @@ pub struct WorkerInfo {
     pub kv_tokens: Option<u64>,
 }
 
+/// Where a worker publishes the events of its prefix cache (SGLang's `kv_events` in `/server_info`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CacheFeed {
+    /// The first rank's port; the others' follow it.
+    pub port: u16,
+    /// Data-parallel ranks, each with a cache and a port of its own.
+    pub ranks: u32,
+    /// Tokens per block.
+    pub block_tokens: u32,
+    /// What messages begin with.
+    pub topic: String,
+}
+
 /// What a worker does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -165,6 +178,7 @@ pub struct Worker {
     assumed_bootstrap_port: AtomicU16,
     telemetry_port: AtomicU16,
     zone: RwLock<Option<String>>,
+    cache_feed: RwLock<Option<CacheFeed>>,
     probes_bootstrap: AtomicBool,
     draining: AtomicBool,
     found_bootstrap_port: AtomicU16,
@@ -206,6 +220,7 @@ impl Worker {
             assumed_bootstrap_port: AtomicU16::new(0),
             telemetry_port: AtomicU16::new(0),
             zone: RwLock::default(),
+            cache_feed: RwLock::default(),
             probes_bootstrap: AtomicBool::new(false),
             draining: AtomicBool::new(false),
             found_bootstrap_port: AtomicU16::new(0),
@@ -344,6 +359,21 @@ impl Worker {
             }
         }
         self.version.fetch_add(1, Ordering::Release);
+    }
+
+    /// Where it publishes the events of its prefix cache, if it does.
+    pub fn cache_feed(&self) -> Option<CacheFeed> {
+        let feed = self.cache_feed.read();
+        feed.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes note of where it publishes the events of its prefix cache.
+    pub fn publishes(&self, feed: Option<CacheFeed>) {
+        let mut known = self
+            .cache_feed
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        *known = feed;
     }
 
     /// Changes whenever something that the scheduler depends on was learned of it.

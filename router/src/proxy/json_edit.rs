@@ -19,7 +19,7 @@ pub const DEPTH_MAX: usize = 256;
 pub const DROPPED_MAX: usize = 64;
 
 /// How many slots [`scan`] can note.
-pub const SLOTS: usize = 16;
+pub const SLOTS: usize = 18;
 
 /// Keys longer than this (in raw bytes) that contain escapes are not decoded: no name we look for is that long even
 /// when each of its letters is written as `\u0000`.

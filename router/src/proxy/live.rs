@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http_body_util::BodyExt;
-use hyper::body::{Frame, Incoming};
+use hyper::body::Incoming;
 use hyper::http::response::Parts;
 use hyper::{HeaderMap, Method};
 use tokio::time::Instant;
@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use super::Front;
 use super::deadline::{Deadline, Stage};
 use super::dispatch;
+use super::first_bytes::FirstBytes;
 use super::leg::{
     LegCause, LegFailure, Partner, PrefillLeg, PrefillNews, WorkerError, is_event_stream,
 };
@@ -22,7 +23,7 @@ use super::logprobs::PromptLogprobs;
 use super::pair::PairRequest;
 use super::placement::{Booking, Placement};
 use super::shape::Shape;
-use super::sse::{self, InbandAbort};
+use super::sse::InbandAbort;
 use crate::metrics::bump;
 use crate::observe::{Attempt, LegEnd};
 use crate::pool::lines::Exchange;
@@ -33,80 +34,6 @@ use crate::schedule::rooms::RoomLease;
 /// How long an answer that needs prefill's log-probabilities waits for them once decode has begun. Prefill tells them when
 /// the transfer is done, which is before decode begins: only a busy prefill server makes them late.
 pub const LOGPROBS_WAIT: Duration = Duration::from_secs(10);
-
-/// Most of a first event that is read before it is let through: an abort is shorter.
-const FIRST_EVENT_BYTES_MAX: usize = 64 << 10;
-
-/// The beginning of decode's body, read to know that it flows and is not an abort.
-#[derive(Debug)]
-pub struct FirstBytes {
-    /// The first frame.
-    pub frame: Option<Frame<Bytes>>,
-    /// The body ended without one.
-    pub is_empty: bool,
-    /// What follows.
-    pub rest: Incoming,
-    /// The answer is an event stream.
-    pub is_event_stream: bool,
-    /// Pieces of a first event that is not complete.
-    begun: BytesMut,
-}
-
-impl FirstBytes {
-    fn new(rest: Incoming, is_event_stream: bool) -> Self {
-        Self {
-            frame: None,
-            is_empty: false,
-            rest,
-            is_event_stream,
-            begun: BytesMut::new(),
-        }
-    }
-
-    fn is_known(&self) -> bool {
-        self.is_empty || self.frame.is_some()
-    }
-
-    /// Takes the next frame, `None` at the body's end; tells of an abort that came first.
-    fn take(&mut self, frame: Option<Frame<Bytes>>) -> Option<InbandAbort> {
-        let frame = match frame.map(Frame::into_data) {
-            Some(Ok(data)) if !self.is_event_stream => {
-                self.frame = (!data.is_empty()).then(|| Frame::data(data));
-                return None;
-            }
-            Some(Ok(data)) => {
-                // Nearly always the first frame is a whole event.
-                let data = if self.begun.is_empty() {
-                    data
-                } else {
-                    self.begun.extend_from_slice(&data);
-                    self.begun.split().freeze()
-                };
-                let Some(end) = sse::end_of_event(&data) else {
-                    if data.len() > FIRST_EVENT_BYTES_MAX {
-                        self.frame = Some(Frame::data(data));
-                    } else {
-                        self.begun.extend_from_slice(&data);
-                    }
-                    return None;
-                };
-                let abort = InbandAbort::of_data(&sse::data(&data[..end]));
-                self.frame = Some(Frame::data(data));
-                return abort;
-            }
-            // Trailers come last: the body holds no more data.
-            Some(Err(trailers)) => Some(trailers),
-            None => None,
-        };
-        if self.begun.is_empty() {
-            self.is_empty = frame.is_none();
-            self.frame = frame;
-        } else {
-            self.frame = Some(Frame::data(self.begun.split().freeze()));
-        }
-        None
-    }
-}
 
 /// How it stands with the prefill leg.
 #[derive(Debug)]

@@ -1,9 +1,10 @@
 //! The prompt's log-probabilities: prefill computes them, decode's answer is what the client gets.
 //!
 //! Prefill's lists are put in front of decode's, in decode's own bytes (`meta_info.input_token_logprobs` and its two
-//! sisters of SGLang's `/generate`), in whole answers, lists of answers and event streams.
+//! sisters of SGLang's `/generate`), in whole answers, lists of answers and event streams; `echo` does so in completions.
 #![forbid(unsafe_code)]
 
+mod echo;
 pub mod merge;
 
 use std::borrow::Cow;
@@ -14,6 +15,9 @@ use bytes::Bytes;
 use super::json_edit::{self, Disposition, Edit, Kind, Value};
 use super::shape::BATCH_MAX;
 use super::sse;
+use echo::EchoLogprobs;
+
+pub use echo::Echoed;
 
 /// Longest prefill answer that is read for its lists, and longest decode answer they are put into: a thousand bytes for each
 /// token of a long prompt. Longer ones are passed on as they are.
@@ -34,6 +38,7 @@ type Lists = [Option<Bytes>; LISTS.len()];
 #[derive(Clone, Debug, Default)]
 pub struct PromptLogprobs {
     of_prompt: Vec<Lists>,
+    echo: EchoLogprobs,
 }
 
 impl PromptLogprobs {
@@ -58,6 +63,7 @@ impl PromptLogprobs {
 
     fn learn(&mut self, object: &[u8], prompt: Option<usize>) {
         let Some(places) = Places::of(object) else {
+            self.echo.learn(object);
             return;
         };
         let prompt = prompt.unwrap_or(places.index);
@@ -77,7 +83,7 @@ impl PromptLogprobs {
 
     /// Whether there is anything to add.
     pub fn is_empty(&self) -> bool {
-        self.of_prompt.iter().flatten().all(Option::is_none)
+        self.of_prompt.iter().flatten().all(Option::is_none) && self.echo.is_empty()
     }
 
     /// A whole answer of decode's with prefill's lists in front of its own.
@@ -89,19 +95,27 @@ impl PromptLogprobs {
                     self.edits(answer, item, Some(prompt), &mut edits);
                 }
             }
-            None => self.edits(answer, 0..answer.len(), None, &mut edits),
+            None => {
+                let whole = 0..answer.len();
+                self.edits(answer, whole.clone(), None, &mut edits);
+                self.echo
+                    .edits(answer, whole, &mut Echoed::default(), &mut edits);
+            }
         }
         json_edit::splice(answer, edits)
     }
 
     /// The same for one event of a stream, given and returned with its framing. An event whose data has several lines is no
-    /// event of SGLang's and stays as it is.
-    pub fn merge_event<'a>(&self, event: &'a [u8]) -> Cow<'a, [u8]> {
+    /// event of SGLang's and stays as it is. `echoed` is the stream's own, empty at its beginning.
+    pub fn merge_event<'a>(&self, event: &'a [u8], echoed: &mut Echoed) -> Cow<'a, [u8]> {
         let Some(data) = sse::data_range(event) else {
             return Cow::Borrowed(event);
         };
         let mut edits = Vec::new();
-        self.edits(event, data, None, &mut edits);
+        self.edits(event, data.clone(), None, &mut edits);
+        if !self.echo.is_empty() {
+            self.echo.edits(event, data, echoed, &mut edits);
+        }
         if edits.is_empty() {
             Cow::Borrowed(event)
         } else {
@@ -276,7 +290,8 @@ mod tests {
             ("data: [DONE]\n\n", "data: [DONE]\n\n"),
             (": keep alive\n\n", ": keep alive\n\n"),
         ] {
-            assert_eq!(known.merge_event(event.as_bytes()), merged.as_bytes());
+            let told = known.merge_event(event.as_bytes(), &mut Echoed::default());
+            assert_eq!(told, merged.as_bytes());
         }
     }
 }

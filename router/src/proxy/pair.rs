@@ -14,9 +14,10 @@ use tokio::time::Instant;
 use super::Front;
 use super::admission::Permit;
 use super::deadline::Deadline;
+use super::first_bytes::FirstBytes;
 use super::headers::strip_connection_headers;
 use super::leg::LegFailure;
-use super::live::{FirstBytes, LivePair};
+use super::live::LivePair;
 use super::placement::{self, Prompt, Wish};
 use super::shape::Shape;
 use super::stream::{PairBody, ReplyBody};
@@ -97,7 +98,11 @@ impl Opened {
 /// See [`serve`].
 pub async fn open(front: &Arc<Front>, request: &PairRequest) -> Result<Opened, RouteError> {
     let mut deadline = Deadline::new(&front.live.now(), request.read_at);
-    let prompt = Prompt::of(&request.body, &request.shape);
+    let prompt = Prompt::of(
+        &request.body,
+        &request.shape,
+        front.picker.blocks().tokens(),
+    );
     let mut plan = Plan::default();
     let mut retrying = None;
     for attempt in 1.. {
@@ -152,6 +157,7 @@ impl Plan {
             prompt_bytes: request.body.len(),
             prompt: Some(prompt),
             items: shape.batch.unwrap_or(1),
+            output_tokens: shape.output_tokens,
             model: shape.model.as_deref(),
             priority: shape.priority,
             sticky: shape.sticky.as_deref(),

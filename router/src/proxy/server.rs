@@ -20,10 +20,11 @@ use tokio_rustls::TlsAcceptor;
 
 use super::abort::AbortRunner;
 use super::admission::{Permit, Refused};
-use super::passthrough::{self, Asked};
+use super::passthrough;
 use super::request::Dialect;
-use super::shape::{PairEndpoint, Shape};
+use super::shape::Shape;
 use super::stream::ReplyBody;
+use super::target::Target;
 use super::{Front, fanout, messages, models, pair, request};
 use crate::config::{Config, ConfigError};
 use crate::discover::source::SourceError;
@@ -37,7 +38,6 @@ use crate::overview::Overview;
 use crate::pool::Role;
 use crate::pool::tls::{self, TlsError};
 use crate::respond::{self, RouteError};
-use crate::ui;
 
 /// Connections beyond one per generation request, for probes, scrapes and idle clients. Above the sum the router stops
 /// accepting until one closes.
@@ -92,7 +92,7 @@ pub struct Router {
     listener: TcpListener,
     address: SocketAddr,
     tls: Option<TlsAcceptor>,
-    gossip: Option<TcpListener>,
+    gossip: gossip::Talk,
     front: Arc<Front>,
     abort_runner: AbortRunner,
     external: Option<ExternalPicker>,
@@ -140,17 +140,17 @@ impl Router {
             Some(epp) => Some(ExternalPicker::bind(epp.clone()).await?),
             None => None,
         };
-        let gossip = match config.gossip.port {
-            Some(port) => {
-                let listener = TcpListener::bind((host, port)).await;
-                Some(listener.map_err(|source| RunError::Listen {
-                    host: config.host.clone(),
-                    port,
-                    source,
-                })?)
-            }
-            None => None,
-        };
+        let gossip =
+            gossip::Talk::prepare(&config.gossip, host)
+                .await
+                .map_err(|error| match error {
+                    gossip::TalkError::Tls(error) => RunError::Tls(error),
+                    gossip::TalkError::Listen { port, source } => RunError::Listen {
+                        host: config.host.clone(),
+                        port,
+                        source,
+                    },
+                })?;
         let (front, abort_runner) = Front::new(config, fleet)?;
         Ok(Self {
             listener,
@@ -170,7 +170,7 @@ impl Router {
 
     /// Where other replicas are told of this one's bookings, if they are.
     pub fn gossip_addr(&self) -> Option<SocketAddr> {
-        self.gossip.as_ref()?.local_addr().ok()
+        self.gossip.address()
     }
 
     /// Where it listens.
@@ -204,7 +204,7 @@ impl Router {
         tracing::info!(prefills, decodes, "listening on {scheme}://{address}");
         let mut background = JoinSet::new();
         background.spawn(fleet::follow(Arc::clone(&front), front.fleet.clone()));
-        begin_gossip(&front, gossip, &mut background);
+        gossip.begin(&front.picker, &mut background);
         let (close_aborts, closing) = oneshot::channel::<()>();
         let aborts = tokio::spawn(abort_runner.run(async {
             // An error means that the router was dropped, which closes the queue too.
@@ -248,29 +248,6 @@ impl Router {
         {
             tracing::error!(%error, "the export of spans failed");
         }
-    }
-}
-
-/// Tells other replicas, and listens to them.
-fn begin_gossip(front: &Arc<Front>, listener: Option<TcpListener>, background: &mut JoinSet<()>) {
-    let settings = &front.config.gossip;
-    let picker = &front.picker;
-    if let Some(listener) = listener {
-        let token = settings.token.clone();
-        background.spawn(gossip::serve(
-            Arc::clone(picker),
-            picker.replica(),
-            token,
-            listener,
-        ));
-    }
-    if settings.follows() {
-        let siblings = gossip::Siblings::default();
-        background.spawn(gossip::follow_all(
-            Arc::clone(picker),
-            settings.clone(),
-            siblings,
-        ));
     }
 }
 
@@ -345,82 +322,6 @@ async fn serve_connection(
     };
     if let Err(error) = result {
         tracing::debug!(%error, "a connection ended early");
-    }
-}
-
-/// Where a path leads.
-#[derive(Clone, Copy, Debug)]
-pub enum Target {
-    /// To a pair.
-    Pair(Dialect, Route),
-    /// To one worker.
-    Pass(Asked),
-    /// The router answers that it lives.
-    Health,
-    /// The router answers whether a pair can be formed.
-    Ready,
-    /// The router answers with its counters.
-    Metrics,
-    /// A file of the page.
-    Page(ui::Asset),
-    /// The router answers with its state.
-    State,
-    /// The router answers with what it decided.
-    Decisions,
-}
-
-impl Target {
-    /// Where `path` leads, if anywhere.
-    pub fn of(method: &Method, path: &str) -> Option<Self> {
-        let native = |endpoint, route| Self::Pair(Dialect::Native(endpoint), route);
-        Some(match path {
-            "/generate" => native(PairEndpoint::Generate, Route::Generate),
-            "/v1/chat/completions" => native(PairEndpoint::Chat, Route::Chat),
-            "/v1/completions" => native(PairEndpoint::Completions, Route::Completions),
-            "/v1/responses" => native(PairEndpoint::Responses, Route::Responses),
-            "/v1/messages" => Self::Pair(Dialect::Messages, Route::Messages),
-            "/health" => Self::Health,
-            "/ready" => Self::Ready,
-            "/metrics" => Self::Metrics,
-            "/debug/state" => Self::State,
-            "/ui" | "/ui/" => Self::Page(ui::Asset::Page),
-            "/ui/app.js" => Self::Page(ui::Asset::Script),
-            "/ui/style.css" => Self::Page(ui::Asset::Style),
-            "/debug/decisions" => Self::Decisions,
-            // Known for the other method, the path is told apart from an unknown one.
-            _ => Self::Pass(Asked::of(method, path).or_else(|| {
-                [Method::GET, Method::POST]
-                    .iter()
-                    .find_map(|other| Asked::of(other, path))
-            })?),
-        })
-    }
-
-    /// Its label in metrics.
-    pub fn route(&self) -> Route {
-        match self {
-            Self::Pair(_, route) => *route,
-            Self::Pass(_) => Route::Pass,
-            Self::Health
-            | Self::Ready
-            | Self::Metrics
-            | Self::Decisions
-            | Self::Page(_)
-            | Self::State => Route::Own,
-        }
-    }
-
-    /// The method it takes, if that is not `method`.
-    pub fn other_method(&self, method: &Method, path: &str) -> Option<&'static str> {
-        let (fits, wanted) = match self {
-            Self::Pair(..) => (method == Method::POST, "POST"),
-            Self::Pass(_) if passthrough::is_question(path) => {
-                (Asked::of(method, path).is_some(), "GET")
-            }
-            Self::Pass(_) => (Asked::of(method, path).is_some(), "POST"),
-            _ => (method == Method::GET || method == Method::HEAD, "GET"),
-        };
-        (!fits).then_some(wanted)
     }
 }
 

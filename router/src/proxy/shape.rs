@@ -23,6 +23,12 @@ pub const CHOICES_MAX: usize = 128;
 /// Longest model name or sticky key that is looked at, in raw JSON bytes.
 const NAME_BYTES_MAX: usize = 1024;
 
+/// What SGLang's `SamplingParams` sets for `/generate` where the client sets no bound.
+const GENERATE_TOKENS: u64 = 128;
+
+/// What SGLang's `CompletionRequest` sets; chats and responses may fill the model's context.
+const COMPLETION_TOKENS: u64 = 16;
+
 /// Which request class a path has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PairEndpoint {
@@ -113,6 +119,8 @@ pub struct Shape {
     pub sticky: Option<String>,
     /// The data-parallel rank a trusted client chose.
     pub rank: Option<u32>,
+    /// Most tokens that each answer may have: the client's bound, else SGLang's default for the endpoint, if it has one.
+    pub output_tokens: Option<u64>,
     /// Where the prompt stands, and whether it is a list of token ids.
     pub prompt: Option<(Range<usize>, bool)>,
 }
@@ -152,15 +160,23 @@ pub fn read(endpoint: PairEndpoint, body: &[u8], trust: Trust) -> Result<Shape, 
         scan.noted(slot)
             .map(|value| (&body[value.range.clone()], value))
     };
-    let (choices, choice_ranges) = match endpoint {
-        PairEndpoint::Generate => scan.noted(SAMPLING).map_or(Ok((1, Vec::new())), |params| {
-            choices_of_params(body, params)
-        })?,
-        PairEndpoint::Chat | PairEndpoint::Completions => raw(CHOICES)
-            .map_or((1, Vec::new()), |(text, value)| {
-                (choices(text), vec![value.range.clone()])
-            }),
-        PairEndpoint::Responses => (1, Vec::new()),
+    let Sampling {
+        choices,
+        choice_ranges,
+        output_tokens,
+    } = match (endpoint, raw(CHOICES), scan.noted(SAMPLING)) {
+        (PairEndpoint::Generate, _, Some(params)) => sampling_of_params(body, params)?,
+        (PairEndpoint::Chat | PairEndpoint::Completions, Some((text, value)), _) => Sampling {
+            choices: choices(text),
+            choice_ranges: vec![value.range.clone()],
+            output_tokens: None,
+        },
+        _ => Sampling::default(),
+    };
+    let output_tokens = match endpoint {
+        PairEndpoint::Generate => output_tokens.or(Some(GENERATE_TOKENS)),
+        PairEndpoint::Completions => bound(raw(MAX_TOKENS)).or(Some(COMPLETION_TOKENS)),
+        PairEndpoint::Chat | PairEndpoint::Responses => bound(raw(MAX_TOKENS)),
     };
     let batch = match batch_items(endpoint, &scan) {
         Some(0) => return Err(ShapeError::EmptyBatch),
@@ -186,15 +202,24 @@ pub fn read(endpoint: PairEndpoint, body: &[u8], trust: Trust) -> Result<Shape, 
         choices,
         choice_ranges,
         streams: is_true(STREAM),
-        wants_logprobs: endpoint == PairEndpoint::Generate
-            && (is_true(LOGPROBS)
-                || raw(LOGPROBS).is_some_and(|(_, value)| value.kind == Kind::Array)),
+        wants_logprobs: match endpoint {
+            PairEndpoint::Generate => {
+                is_true(LOGPROBS)
+                    || raw(LOGPROBS).is_some_and(|(_, value)| value.kind == Kind::Array)
+            }
+            // Only an echoed prompt has log-probabilities there.
+            PairEndpoint::Completions => {
+                is_true(ECHO) && raw(TOP_LOGPROBS).is_some_and(|(text, _)| text != b"0")
+            }
+            PairEndpoint::Chat | PairEndpoint::Responses => false,
+        },
         model: string(MODEL),
         priority: raw(PRIORITY)
             .and_then(|(text, _)| number(text))
             .unwrap_or(0),
         sticky: string(STICKY),
         rank: raw(RANK).and_then(|(text, _)| number(text)),
+        output_tokens,
         prompt: prompt(&scan),
         scan: Some(scan),
     })
@@ -252,6 +277,9 @@ const STICKY: usize = 11;
 const RANK: usize = 12;
 const MESSAGES: usize = 13;
 const INPUT: usize = 14;
+const MAX_TOKENS: usize = 15;
+const ECHO: usize = 16;
+const TOP_LOGPROBS: usize = 17;
 
 /// Where the prompt stands, and whether it is a list of token ids (or of such lists).
 fn prompt(scan: &Scan) -> Option<(Range<usize>, bool)> {
@@ -283,8 +311,15 @@ fn judge(key: &[u8], value: &Value, trust: Trust) -> Disposition {
         b"prompt" => Disposition::Note(PROMPT),
         b"messages" => Disposition::Note(MESSAGES),
         b"input" => Disposition::Note(INPUT),
+        b"max_completion_tokens" | b"max_tokens" | b"max_output_tokens"
+            if value.kind == Kind::Number =>
+        {
+            Disposition::Note(MAX_TOKENS)
+        }
         b"stream" => Disposition::Note(STREAM),
         b"return_logprob" => Disposition::Note(LOGPROBS),
+        b"echo" => Disposition::Note(ECHO),
+        b"logprobs" if value.kind == Kind::Number => Disposition::Note(TOP_LOGPROBS),
         b"model" => Disposition::Note(MODEL),
         b"priority" => Disposition::Note(PRIORITY),
         b"routing_key" | b"conversation_id" => Disposition::Note(STICKY),
@@ -312,47 +347,76 @@ fn batch_items(endpoint: PairEndpoint, scan: &Scan) -> Option<usize> {
     }
 }
 
-/// The `n` of sampling parameters, and where it stands.
-fn choices_of_params(
-    body: &[u8],
-    params: &Value,
-) -> Result<(usize, Vec<Range<usize>>), ShapeError> {
-    let of_object = |range: Range<usize>| -> Result<(usize, Option<Range<usize>>), JsonError> {
+/// What sampling parameters say.
+#[derive(Debug)]
+struct Sampling {
+    choices: usize,
+    /// Where each `n` stands.
+    choice_ranges: Vec<Range<usize>>,
+    /// Of a batch the largest bound.
+    output_tokens: Option<u64>,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self {
+            choices: 1,
+            choice_ranges: Vec::new(),
+            output_tokens: None,
+        }
+    }
+}
+
+/// The sampling parameters of `/generate`.
+fn sampling_of_params(body: &[u8], params: &Value) -> Result<Sampling, ShapeError> {
+    let of_object = |range: Range<usize>| -> Result<Sampling, JsonError> {
         let object = &body[range.clone()];
         let scan = json_edit::scan(object, |key, _| match key {
             b"n" => Disposition::Note(CHOICES),
+            b"max_new_tokens" => Disposition::Note(MAX_TOKENS),
             _ => Disposition::Keep,
         })?;
-        Ok(scan.noted(CHOICES).map_or((1, None), |n| {
-            let at = range.start + n.range.start..range.start + n.range.end;
-            (choices(&object[n.range.clone()]), Some(at))
-        }))
+        let text = |value: &Value| &object[value.range.clone()];
+        let n = scan.noted(CHOICES);
+        Ok(Sampling {
+            choices: n.map_or(1, |n| choices(text(n))),
+            choice_ranges: n
+                .map(|n| range.start + n.range.start..range.start + n.range.end)
+                .into_iter()
+                .collect(),
+            output_tokens: scan.noted(MAX_TOKENS).and_then(|most| number(text(most))),
+        })
     };
     match (params.kind, params.first) {
-        (Kind::Object, _) => {
-            let (choices, range) = of_object(params.range.clone())?;
-            Ok((choices, range.into_iter().collect()))
-        }
+        (Kind::Object, _) => Ok(of_object(params.range.clone())?),
         (Kind::Array, Some(Kind::Object)) => {
             let raw = &body[params.range.clone()];
-            let (mut common, mut ranges) = (None, Vec::new());
+            let mut common = None;
+            let mut whole = Sampling::default();
             for item in json_edit::elements(raw, BATCH_MAX)? {
                 let at = params.range.start + item.start..params.range.start + item.end;
                 if body[at.start] != b'{' {
                     continue;
                 }
-                let (choices, range) = of_object(at)?;
-                if common.is_some_and(|common| common != choices) {
+                let one = of_object(at)?;
+                if common.is_some_and(|common| common != one.choices) {
                     return Err(ShapeError::UnevenChoices);
                 }
-                common = Some(choices);
-                ranges.extend(range);
+                common = Some(one.choices);
+                whole.choice_ranges.extend(one.choice_ranges);
+                let one = one.output_tokens.unwrap_or(GENERATE_TOKENS);
+                whole.output_tokens = whole.output_tokens.max(Some(one));
             }
-            Ok((common.unwrap_or(1), ranges))
+            whole.choices = common.unwrap_or(1);
+            Ok(whole)
         }
         // Not a form SGLang accepts; let it say so.
-        _ => Ok((1, Vec::new())),
+        _ => Ok(Sampling::default()),
     }
+}
+
+fn bound(noted: Option<(&[u8], &Value)>) -> Option<u64> {
+    number(noted?.0)
 }
 
 /// Two for `2`, `2.0`, `2e0` and `"2"`, which SGLang's request classes all read as two choices; one for what they refuse,

@@ -25,7 +25,7 @@ mod view;
 use std::collections::HashMap;
 
 use super::dice::mix;
-use super::facts::{Facts, Role, WORKERS_MAX, WorkerId};
+use super::facts::{Facts, RANKS_MAX, Role, WORKERS_MAX, WorkerId};
 use super::map::Map;
 use super::model::{Failures, Mean, PrefillModel};
 use super::policy::Settings;
@@ -250,10 +250,13 @@ impl Board {
         self.forget_rows();
     }
 
-    /// Takes in news of a prefill's prefix cache.
-    pub fn cache_event(&mut self, id: WorkerId, event: &KvEvent) {
-        if let Some((Role::Prefill, slot)) = self.ids.get(&id) {
-            self.trie.report(*slot, event);
+    /// Takes in news of the prefix cache of a prefill's data-parallel rank. A prompt counts as cached on a worker where any
+    /// rank has it.
+    pub fn cache_event(&mut self, id: WorkerId, rank: u32, event: &KvEvent) {
+        if let Some((Role::Prefill, slot)) = self.ids.get(&id)
+            && rank < RANKS_MAX
+        {
+            self.trie.report(*slot, rank, event);
         }
     }
 

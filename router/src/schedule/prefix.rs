@@ -20,8 +20,8 @@ pub const CHUNKS_MAX: usize = 4096;
 /// Nodes that are remembered; about 4 MiB of memory.
 pub const NODES_MAX: usize = 1 << 16;
 
-/// Blocks of one worker's own reports that are remembered, to understand what it evicts.
-const REPORTED_MAX: usize = 1 << 15;
+/// Blocks of one rank's own reports that are remembered, to understand what it evicts; about 2 MiB.
+pub const REPORTED_MAX: usize = 1 << 15;
 
 const WORDS: usize = WORKERS_MAX / 64;
 
@@ -91,8 +91,28 @@ fn mark(matched: &mut [u32], word: usize, mut bits: u64, depth: u32) {
 #[derive(Debug)]
 pub(super) struct PrefixTrie {
     nodes: Recent<u64, Slots>,
-    /// Per prefill slot: the engine's block hashes and our nodes.
-    reported: HashMap<usize, Recent<u64, u64>>,
+    /// By prefill slot.
+    reported: HashMap<usize, Vec<Report>>,
+}
+
+/// What one data-parallel rank told of its cache.
+#[derive(Debug)]
+struct Report {
+    rank: u32,
+    /// What is not here is not in its cache either.
+    is_whole: bool,
+    /// The engine's block hashes and our nodes.
+    nodes: Recent<u64, u64>,
+}
+
+impl Report {
+    fn new(rank: u32, is_whole: bool) -> Self {
+        Self {
+            rank,
+            is_whole,
+            nodes: Recent::new(REPORTED_MAX),
+        }
+    }
 }
 
 impl Default for PrefixTrie {
@@ -155,17 +175,26 @@ impl PrefixTrie {
         self.reported.contains_key(&slot)
     }
 
-    /// Takes in a report of the prefill in `slot`.
-    pub(super) fn report(&mut self, slot: usize, event: &KvEvent) {
-        let reported = self
-            .reported
-            .entry(slot)
-            .or_insert_with(|| Recent::new(REPORTED_MAX));
+    /// Whether this prefill has reported everything that is in its cache.
+    pub(super) fn reports_all(&self, slot: usize) -> bool {
+        let reports = self.reported.get(&slot);
+        reports.is_some_and(|reports| reports.iter().all(|report| report.is_whole))
+    }
+
+    /// How many blocks this prefill reported.
+    pub(super) fn reported(&self, slot: usize) -> Option<usize> {
+        let reports = self.reported.get(&slot)?;
+        Some(reports.iter().map(|report| report.nodes.len()).sum())
+    }
+
+    /// Takes in a report of a rank of the prefill in `slot`.
+    pub(super) fn report(&mut self, slot: usize, rank: u32, event: &KvEvent) {
         match event {
             KvEvent::Stored { parent, blocks } => {
+                let reported = self.report_of(slot, rank);
                 let mut node = match parent {
                     None => 0,
-                    Some(hash) => match reported.touch(*hash) {
+                    Some(hash) => match reported.nodes.touch(*hash) {
                         Some(node) => *node,
                         // The beginning was stored before we listened: where this hangs cannot be known.
                         None => return,
@@ -174,7 +203,7 @@ impl PrefixTrie {
                 let mut held = Vec::with_capacity(blocks.len().min(CHUNKS_MAX));
                 for (hash, chunk) in blocks.iter().take(CHUNKS_MAX) {
                     node = child(node, *chunk);
-                    reported.insert(*hash, node);
+                    reported.nodes.insert(*hash, node);
                     held.push(node);
                 }
                 for node in held {
@@ -183,18 +212,66 @@ impl PrefixTrie {
             }
             KvEvent::Removed { hashes } => {
                 for hash in hashes {
-                    if let Some(node) = reported.remove(hash)
-                        && let Some(slots) = self.nodes.touch(node)
-                    {
-                        slots.set(slot, false);
+                    if let Some(node) = self.report_of(slot, rank).nodes.remove(hash) {
+                        self.let_go(slot, *hash, node);
                     }
                 }
             }
             KvEvent::Cleared => {
-                *reported = Recent::new(REPORTED_MAX);
-                self.clear(slot);
+                self.lose(slot, rank);
+                if !self.reports(slot) {
+                    // What was guessed of it is gone too.
+                    self.clear(slot);
+                }
+                let reports = self.reported.entry(slot).or_default();
+                reports.push(Report::new(rank, true));
             }
+            KvEvent::Begins { whole } => {
+                self.lose(slot, rank);
+                let reports = self.reported.entry(slot).or_default();
+                reports.push(Report::new(rank, *whole));
+            }
+            KvEvent::Lost => self.lose(slot, rank),
         }
+    }
+
+    fn report_of(&mut self, slot: usize, rank: u32) -> &mut Report {
+        let reports = self.reported.entry(slot).or_default();
+        let known = reports.iter().position(|report| report.rank == rank);
+        let index = known.unwrap_or_else(|| {
+            reports.push(Report::new(rank, false));
+            reports.len() - 1
+        });
+        &mut reports[index]
+    }
+
+    /// One rank has this block no more; another one may.
+    fn let_go(&mut self, slot: usize, hash: u64, node: u64) {
+        let mut reports = self.reported.get(&slot).into_iter().flatten();
+        if reports.any(|report| report.nodes.peek(&hash).is_some()) {
+            return;
+        }
+        if let Some(slots) = self.nodes.touch(node) {
+            slots.set(slot, false);
+        }
+    }
+
+    /// Forgets what one rank reported.
+    fn lose(&mut self, slot: usize, rank: u32) {
+        let Some(reports) = self.reported.get_mut(&slot) else {
+            return;
+        };
+        let Some(index) = reports.iter().position(|report| report.rank == rank) else {
+            return;
+        };
+        let mut lost = reports.swap_remove(index).nodes;
+        if reports.is_empty() {
+            self.reported.remove(&slot);
+        }
+        lost.retain(|hash, node| {
+            self.let_go(slot, *hash, *node);
+            false
+        });
     }
 
     /// Forgets everything of a prefill that left.
@@ -284,6 +361,7 @@ mod tests {
         assert!(!trie.reports(1));
         trie.report(
             1,
+            0,
             &KvEvent::Stored {
                 parent: None,
                 blocks: blocks(&[5, 6]),
@@ -291,6 +369,7 @@ mod tests {
         );
         trie.report(
             1,
+            0,
             &KvEvent::Stored {
                 parent: Some(6),
                 blocks: blocks(&[7]),
@@ -298,6 +377,7 @@ mod tests {
         );
         trie.report(
             1,
+            0,
             &KvEvent::Stored {
                 parent: Some(999),
                 blocks: blocks(&[8]),
@@ -307,12 +387,56 @@ mod tests {
         assert_eq!(matched(&trie, &[50, 60, 70, 80], 1), 3);
         trie.report(
             1,
+            0,
             &KvEvent::Removed {
                 hashes: vec![7, 1234],
             },
         );
         assert_eq!(matched(&trie, &[50, 60, 70], 1), 2);
-        trie.report(1, &KvEvent::Cleared);
+        trie.report(1, 0, &KvEvent::Cleared);
         assert_eq!(matched(&trie, &[50, 60, 70], 1), 0);
+    }
+
+    #[test]
+    fn each_rank_reports_for_itself_and_may_be_lost() {
+        let mut trie = PrefixTrie::default();
+        let stored = |hashes: &[u64]| KvEvent::Stored {
+            parent: None,
+            blocks: hashes.iter().map(|hash| (*hash, hash * 10)).collect(),
+        };
+        trie.learn(2, &[7, 8]);
+        for rank in 0..2 {
+            trie.report(2, rank, &KvEvent::Begins { whole: rank == 0 });
+            trie.report(2, rank, &stored(&[5, 6]));
+        }
+        assert!(trie.reports(2) && !trie.reports_all(2));
+        assert_eq!(trie.reported(2), Some(4));
+        let removed = KvEvent::Removed { hashes: vec![6] };
+        trie.report(2, 0, &removed);
+        assert_eq!(matched(&trie, &[50, 60], 2), 2, "the other rank has it");
+        trie.report(2, 1, &removed);
+        assert_eq!(matched(&trie, &[50, 60], 2), 1);
+        // A rank that is lost, or begins anew, takes along what only it told; what was guessed stays.
+        trie.report(2, 0, &KvEvent::Lost);
+        assert_eq!(matched(&trie, &[50, 60], 2), 1);
+        trie.report(2, 1, &KvEvent::Begins { whole: true });
+        assert_eq!(matched(&trie, &[50, 60], 2), 0);
+        assert!(trie.reports_all(2));
+        trie.report(2, 1, &KvEvent::Lost);
+        assert!(!trie.reports(2));
+        assert_eq!(matched(&trie, &[7, 8], 2), 2);
+    }
+
+    #[test]
+    fn reports_are_bounded() {
+        let mut trie = PrefixTrie::default();
+        trie.report(0, 0, &KvEvent::Begins { whole: true });
+        for hash in 0..3 * REPORTED_MAX as u64 {
+            let blocks = vec![(hash, mix(hash))];
+            let parent = None;
+            trie.report(0, 0, &KvEvent::Stored { parent, blocks });
+        }
+        assert!(trie.reported(0).unwrap() <= REPORTED_MAX);
+        assert!(trie.len() <= NODES_MAX);
     }
 }

@@ -11,7 +11,7 @@ pub const BYTES_PER_TOKEN: u64 = 4;
 pub struct Request<'a> {
     /// Tokens of the prompt, counted or guessed.
     pub prompt_tokens: u64,
-    /// Tokens it may generate, for the decode's KV pool; 0: unknown.
+    /// Tokens that its answers are expected to grow to, for the decode's KV pool.
     pub output_tokens: u64,
     /// The prompt in [`chunks_of_bytes`](super::prefix::chunks_of_bytes); empty: no prefix is looked for.
     pub chunks: &'a [u64],

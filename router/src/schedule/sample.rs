@@ -88,4 +88,11 @@ pub enum KvEvent {
     },
     /// The whole cache was emptied.
     Cleared,
+    /// What was told before is void; from here on everything is told.
+    Begins {
+        /// Whether the cache was empty then: what was not told is not there.
+        whole: bool,
+    },
+    /// What was told before is void, and nothing is told for now.
+    Lost,
 }

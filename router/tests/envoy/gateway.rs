@@ -280,7 +280,11 @@ pub struct Picker {
 
 impl Picker {
     pub async fn start(config: Config) -> Self {
-        let router = Router::bind(config).await.unwrap();
+        Self::serve(Router::bind(config).await.unwrap())
+    }
+
+    /// A picker that was bound.
+    pub fn serve(router: Router) -> Self {
         let address = router.grpc_addr().unwrap().to_string();
         let front = Running::elsewhere(&format!("http://{}", router.local_addr()));
         let (stop, stopped) = oneshot::channel::<()>();
@@ -396,7 +400,11 @@ pub struct Gateway {
 impl Gateway {
     pub async fn start(setup: Setup, config: Config) -> Self {
         let ready = (config.prefills.len(), config.decodes.len());
-        let picker = Picker::start(config).await;
+        Self::before(setup, Picker::start(config).await, ready).await
+    }
+
+    /// An Envoy in front of a picker that has so many workers of each role.
+    pub async fn before(setup: Setup, picker: Picker, ready: (usize, usize)) -> Self {
         picker.front.ready(ready.0, ready.1).await;
         let envoy = Envoy::start(&setup, &picker.address).await;
         let client = Running::elsewhere(&envoy.url);

@@ -8,6 +8,7 @@
 
 mod alike;
 mod cases;
+mod explain;
 #[allow(dead_code, reason = "shared with the front's tests")]
 #[path = "../front/fakes.rs"]
 mod fakes;
@@ -16,3 +17,4 @@ mod gateway;
 mod modes;
 mod outages;
 mod process;
+mod workers;

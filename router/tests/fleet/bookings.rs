@@ -5,7 +5,9 @@ use std::time::Duration;
 use hyper::Method;
 use kvrouter::Config;
 use kvrouter::config::scheduling::Scheduling;
+use kvrouter::config::telemetry::Telemetry;
 use kvrouter::schedule::Policy;
+use serde_json::json;
 
 use crate::fakes::{
     FakeWorker, Running, Script, breakage, chunk, config, event_stream, next_piece, soon, whole,
@@ -88,6 +90,118 @@ async fn no_fate_of_a_request_leaves_a_booking() {
     whole(router.post("/v1/chat/completions", body).await).await;
     assert_nothing_left(&router, "choices of which one failed").await;
     while prefill.request_now().is_some() || decode.request_now().is_some() {}
+}
+
+#[tokio::test]
+async fn a_decodes_pool_is_booked_with_what_requests_may_grow_to() {
+    let (prefill, mut decode) = (FakeWorker::start().await, FakeWorker::start().await);
+    let mut scheduling = Scheduling::with(Policy::RoundRobin);
+    scheduling.nominal.kv_tokens = Some(10_000);
+    let telemetry = Telemetry {
+        loads_interval: Some(Duration::from_millis(20)),
+        ..Telemetry::default()
+    };
+    let router = Running::start(Config {
+        scheduling,
+        telemetry,
+        ..config(&[&prefill.url], &[&decode.url])
+    })
+    .await;
+    router.ready(1, 1).await;
+    // Each may have 4000 tokens, of which decode holds next to nothing yet.
+    let bounded = r#"{"text":"a","stream":true,"sampling_params":{"max_new_tokens":4000}}"#;
+    let mut streams = Vec::new();
+    for _ in 0..2 {
+        let (chunks, script) = event_stream();
+        decode.then(script);
+        chunks.send(chunk("data: 1\n\n")).await.unwrap();
+        let mut body = router.post("/generate", bounded).await.into_body();
+        next_piece(&mut body).await.unwrap().unwrap();
+        decode.request().await;
+        streams.push((chunks, body));
+    }
+    let used = router
+        .of_worker("kvrouter_worker_kv_used_tokens", &decode)
+        .await;
+    assert!((8000..8100).contains(&used), "{used}");
+    // Its own picture of itself, in which they are small, changes nothing.
+    decode.set_loads(
+        &json!({"loads": [{"dp_rank": 0, "num_running_reqs": 2, "num_used_tokens": 10,
+                                        "max_total_num_tokens": 10_000}]}),
+    );
+    soon(async {
+        while router
+            .of_worker("kvrouter_worker_kv_used_tokens", &decode)
+            .await
+            != 10
+        {}
+    })
+    .await;
+    let third = router.post("/generate", bounded);
+    let freeing = async {
+        soon(async { while router.metric("kvrouter_requests_without_worker").await == 0 {} }).await;
+        assert!(decode.request_now().is_none(), "it has to wait");
+        drop(streams.pop());
+    };
+    let (answer, ()) = tokio::join!(third, freeing);
+    assert_eq!(answer.status(), 200);
+    drop(streams);
+}
+
+#[tokio::test]
+async fn answers_without_a_bound_are_booked_with_an_estimate() {
+    let (prefill, mut decode) = (FakeWorker::start().await, FakeWorker::start().await);
+    let mut scheduling = Scheduling::with(Policy::RoundRobin);
+    scheduling.nominal.output_tokens = 700;
+    let router = Running::start(Config {
+        scheduling,
+        ..config(&[&prefill.url], &[&decode.url])
+    })
+    .await;
+    router.ready(1, 1).await;
+    // The prompt itself has a token, or some of one.
+    for (path, body, tokens) in [
+        (
+            "/v1/chat/completions",
+            r#"{"messages":[],"stream":true}"#,
+            701,
+        ),
+        (
+            "/v1/chat/completions",
+            r#"{"messages":[],"stream":true,"max_completion_tokens":9}"#,
+            10,
+        ),
+        (
+            "/v1/chat/completions",
+            r#"{"messages":[],"stream":true,"max_tokens":1000000}"#,
+            4097,
+        ),
+        (
+            "/v1/responses",
+            r#"{"input":"a","stream":true,"max_output_tokens":30}"#,
+            31,
+        ),
+        (
+            "/v1/completions",
+            r#"{"prompt":["a","b"],"stream":true}"#,
+            35,
+        ),
+        ("/generate", r#"{"text":"a","stream":true}"#, 129),
+    ] {
+        let (chunks, script) = event_stream();
+        decode.then(script);
+        chunks.send(chunk("data: 1\n\n")).await.unwrap();
+        let mut answer = router.post(path, body).await.into_body();
+        next_piece(&mut answer).await.unwrap().unwrap();
+        let used = router
+            .of_worker("kvrouter_worker_kv_used_tokens", &decode)
+            .await;
+        assert_eq!(used, tokens, "{path} {body}");
+        drop(answer);
+        soon(chunks.closed()).await;
+        assert_nothing_left(&router, path).await;
+        decode.request().await;
+    }
 }
 
 #[tokio::test]

@@ -12,5 +12,6 @@ mod explain;
 #[allow(dead_code, reason = "other tests use the rest")]
 mod fakes;
 mod gossip;
+mod kv_events;
 mod members;
 mod samples;

@@ -309,3 +309,30 @@ async fn choices_and_log_probabilities_work_together() {
     let (_, text) = whole(router.post("/generate", body).await).await;
     assert_eq!(text, format!("[{MERGED},{MERGED}]"));
 }
+
+#[tokio::test]
+async fn an_echoed_prompt_has_log_probabilities_in_completions() {
+    let (prefill, decode) = (FakeWorker::start().await, FakeWorker::start().await);
+    let router = Running::between(&prefill, &decode).await;
+    let told = r#"{"choices":[{"index":0,"text":"a b","logprobs":{"tokens":["a"," b"],"token_logprobs":[null,-1.50],"top_logprobs":[null,{}]}}]}"#;
+    let own = r#"{"choices":[{"index":0,"text":"a b c","logprobs":{"tokens":[" b"," c"],"token_logprobs":[-1.50,-2.0],"top_logprobs":[{},{}]}}]}"#;
+    let whole_one = r#"{"choices":[{"index":0,"text":"a b c","logprobs":{"tokens":["a"," b"," c"],"token_logprobs":[null,-1.50,-2.0],"top_logprobs":[null,{},{}]}}]}"#;
+    for (body, wanted) in [
+        (r#"{"prompt":"a","echo":true,"logprobs":1}"#, whole_one),
+        (r#"{"prompt":"a","echo":false,"logprobs":1}"#, own),
+        (r#"{"prompt":"a","echo":true}"#, own),
+        (r#"{"prompt":"a","echo":true,"logprobs":0}"#, own),
+    ] {
+        prefill.then(Script::Reply(200, told));
+        decode.then(Script::Reply(200, own));
+        let answer = whole(router.post("/v1/completions", body).await).await;
+        assert_eq!(answer, (200, wanted.to_owned()), "{body}");
+    }
+    // In a stream the prompt is told of once.
+    prefill.then(whole_stream(&[told, "[DONE]"]).await);
+    decode.then(whole_stream(&[own, own, "[DONE]"]).await);
+    let body = r#"{"prompt":"a","echo":true,"logprobs":1,"stream":true}"#;
+    let (status, text) = whole(router.post("/v1/completions", body).await).await;
+    let wanted = format!("data: {whole_one}\n\ndata: {own}\n\ndata: [DONE]\n\n");
+    assert_eq!((status, text), (200, wanted));
+}

@@ -87,6 +87,7 @@ struct Inner {
     is_probe_silent: AtomicBool,
     info: Mutex<Option<String>>,
     loads: Mutex<Option<String>>,
+    models: Mutex<Option<String>>,
 }
 
 /// A worker on a port of its own.
@@ -137,6 +138,7 @@ impl FakeWorker {
             is_probe_silent: AtomicBool::new(false),
             info: Mutex::default(),
             loads: Mutex::default(),
+            models: Mutex::default(),
         });
         let listener = tokio::net::TcpListener::bind(address).await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -194,6 +196,11 @@ impl FakeWorker {
     /// What `/v1/loads` says.
     pub fn set_loads(&self, loads: &Json) {
         *self.inner.loads.lock().unwrap() = Some(loads.to_string());
+    }
+
+    /// What `/v1/models` says.
+    pub fn set_models(&self, models: &Json) {
+        *self.inner.models.lock().unwrap() = Some(models.to_string());
     }
 
     /// The next request, if one has come.
@@ -257,15 +264,14 @@ async fn answer(State(worker): State<Arc<Inner>>, request: Request) -> Response 
             .unwrap();
         return StatusCode::OK.into_response();
     }
-    if parts.uri.path() == "/server_info"
-        && let Some(info) = worker.info.lock().unwrap().clone()
-    {
-        return info.into_response();
-    }
-    if parts.uri.path() == "/v1/loads"
-        && let Some(loads) = worker.loads.lock().unwrap().clone()
-    {
-        return loads.into_response();
+    let page = match parts.uri.path() {
+        "/server_info" => worker.info.lock().unwrap().clone(),
+        "/v1/loads" => worker.loads.lock().unwrap().clone(),
+        "/v1/models" => worker.models.lock().unwrap().clone(),
+        _ => None,
+    };
+    if let Some(page) = page {
+        return page.into_response();
     }
     if parts.method == Method::GET {
         let status = StatusCode::from_u16(worker.get_status.load(Ordering::Relaxed)).unwrap();

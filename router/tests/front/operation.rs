@@ -290,3 +290,28 @@ async fn a_body_of_unannounced_length_is_bounded_too() {
         assert_eq!(std::str::from_utf8(&answer).unwrap(), status);
     }
 }
+
+#[tokio::test]
+async fn heads_of_requests_are_bounded() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let (prefill, decode) = (FakeWorker::start().await, FakeWorker::start().await);
+    let router = Running::between(&prefill, &decode).await;
+    let address = router.url.strip_prefix("http://").unwrap();
+    // What is bounded is the whole head, and the number of its lines: 128 with `host`.
+    let long = |bytes: usize| format!("x-long: {}\r\n", "x".repeat(bytes));
+    let many = |lines: usize| -> String { (1..lines).map(|n| format!("x-{n}: y\r\n")).collect() };
+    for (headers, status) in [
+        (long(63 << 10), "HTTP/1.1 200"),
+        (long(65 << 10), "HTTP/1.1 431"),
+        (many(128), "HTTP/1.1 200"),
+        (many(129), "HTTP/1.1 431"),
+    ] {
+        let mut socket = tokio::net::TcpStream::connect(address).await.unwrap();
+        let request = format!("GET /health HTTP/1.1\r\nhost: r\r\n{headers}\r\n");
+        // The answer to too long a head may come, and the connection end, before all of it is written.
+        let _written = socket.write_all(request.as_bytes()).await;
+        let mut answer = [0; 12];
+        soon(socket.read_exact(&mut answer)).await.unwrap();
+        assert_eq!(std::str::from_utf8(&answer).unwrap(), status);
+    }
+}

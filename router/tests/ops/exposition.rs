@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// Last words of names that count things, and so need no unit.
-const COUNTED: [&str; 21] = [
+const COUNTED: [&str; 22] = [
+    "blocks",
     "requests",
     "rooms",
     "workers",

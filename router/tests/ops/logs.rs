@@ -3,7 +3,7 @@
 use hyper::Method;
 use serde_json::Value as Json;
 
-use crate::fakes::{FakeWorker, Script, whole, whole_stream};
+use crate::fakes::{FakeWorker, Script, chunk, event_stream, soon, whole};
 use crate::process::Process;
 
 #[tokio::test]
@@ -15,12 +15,18 @@ async fn each_answer_is_one_json_line() {
     .await;
     let router = &process.router;
     router.ready(1, 1).await;
-    decode.then(whole_stream(&["{\"a\":1}", "[DONE]"]).await);
+    let (chunks, script) = event_stream();
+    decode.then(script);
+    chunks.send(chunk("data: {\"a\":1}\n\n")).await.unwrap();
     let headers = [("x-request-id", "my \"id\"")];
     let body = r#"{"messages":[],"stream":true}"#;
     let answer = router
         .send(Method::POST, "/v1/chat/completions", &headers, body)
         .await;
+    // Both statuses are known when prefill is done before decode.
+    soon(async { while router.metric("kvrouter_prefill_leg_seconds_count").await < 1 {} }).await;
+    chunks.send(chunk("data: [DONE]\n\n")).await.unwrap();
+    drop(chunks);
     let (_, text) = whole(answer).await;
     let sent = prefill.request().await.json();
     prefill.then(Script::Reply(400, r#"{"message":"no"}"#));

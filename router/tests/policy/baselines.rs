@@ -137,7 +137,7 @@ fn cache_aware_believes_an_engines_own_events() {
         parent: None,
         blocks: stored,
     };
-    fleet.board.cache_event(fleet.prefills[1], &event);
+    fleet.board.cache_event(fleet.prefills[1], 0, &event);
     let request = Request {
         blocks: &blocks,
         block_tokens: 16,
@@ -150,7 +150,7 @@ fn cache_aware_believes_an_engines_own_events() {
     );
     fleet
         .board
-        .cache_event(fleet.prefills[1], &KvEvent::Cleared);
+        .cache_event(fleet.prefills[1], 0, &KvEvent::Cleared);
     assert_eq!(fleet.pick(0.0, &request).cached_tokens, 0);
 }
 

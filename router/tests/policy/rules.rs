@@ -213,6 +213,22 @@ fn rule_5_a_full_decode_is_not_chosen_and_full_ones_hold() {
 }
 
 #[test]
+fn rule_5_a_decode_must_have_room_for_what_its_requests_grow_to() {
+    let mut fleet = Fleet::new(sharp(), 1, 2);
+    let growing = Request {
+        output_tokens: 600,
+        ..tokens(100)
+    };
+    let key = fleet.book(0.0, (0, 0), &growing);
+    // It holds 100 tokens by now, and the other one, of which nothing is booked, 250.
+    fleet.decode_says(0.5, 0, 100, 1000);
+    fleet.decode_says(0.5, 1, 250, 1000);
+    assert_eq!(fleet.decode(0.5, &growing), 1, "700 and 700 do not fit");
+    fleet.board.advance(key, Event::Finished, seconds(0.6));
+    assert_eq!(fleet.decode(0.6, &growing), 0);
+}
+
+#[test]
 fn rule_6_even_a_short_prompt_is_computed_by_a_prefill() {
     let mut fleet = Fleet::new(sharp(), 1, 3);
     fleet.prefill_says(0.0, 0, 1_000_000, &[]);

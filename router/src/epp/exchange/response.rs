@@ -88,6 +88,7 @@ pub(super) struct ResponseSide {
     phase: Phase,
     status: StatusCode,
     edit: HeadEdit,
+    added: HeaderMap,
     transform: Transform,
     watch: Option<AbortWatch>,
     /// The beginning of the body of a held answer.
@@ -110,6 +111,7 @@ impl ResponseSide {
             phase: Phase::Waiting,
             status: StatusCode::OK,
             edit: HeadEdit::default(),
+            added: HeaderMap::new(),
             transform: Transform::Pass,
             watch: None,
             begun: BytesMut::new(),
@@ -129,10 +131,9 @@ impl ResponseSide {
         self.rewrite = rewrite;
     }
 
-    pub(super) fn add(&mut self, headers: &HeaderMap) {
-        for (name, value) in headers {
-            self.edit.set(name.as_str(), value.clone());
-        }
+    /// Headers for the answer's head, instead of those added before. Later than that head they come to nothing.
+    pub(super) fn add(&mut self, headers: HeaderMap) {
+        self.added = headers;
     }
 
     pub(super) fn is_open(&self) -> bool {
@@ -214,7 +215,10 @@ impl ResponseSide {
 
     fn open(&mut self, out: &mut Vec<Effect>) {
         self.phase = Phase::Open;
-        let edit = std::mem::take(&mut self.edit);
+        let mut edit = std::mem::take(&mut self.edit);
+        for (name, value) in &std::mem::take(&mut self.added) {
+            edit.set(name.as_str(), value.clone());
+        }
         let reply = message::common(edit, None, false);
         out.push(send(message::headers_reply(Way::Response, reply)));
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 
-use super::{ANSWER_BYTES_MAX, PromptLogprobs};
+use super::{ANSWER_BYTES_MAX, Echoed, PromptLogprobs};
 use crate::proxy::sse::Events;
 
 /// An answer on its way.
@@ -18,7 +18,7 @@ pub struct Merge {
 #[derive(Debug)]
 enum Gathered {
     /// Events are changed one by one.
-    Events(Events),
+    Events(Events, Echoed),
     /// A whole answer is changed at its end.
     Whole(BytesMut),
     /// Too long: passed on as it is.
@@ -31,7 +31,7 @@ impl Merge {
         Self {
             known: Arc::clone(known),
             gathered: if is_event_stream {
-                Gathered::Events(Events::default())
+                Gathered::Events(Events::default(), Echoed::default())
             } else {
                 Gathered::Whole(BytesMut::new())
             },
@@ -52,7 +52,7 @@ impl Merge {
                 self.gathered = Gathered::Not;
                 out.freeze()
             }
-            Gathered::Events(events) => {
+            Gathered::Events(events, echoed) => {
                 if events.push(&data).is_err() {
                     let mut out = BytesMut::from(&events.rest()[..]);
                     out.extend_from_slice(&data);
@@ -61,7 +61,7 @@ impl Merge {
                 }
                 let mut out = BytesMut::new();
                 while let Some(event) = events.pop() {
-                    out.extend_from_slice(&self.known.merge_event(&event));
+                    out.extend_from_slice(&self.known.merge_event(&event, echoed));
                 }
                 out.freeze()
             }
@@ -73,7 +73,7 @@ impl Merge {
         match std::mem::replace(&mut self.gathered, Gathered::Not) {
             Gathered::Not => Bytes::new(),
             Gathered::Whole(whole) => self.known.merge_answer(&whole).into(),
-            Gathered::Events(mut events) => events.rest(),
+            Gathered::Events(mut events, _) => events.rest(),
         }
     }
 }

@@ -1,4 +1,4 @@
-use super::PairEndpoint::{Chat, Completions, Generate};
+use super::PairEndpoint::{Chat, Completions, Generate, Responses};
 use super::*;
 
 /// A client that may choose its ids and nothing else.
@@ -42,6 +42,49 @@ fn batches_are_told_from_single_prompts() {
             batch,
             "{body}"
         );
+    }
+}
+
+#[test]
+fn bounds_of_the_answer_are_read() {
+    for (endpoint, body, most) in [
+        (Generate, r#"{"text":"a"}"#, Some(128)),
+        (
+            Generate,
+            r#"{"sampling_params":{"n":1,"max_new_tokens":7}}"#,
+            Some(7),
+        ),
+        (
+            Generate,
+            r#"{"sampling_params":[{"max_new_tokens":7},{"max_new_tokens":900},{}]}"#,
+            Some(900),
+        ),
+        (
+            Generate,
+            r#"{"sampling_params":[{"max_new_tokens":7},{}]}"#,
+            Some(128),
+        ),
+        (Generate, r#"{"max_tokens":7}"#, Some(128)),
+        (Completions, r#"{"prompt":"a"}"#, Some(16)),
+        (Completions, r#"{"prompt":"a","max_tokens":300}"#, Some(300)),
+        (
+            Completions,
+            r#"{"prompt":"a","max_tokens":"many"}"#,
+            Some(16),
+        ),
+        (Chat, r#"{"max_tokens":30}"#, Some(30)),
+        (Chat, r#"{"max_completion_tokens":31}"#, Some(31)),
+        (
+            Chat,
+            r#"{"max_completion_tokens":31,"max_tokens":null}"#,
+            Some(31),
+        ),
+        (Chat, r#"{"max_tokens":-1}"#, None),
+        (Chat, "{}", None),
+        (Responses, r#"{"max_output_tokens":32}"#, Some(32)),
+    ] {
+        let shape = read(endpoint, body.as_bytes()).unwrap();
+        assert_eq!(shape.output_tokens, most, "{body}");
     }
 }
 

@@ -19,6 +19,8 @@ pub struct Load {
     pub kv_tokens: u64,
     /// KV tokens that a decode's pool holds, if that is known.
     pub kv_tokens_max: Option<u64>,
+    /// Blocks of a prefill's prefix cache that it told of, if it tells.
+    pub cached_blocks: Option<u64>,
     /// Since the worker was last pictured: a prefill's links, a decode's pool. None: never.
     pub sample_age: Option<Duration>,
 }
@@ -55,6 +57,7 @@ impl Board {
                         .0,
                     kv_tokens: 0,
                     kv_tokens_max: None,
+                    cached_blocks: self.trie.reported(*slot).map(|count| count as u64),
                     sample_age: prefill.pictured.map(|(at, _)| age(at)),
                 }
             }

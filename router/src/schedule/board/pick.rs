@@ -84,6 +84,7 @@ impl Board {
     fn match_prefix(&self, scratch: &mut Scratch, request: &Request<'_>) {
         let wanted = self.settings.prefix_credit || self.settings.policy == Policy::CacheAware;
         scratch.matched.clear();
+        scratch.reported.clear();
         if !wanted {
             return;
         }
@@ -91,14 +92,7 @@ impl Board {
             self.trie.matches(request.chunks, &mut scratch.matched);
         }
         if !request.blocks.is_empty() {
-            let mut reported = Vec::new();
-            self.trie.matches(request.blocks, &mut reported);
-            scratch.matched.resize(WORKERS_MAX, 0);
-            for (slot, count) in reported.into_iter().enumerate() {
-                if self.trie.reports(slot) {
-                    scratch.matched[slot] = count;
-                }
-            }
+            self.trie.matches(request.blocks, &mut scratch.reported);
         }
     }
 
@@ -178,7 +172,7 @@ impl Board {
             if !allowed[slot] {
                 continue;
             }
-            let (taken, _) = self.kv_tokens(decode, now);
+            let taken = self.kv_tokens_foreseen(decode, now);
             let needed = taken.saturating_add(self.kv_tokens_needed(slot, request));
             let most = Self::kv_tokens_max(decode);
             let limit =

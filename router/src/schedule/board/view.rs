@@ -72,7 +72,10 @@ pub(super) struct Scratch {
     /// By decode slot: seconds of backlog, and the sum of those times the picture's time.
     backlog: Vec<(f64, f64)>,
     rank_free: Vec<f64>,
+    /// By prefill slot: chunks of the prompt that were sent there before.
     pub(super) matched: Vec<u32>,
+    /// By prefill slot: blocks of the prompt that its own events told of.
+    pub(super) reported: Vec<u32>,
     pub(super) order: Vec<(f64, usize)>,
     pub(super) rates: Vec<(f64, f64)>,
 }
@@ -203,6 +206,11 @@ impl Board {
         }
     }
 
+    /// The same at most: what all bookings of a decode may grow to, however little of it they hold by now.
+    pub(super) fn kv_tokens_foreseen(&self, decode: &Decode, now: f64) -> u64 {
+        self.kv_tokens(decode, now).0.max(decode.booked_tokens)
+    }
+
     /// Tokens that fit a decode's pool, if that is known.
     pub(super) fn kv_tokens_max(decode: &Decode) -> Option<u64> {
         decode
@@ -260,18 +268,29 @@ impl Board {
         }
     }
 
+    /// What the prefill is believed to have of the prompt: what it told, and where it did not tell all, no less than what was
+    /// sent to it before.
     fn cached_tokens(&self, scratch: &Scratch, slot: usize, request: &Request<'_>) -> u64 {
-        let Some(matched) = scratch.matched.get(slot).map(|count| u64::from(*count)) else {
-            return 0;
-        };
-        if self.trie.reports(slot) && !request.blocks.is_empty() {
-            return matched
-                .saturating_mul(request.block_tokens)
-                .min(request.prompt_tokens);
-        }
-        match request.chunks.len() as u64 {
+        let count = |matched: &[u32]| matched.get(slot).map_or(0, |count| u64::from(*count));
+        let guessed = match request.chunks.len() as u64 {
             0 => 0,
-            chunks => request.prompt_tokens.saturating_mul(matched.min(chunks)) / chunks,
+            chunks => {
+                request
+                    .prompt_tokens
+                    .saturating_mul(count(&scratch.matched).min(chunks))
+                    / chunks
+            }
+        };
+        if request.blocks.is_empty() || !self.trie.reports(slot) {
+            return guessed;
+        }
+        let told = count(&scratch.reported)
+            .saturating_mul(request.block_tokens)
+            .min(request.prompt_tokens);
+        if self.trie.reports_all(slot) {
+            told
+        } else {
+            told.max(guessed)
         }
     }
 
