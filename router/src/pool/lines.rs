@@ -230,6 +230,7 @@ impl fmt::Debug for Exchange {
 #[cfg(test)]
 mod tests {
     use http_body_util::BodyExt;
+    use hyper_util::rt::TokioIo;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{TcpListener, TcpStream};
 
@@ -339,6 +340,25 @@ mod tests {
         tokio::time::pause();
         tokio::time::sleep(IDLE_TIMEOUT + SWEEP_INTERVAL).await;
         assert_eq!(lines.idle(), 0);
+    }
+
+    #[tokio::test]
+    async fn more_than_the_bound_are_let_go() {
+        let (_listener, lines, _) = server().await;
+        let mut peers = Vec::new();
+        for _ in 0..=IDLE_MAX {
+            let (ours, theirs) = tokio::io::duplex(64);
+            let (mut line, connection) = http1::handshake(TokioIo::new(ours)).await.unwrap();
+            tokio::spawn(connection);
+            line.ready().await.unwrap();
+            lines.put(line);
+            peers.push(theirs);
+        }
+        assert_eq!(lines.idle(), IDLE_MAX);
+        let mut rest = Vec::new();
+        let last = peers.last_mut().unwrap();
+        assert_eq!(last.read_to_end(&mut rest).await.unwrap(), 0);
+        assert_eq!(lines.idle(), IDLE_MAX);
     }
 
     #[tokio::test]
