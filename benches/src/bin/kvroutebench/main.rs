@@ -31,8 +31,8 @@ const WORKER_SUBCOMMAND: &str = "worker";
 /// And as the relay.
 const RELAY_SUBCOMMAND: &str = "relay";
 
-/// File descriptors that a router needs besides two per stream.
-const DESCRIPTORS_SPARE: u64 = 200;
+/// File descriptors that a router needs besides two per stream: kvrouter keeps 512 idle connections to each prefill worker.
+const DESCRIPTORS_SPARE: u64 = 1200;
 
 /// Requests of a rival's soak, as a share of ours: they are slower.
 const RIVALS_SOAK_SHARE: u64 = 20;
