@@ -16,10 +16,12 @@
 //! * `epp`: Envoy's external processing: the same pairs for requests that Envoy carries.
 //! * `respond`: the only place that turns an error into a status code.
 //! * `metrics`, `observe`, `overview`, `ui`: what operators see: counters, requests one by one, the whole at a glance.
+//! * `descriptors`: how many connections the process may have.
 //! * `drain`: how the router stops.
 #![forbid(unsafe_code)]
 
 pub mod config;
+pub mod descriptors;
 pub mod discover;
 pub mod drain;
 pub mod epp;
@@ -107,6 +109,10 @@ pub fn main_from_args(
     let logs = started.logs.init();
     for warning in &started.warnings {
         tracing::warn!("{warning}");
+    }
+    match descriptors::raise() {
+        Ok(allowed) => descriptors::warn_if_few(allowed, started.config.requests_max),
+        Err(error) => tracing::warn!(%error, "cannot raise the limit of file descriptors"),
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

@@ -3,6 +3,7 @@ pub mod bootstrap_probe;
 pub mod breaker;
 pub mod client;
 pub mod health;
+pub mod lines;
 pub mod tls;
 pub mod worker;
 

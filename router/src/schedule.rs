@@ -10,13 +10,14 @@
 //! * [`request`], [`decision`]: what is asked, and the answer with its reasons.
 //! * [`model`]: prefill times and bandwidths, learned from what was measured.
 //! * [`prefix`]: which prefill worker has seen the beginning of a prompt before.
-//! * [`recent`], [`dice`]: a bounded memory, and chance that can be repeated.
+//! * [`recent`], [`map`], [`dice`]: a bounded memory, maps for short keys, and chance that can be repeated.
 //!
 //! [`Duration`]: std::time::Duration
 pub mod board;
 pub mod decision;
 pub mod dice;
 pub mod facts;
+pub mod map;
 pub mod model;
 pub mod policy;
 pub mod prefix;

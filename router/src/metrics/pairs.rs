@@ -1,12 +1,12 @@
 //! Counters by pair, of which there are at most [`PAIRS_MAX`].
 #![forbid(unsafe_code)]
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use super::text::{Kind, Labels, Text};
 use crate::pool::{Role, Worker, Workers};
+use crate::schedule::map::Map;
 
 /// Pairs with series of their own, as 32 prefill and 32 decode workers make; requests of further pairs are counted
 /// together, as `other`.
@@ -35,7 +35,7 @@ type Key = (usize, usize);
 /// Counters of all pairs.
 #[derive(Debug, Default)]
 pub struct Pairs {
-    known: RwLock<HashMap<Key, Known>>,
+    known: RwLock<Map<Key, Known>>,
     other: Arc<PairCounts>,
 }
 

@@ -1,11 +1,11 @@
 //! Which booking a room belongs to: telemetry speaks of rooms.
 #![forbid(unsafe_code)]
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::notes::Note;
 use crate::schedule::board::Key;
+use crate::schedule::map::Map;
 
 /// How far a booking's rooms have come. A batch has one per prompt; it has come as far as the last of them.
 #[derive(Debug)]
@@ -26,8 +26,8 @@ struct Room {
 /// The rooms of all live bookings. It is as large as those are many.
 #[derive(Debug, Default)]
 pub(super) struct RoomJoin {
-    rooms: HashMap<u64, Room>,
-    bookings: HashMap<Key, Joined>,
+    rooms: Map<u64, Room>,
+    bookings: Map<Key, Joined>,
 }
 
 impl RoomJoin {

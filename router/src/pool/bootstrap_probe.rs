@@ -6,7 +6,8 @@
 #![forbid(unsafe_code)]
 
 use http_body_util::{BodyExt, Limited};
-use hyper::{StatusCode, Uri};
+use hyper::StatusCode;
+use hyper::http::uri::{Authority, PathAndQuery};
 
 use super::client::WorkerClient;
 use super::health::{FAILURES_TO_UNREADY, PROBE_TIMEOUT};
@@ -51,19 +52,16 @@ impl BootstrapProbe {
 
 async fn is_up(worker: &Worker, port: u16, client: &WorkerClient) -> bool {
     // Bootstrap servers speak plain HTTP, whatever the worker itself does.
-    let uri = Uri::builder()
-        .scheme("http")
-        .authority(format!("{}:{port}", worker.url().host()))
-        .path_and_query(QUESTION)
-        .build();
-    let Ok(uri) = uri else {
+    let authority = format!("{}:{port}", worker.url().host());
+    let Ok(authority) = Authority::try_from(authority) else {
         return false;
     };
-    let Ok(response) = client.get_elsewhere(uri).await else {
+    let path = PathAndQuery::from_static(QUESTION);
+    let Ok(response) = client.get_elsewhere(authority, path).await else {
         return false;
     };
     let status = response.status();
-    // Reading the answer to its end lets the connection serve again.
+    // Some servers note an answer that was not read to its end as a failure.
     let _ = Limited::new(response.into_body(), ANSWER_BYTES_MAX)
         .collect()
         .await;

@@ -1,31 +1,24 @@
-//! The pooled connections to the workers.
+//! Requests to the workers.
 #![forbid(unsafe_code)]
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue};
-use hyper::http::uri::PathAndQuery;
+use hyper::http::uri::{Authority, PathAndQuery, Scheme};
 use hyper::{HeaderMap, Method, Request, Response, Uri};
 use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::client::legacy::{Client, ResponseFuture};
-use hyper_util::rt::{TokioExecutor, TokioTimer};
 
 use super::Worker;
+use super::lines::{Exchange, ExchangeError, Lines};
 use super::tls::{TlsError, WorkerConnector, connector};
 use crate::config::Config;
 
 /// A worker that does not accept within this time is down. Workers are neighbours: a healthy one takes milliseconds.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// SGLang's HTTP server closes idle connections after 5 s; the router lets go first, so that no request meets a
-/// connection in the act of closing.
-pub const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
-
-/// Idle connections kept per worker: enough for a burst, few enough file descriptors.
-pub const IDLE_PER_WORKER_MAX: usize = 512;
 
 /// Silent peers are noticed by the kernel after this time, even when no request timeout is set.
 const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
@@ -33,7 +26,7 @@ const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
 /// Sends requests to workers.
 #[derive(Clone, Debug)]
 pub struct WorkerClient {
-    http: Client<WorkerConnector, Full<Bytes>>,
+    connector: Arc<WorkerConnector>,
     authorization: Option<HeaderValue>,
 }
 
@@ -57,11 +50,6 @@ impl WorkerClient {
         tcp.set_nodelay(true);
         tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
         tcp.set_keepalive(Some(TCP_KEEPALIVE));
-        let http = Client::builder(TokioExecutor::new())
-            .pool_idle_timeout(IDLE_TIMEOUT)
-            .pool_max_idle_per_host(IDLE_PER_WORKER_MAX)
-            .pool_timer(TokioTimer::new())
-            .build(WorkerConnector::new(tcp, tls));
         let authorization = config.api_key.as_ref().map(|key| {
             let mut value = HeaderValue::try_from(format!("Bearer {key}"))
                 .expect("invariant: the configuration checked the key");
@@ -69,9 +57,14 @@ impl WorkerClient {
             value
         });
         Ok(Self {
-            http,
+            connector: Arc::new(WorkerConnector::new(tcp, tls)),
             authorization,
         })
+    }
+
+    /// Makes the connections.
+    pub fn connector(&self) -> &Arc<WorkerConnector> {
+        &self.connector
     }
 
     /// What workers get as Authorization when a client brings none.
@@ -88,7 +81,7 @@ impl WorkerClient {
         path: PathAndQuery,
         mut headers: HeaderMap,
         body: Bytes,
-    ) -> ResponseFuture {
+    ) -> Exchange {
         if let Some(key) = &self.authorization
             && !headers.contains_key(AUTHORIZATION)
         {
@@ -96,20 +89,20 @@ impl WorkerClient {
         }
         let mut request = Request::new(Full::new(body));
         *request.method_mut() = method;
-        *request.uri_mut() = worker.uri(path);
+        *request.uri_mut() = Uri::from(path);
         *request.headers_mut() = headers;
-        self.http.request(request)
+        worker.lines().send(&self.connector, request)
     }
 
-    /// Asks a server beside the workers, which gets no key.
-    pub fn get_elsewhere(&self, uri: Uri) -> ResponseFuture {
+    /// Asks a server beside the workers, over a connection of its own; it gets no key.
+    pub fn get_elsewhere(&self, authority: Authority, path: PathAndQuery) -> Exchange {
         let mut request = Request::new(Full::default());
-        *request.uri_mut() = uri;
-        self.http.request(request)
+        *request.uri_mut() = Uri::from(path);
+        Arc::new(Lines::new(Scheme::HTTP, authority)).send(&self.connector, request)
     }
 
     /// Sends a small JSON body of the router's own.
-    pub fn post_json(&self, worker: &Worker, path: &'static str, json: String) -> ResponseFuture {
+    pub fn post_json(&self, worker: &Worker, path: &'static str, json: String) -> Exchange {
         let mut headers = HeaderMap::new();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         self.send(
@@ -129,7 +122,7 @@ impl WorkerClient {
         &self,
         worker: &Worker,
         path: &'static str,
-    ) -> Result<Response<Incoming>, hyper_util::client::legacy::Error> {
+    ) -> Result<Response<Incoming>, ExchangeError> {
         let path = PathAndQuery::from_static(path);
         self.send(worker, Method::GET, path, HeaderMap::new(), Bytes::new())
             .await

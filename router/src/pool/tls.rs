@@ -1,6 +1,7 @@
 //! TLS on both sides: for clients of the router, and towards workers named by `https://`.
 #![forbid(unsafe_code)]
 
+use std::future::poll_fn;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -168,11 +169,34 @@ impl WorkerConnector {
         tcp.enforce_http(false);
         Self { tcp, tls }
     }
+
+    /// Connects to the server that `uri` names.
+    ///
+    /// # Errors
+    /// [`ConnectError`]
+    pub async fn connect(&self, uri: Uri) -> Result<WorkerStream, ConnectError> {
+        let is_tls = uri.scheme_str() == Some("https");
+        let host = uri.host().unwrap_or_default();
+        let name = host.trim_start_matches('[').trim_end_matches(']');
+        let name = ServerName::try_from(name.to_owned());
+        let mut tcp = self.tcp.clone();
+        poll_fn(|cx| tcp.poll_ready(cx)).await?;
+        let stream = tcp.call(uri).await?;
+        if !is_tls {
+            return Ok(WorkerStream::Plain(stream));
+        }
+        let tls = self.tls.as_ref();
+        let tls = tls.ok_or("TLS towards workers is not set up")?;
+        let shake = tls.connect(name?, stream.into_inner());
+        let stream = tokio::time::timeout(super::client::CONNECT_TIMEOUT, shake).await??;
+        Ok(WorkerStream::Tls(Box::new(TokioIo::new(stream))))
+    }
 }
 
 /// Why a connection could not be made.
 pub type ConnectError = Box<dyn std::error::Error + Send + Sync>;
 
+/// For hyper's general client.
 impl Service<Uri> for WorkerConnector {
     type Response = WorkerStream;
     type Error = ConnectError;
@@ -183,22 +207,8 @@ impl Service<Uri> for WorkerConnector {
     }
 
     fn call(&mut self, uri: Uri) -> Self::Future {
-        let is_tls = uri.scheme_str() == Some("https");
-        let host = uri.host().unwrap_or_default();
-        let name = host.trim_start_matches('[').trim_end_matches(']');
-        let name = ServerName::try_from(name.to_owned());
-        let tls = self.tls.clone();
-        let stream = self.tcp.call(uri);
-        Box::pin(async move {
-            let stream = stream.await?;
-            if !is_tls {
-                return Ok(WorkerStream::Plain(stream));
-            }
-            let tls = tls.ok_or("TLS towards workers is not set up")?;
-            let shake = tls.connect(name?, stream.into_inner());
-            let stream = tokio::time::timeout(super::client::CONNECT_TIMEOUT, shake).await??;
-            Ok(WorkerStream::Tls(Box::new(TokioIo::new(stream))))
-        })
+        let connector = self.clone();
+        Box::pin(async move { connector.connect(uri).await })
     }
 }
 

@@ -3,14 +3,13 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use hyper::Uri;
-use hyper::http::uri::{Authority, PathAndQuery};
 use tokio::time::Instant;
 
 use super::breaker::{Breaker, BreakerLimits, BreakerState};
+use super::lines::Lines;
 use crate::config::{Config, WorkerUrl};
 use crate::discover::Member;
 
@@ -172,6 +171,7 @@ pub struct Worker {
     name: String,
     role: Role,
     url: WorkerUrl,
+    lines: Arc<Lines>,
     dp_size: Option<u32>,
     /// Ports as the worker's source tells them; 0: it does not.
     told_bootstrap_port: AtomicU16,
@@ -209,6 +209,10 @@ impl Worker {
             name: member.name.clone(),
             role: member.role,
             url: member.url.clone(),
+            lines: Arc::new(Lines::new(
+                member.url.scheme().clone(),
+                member.url.authority().clone(),
+            )),
             dp_size: settings
                 .prefill_dp_size
                 .filter(|_| member.role == Role::Prefill),
@@ -312,6 +316,11 @@ impl Worker {
     /// Where it listens.
     pub fn url(&self) -> &WorkerUrl {
         &self.url
+    }
+
+    /// The connections to it.
+    pub fn lines(&self) -> &Arc<Lines> {
+        &self.lines
     }
 
     /// The port of a prefill worker's bootstrap server: told by its source, found, or assumed.
@@ -470,18 +479,6 @@ impl Worker {
     /// How often it failed that way.
     pub fn failures(&self, blame: Blame) -> u64 {
         self.failures[blame as usize].load(Ordering::Relaxed)
-    }
-
-    /// The address of `path` on this worker.
-    pub fn uri(&self, path: PathAndQuery) -> Uri {
-        let authority: Authority = self.url.authority().clone();
-        let builder = Uri::builder()
-            .scheme(self.url.scheme().clone())
-            .authority(authority);
-        builder
-            .path_and_query(path)
-            .build()
-            .expect("invariant: all three parts are present and parsed")
     }
 }
 

@@ -36,6 +36,12 @@ pub const RANK_HEADER: HeaderName = HeaderName::from_static("x-data-parallel-ran
 
 /// Removes what describes the connection it came over.
 pub fn strip_connection_headers(headers: &mut HeaderMap) {
+    strip(headers, |_| false);
+}
+
+/// Removes what describes the connection, and what `also` says. Messages have a handful of headers, so each of theirs is
+/// looked at instead of asking for all that there could be.
+fn strip(headers: &mut HeaderMap, also: impl Fn(&HeaderName) -> bool) {
     let named: Vec<HeaderName> = headers
         .get_all(CONNECTION)
         .iter()
@@ -43,28 +49,22 @@ pub fn strip_connection_headers(headers: &mut HeaderMap) {
         .flat_map(|value| value.split(','))
         .filter_map(|name| name.trim().parse().ok())
         .collect();
-    for name in CONNECTION_HEADERS.iter().chain(&named) {
+    let found = headers
+        .keys()
+        .filter(|name| CONNECTION_HEADERS.contains(name) || also(name));
+    let found: Vec<HeaderName> = found.cloned().collect();
+    for name in found.iter().chain(&named) {
         headers.remove(name);
     }
 }
 
 /// Leaves what a worker may see of a client's headers. The rank header stays only if `trusts_rank`.
 pub fn strip_for_worker(headers: &mut HeaderMap, trusts_rank: bool) {
-    strip_connection_headers(headers);
-    for name in [HOST, CONTENT_LENGTH, EXPECT] {
-        headers.remove(name);
-    }
-    if !trusts_rank {
-        headers.remove(RANK_HEADER);
-    }
-    let overrides: Vec<HeaderName> = headers
-        .keys()
-        .filter(|name| name.as_str().starts_with(OVERRIDE_PREFIX))
-        .cloned()
-        .collect();
-    for name in overrides {
-        headers.remove(name);
-    }
+    strip(headers, |name| {
+        [HOST, CONTENT_LENGTH, EXPECT].contains(name)
+            || (!trusts_rank && *name == RANK_HEADER)
+            || name.as_str().starts_with(OVERRIDE_PREFIX)
+    });
 }
 
 #[cfg(test)]

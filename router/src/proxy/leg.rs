@@ -14,7 +14,6 @@ use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use hyper::header::CONTENT_TYPE;
 use hyper::{HeaderMap, Response, StatusCode};
-use hyper_util::client::legacy::{Error as ClientError, ResponseFuture};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::AbortHandle;
 
@@ -23,6 +22,7 @@ use super::logprobs::{self, PromptLogprobs};
 use super::placement::Booking;
 use super::sse::{self, AbortWatch, Events, InbandAbort};
 use crate::observe::{Attempt, LegEnd};
+use crate::pool::lines::{Exchange, ExchangeError};
 use crate::pool::{Blame, Role, Worker};
 
 /// After decode's answer is complete, the time the prefill answer has to end too, so that its connection can serve again.
@@ -134,9 +134,9 @@ impl LegFailure {
     }
 
     /// Blames `worker` for an exchange that ended without an answer.
-    pub fn unanswered(worker: &Arc<Worker>, error: &ClientError) -> Self {
+    pub fn unanswered(worker: &Arc<Worker>, error: &ExchangeError) -> Self {
         let text = root_cause(error);
-        let cause = if error.is_connect() {
+        let cause = if matches!(error, ExchangeError::Connect(_)) {
             LegCause::Connect(text)
         } else {
             LegCause::Reset(text)
@@ -221,7 +221,7 @@ impl PrefillLeg {
     /// Starts watching `exchange`, a request already made to `worker`.
     pub fn start(
         worker: Arc<Worker>,
-        exchange: ResponseFuture,
+        exchange: Exchange,
         partner: Partner,
         booking: Booking,
         attempt: Arc<Attempt>,
@@ -305,7 +305,7 @@ fn give_up_silent_prefill(partner: &Partner, worker: &Arc<Worker>) {
 
 async fn watch(
     worker: &Arc<Worker>,
-    exchange: ResponseFuture,
+    exchange: Exchange,
     news: &mpsc::Sender<PrefillNews>,
     partner: &Partner,
     attempt: &Attempt,

@@ -10,7 +10,6 @@ use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::http::response::Parts;
 use hyper::{HeaderMap, Method};
-use hyper_util::client::legacy::ResponseFuture;
 use tokio::time::Instant;
 
 use super::Front;
@@ -27,6 +26,7 @@ use super::shape::Shape;
 use super::sse::InbandAbort;
 use crate::metrics::bump;
 use crate::observe::{Attempt, LegEnd};
+use crate::pool::lines::Exchange;
 use crate::pool::{Role, Worker};
 use crate::respond::RouteError;
 use crate::schedule::rooms::RoomLease;
@@ -52,7 +52,7 @@ pub struct LivePair {
     decode: Arc<Worker>,
     rids: Arc<[String]>,
     leg: PrefillLeg,
-    exchange: Option<ResponseFuture>,
+    exchange: Option<Exchange>,
     booking: Booking,
     attempt: Arc<Attempt>,
     sent_at: Instant,
@@ -71,9 +71,21 @@ fn rids_of(shape: &Shape, count: usize) -> Arc<[String]> {
     if !shape.client_rids.is_empty() {
         return shape.client_rids.as_slice().into();
     }
-    (0..count)
-        .map(|_| format!("\"{:032x}\"", rand::random::<u128>()))
-        .collect()
+    (0..count).map(|_| random_rid()).collect()
+}
+
+/// 32 hexadecimal digits in quotes.
+fn random_rid() -> String {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let digit = |half: u8| char::from(DIGITS[usize::from(half)]);
+    let mut rid = String::with_capacity(34);
+    rid.push('"');
+    for byte in rand::random::<[u8; 16]>() {
+        rid.push(digit(byte >> 4));
+        rid.push(digit(byte & 15));
+    }
+    rid.push('"');
+    rid
 }
 
 impl LivePair {

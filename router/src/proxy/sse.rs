@@ -2,9 +2,10 @@
 #![forbid(unsafe_code)]
 
 use std::borrow::Cow;
+use std::sync::LazyLock;
 
 use bytes::{Bytes, BytesMut};
-use memchr::memmem;
+use memchr::memmem::{self, Finder};
 
 /// Longest event that is put together. SGLang's cumulative `/generate` events with log-probabilities reach some MiB.
 pub const EVENT_BYTES_MAX: usize = 64 << 20;
@@ -153,14 +154,19 @@ pub fn tells_of_transfer(text: &[u8]) -> bool {
 /// Most of a worker's message that is kept.
 const MESSAGE_CHARS_MAX: usize = 1000;
 
+/// Every abort has one of these words in it. They are looked for in every piece of every stream.
+static ABORT_WORDS: LazyLock<[Finder<'static>; 3]> =
+    LazyLock::new(|| ["\"abort\"", "\"error\"", "\"response.failed\""].map(Finder::new));
+
+fn may_tell_of_abort(text: &[u8]) -> bool {
+    ABORT_WORDS.iter().any(|word| word.find(text).is_some())
+}
+
 impl InbandAbort {
     /// The abort that an event's data reports, if any: SGLang's `finish_reason.type = "abort"` of `/generate`, the error
     /// objects of its OpenAI streams, and `response.failed`.
     pub fn of_data(data: &[u8]) -> Option<Self> {
-        let may_be = [&b"\"abort\""[..], b"\"error\"", b"\"response.failed\""]
-            .iter()
-            .any(|word| memmem::find(data, word).is_some());
-        if !may_be {
+        if !may_tell_of_abort(data) {
             return None;
         }
         let json: serde_json::Value = serde_json::from_slice(data).ok()?;
@@ -227,6 +233,9 @@ impl AbortWatch {
         }
         // Nearly always a piece is a number of whole events, which need no copy.
         if !self.in_event && piece.ends_with(b"\n\n") {
+            if !may_tell_of_abort(piece) {
+                return None;
+            }
             let mut rest = piece;
             while let Some(end) = end_of_event(rest) {
                 let (event, after) = rest.split_at(end);

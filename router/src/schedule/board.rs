@@ -26,6 +26,7 @@ use std::collections::HashMap;
 
 use super::dice::mix;
 use super::facts::{Facts, RANKS_MAX, Role, WORKERS_MAX, WorkerId};
+use super::map::Map;
 use super::model::{Failures, Mean, PrefillModel};
 use super::policy::Settings;
 use super::prefix::PrefixTrie;
@@ -74,7 +75,7 @@ pub struct Board {
     settings: Settings,
     prefills: Vec<Prefill>,
     decodes: Vec<Decode>,
-    ids: HashMap<WorkerId, (Role, usize)>,
+    ids: Map<WorkerId, (Role, usize)>,
     names: HashMap<String, WorkerId>,
     next_id: u32,
     fleet: Fleet,
@@ -221,7 +222,7 @@ impl Board {
             stale_after,
             prefills: Vec::new(),
             decodes: Vec::new(),
-            ids: HashMap::new(),
+            ids: Map::default(),
             names: HashMap::new(),
             next_id: 0,
             fleet: Fleet::default(),

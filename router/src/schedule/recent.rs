@@ -1,16 +1,17 @@
 //! A map that keeps what was used lately and never grows beyond its bound.
 #![forbid(unsafe_code)]
 
-use std::collections::HashMap;
 use std::hash::Hash;
+
+use super::map::Map;
 
 /// Two generations of entries. What is used moves to the young one; when that is half of the bound, the old one is
 /// forgotten and the young one grows old. Every operation is O(1), and an entry used within the last half of the
 /// bound's insertions is certainly kept.
 #[derive(Clone, Debug)]
 pub struct Recent<K, V> {
-    young: HashMap<K, V>,
-    old: HashMap<K, V>,
+    young: Map<K, V>,
+    old: Map<K, V>,
     half: usize,
 }
 
@@ -18,8 +19,8 @@ impl<K: Eq + Hash, V> Recent<K, V> {
     /// A map of at most `bound` entries (at least 2).
     pub fn new(bound: usize) -> Self {
         Self {
-            young: HashMap::new(),
-            old: HashMap::new(),
+            young: Map::default(),
+            old: Map::default(),
             half: (bound / 2).max(1),
         }
     }

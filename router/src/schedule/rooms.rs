@@ -4,10 +4,11 @@
 //! draws again on a collision.
 #![forbid(unsafe_code)]
 
-use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rand::RngExt;
+
+use super::map::Set;
 
 /// Rooms are below 2^63: SGLang stores them in a signed 64-bit integer.
 pub const ROOM_MAX: u64 = (1 << 63) - 1;
@@ -15,7 +16,7 @@ pub const ROOM_MAX: u64 = (1 << 63) - 1;
 /// The rooms that are live on this router.
 #[derive(Debug, Default)]
 pub struct Rooms {
-    live: Mutex<HashSet<u64>>,
+    live: Mutex<Set<u64>>,
 }
 
 impl Rooms {
@@ -79,6 +80,8 @@ impl Drop for RoomLease {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     #[test]

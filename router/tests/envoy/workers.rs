@@ -86,25 +86,14 @@ async fn stream(answer: hyper::Response<hyper::body::Incoming>, repeats: bool) -
     }
 }
 
-#[tokio::test]
-#[ignore = "needs envoy and kvworker: router/tests/envoy/run.sh"]
-async fn a_pair_of_real_workers_answers_like_a_single_one() {
-    let (prefill, decode, single) = (
-        Example::start("prefill").await,
-        Example::start("decode").await,
-        Example::start("null").await,
-    );
-    let mut settings: Config = config(&[&prefill.url], &[&decode.url]);
-    // Their bootstrap port is the system's choice, which they tell.
-    settings.prefills[0].bootstrap_port = None;
-    let gateway = Gateway::start(Setup::default(), settings).await;
-    let single = Running::elsewhere(&single.url);
-    let through = Running::elsewhere(&gateway.envoy.url);
-    let front = &gateway.picker.front;
+fn chat() -> Json {
+    json!({"model": "m", "max_tokens": 12, "temperature": 0,
+           "messages": [{"role": "user", "content": "Tell me of bridges"}]})
+}
+
+fn questions() -> [(&'static str, Json); 6] {
     let params = json!({"max_new_tokens": 12, "temperature": 0});
-    let chat = json!({"model": "m", "max_tokens": 12, "temperature": 0,
-                      "messages": [{"role": "user", "content": "Tell me of bridges"}]});
-    for (path, body) in [
+    [
         (
             "/generate",
             json!({"text": "Once upon a time", "sampling_params": params}),
@@ -125,8 +114,26 @@ async fn a_pair_of_real_workers_answers_like_a_single_one() {
             "/v1/completions",
             json!({"model": "m", "prompt": [72, 105], "max_tokens": 7, "temperature": 0}),
         ),
-        ("/v1/chat/completions", chat.clone()),
-    ] {
+        ("/v1/chat/completions", chat()),
+    ]
+}
+
+#[tokio::test]
+#[ignore = "needs envoy and kvworker: router/tests/envoy/run.sh"]
+async fn a_pair_of_real_workers_answers_like_a_single_one() {
+    let (prefill, decode, single) = (
+        Example::start("prefill").await,
+        Example::start("decode").await,
+        Example::start("null").await,
+    );
+    let mut settings: Config = config(&[&prefill.url], &[&decode.url]);
+    // Their bootstrap port is the system's choice, which they tell.
+    settings.prefills[0].bootstrap_port = None;
+    let gateway = Gateway::start(Setup::default(), settings).await;
+    let single = Running::elsewhere(&single.url);
+    let through = Running::elsewhere(&gateway.envoy.url);
+    let front = &gateway.picker.front;
+    for (path, body) in questions() {
         let alone = texts(&ask(&single, path, &body).await);
         assert!(alone.iter().all(|text| !text.is_empty()), "{body}");
         assert_eq!(
@@ -151,6 +158,7 @@ async fn a_pair_of_real_workers_answers_like_a_single_one() {
         }
     }
     // Several choices are several pairs' work; they come from the front, and Envoy's clients are told so.
+    let chat = chat();
     let mut several = chat.clone();
     several["n"] = 3.into();
     let alone = texts(&ask(&single, "/v1/chat/completions", &chat).await);

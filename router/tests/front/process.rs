@@ -9,7 +9,13 @@ use crate::fakes::{FakeWorker, Running, soon, whole};
 
 /// Starts the binary on a free port and waits until it says where it listens.
 async fn start(prefill: &FakeWorker, decode: &FakeWorker) -> (Child, Running) {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_kvrouter"))
+    start_by("exec \"$0\" \"$@\"", prefill, decode).await
+}
+
+/// The same by a line of shell, whose `$0` and `$@` are the command.
+async fn start_by(shell: &str, prefill: &FakeWorker, decode: &FakeWorker) -> (Child, Running) {
+    let mut child = Command::new("sh")
+        .args(["-c", shell, env!("CARGO_BIN_EXE_kvrouter")])
         .args([
             "--pd-disaggregation",
             "--prefill",
@@ -63,6 +69,29 @@ async fn the_binary_serves_until_sigterm() {
             .success()
     );
     assert!(soon(child.wait()).await.unwrap().success());
+}
+
+#[tokio::test]
+async fn the_binary_takes_the_file_descriptors_that_it_may_have() {
+    let (prefill, decode) = (FakeWorker::start().await, FakeWorker::start().await);
+    let limits = |pid: u32| {
+        let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+        let line = limits
+            .lines()
+            .find_map(|line| line.strip_prefix("Max open files"));
+        let numbers: Vec<String> = line
+            .unwrap()
+            .split_whitespace()
+            .map(str::to_owned)
+            .collect();
+        (numbers[0].clone(), numbers[1].clone())
+    };
+    let (mut child, _router) =
+        start_by("ulimit -S -n 99; exec \"$0\" \"$@\"", &prefill, &decode).await;
+    let (soft, hard) = limits(child.id().unwrap());
+    assert_ne!(hard, "99", "a limit below that of this test says nothing");
+    assert_eq!(soft, hard);
+    child.kill().await.unwrap();
 }
 
 /// User and system time of a process, in microseconds, from `/proc/PID/stat` (100 ticks a second on Linux).

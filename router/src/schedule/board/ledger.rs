@@ -1,11 +1,11 @@
 //! Bookings: what was dispatched and has not ended, by this router and by its siblings.
 #![forbid(unsafe_code)]
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use super::super::decision::Decision;
 use super::super::facts::Role;
+use super::super::map::Map;
 use super::super::model::SMALL_BYTES;
 use super::super::recent::Recent;
 use super::super::request::Request;
@@ -98,7 +98,7 @@ pub(super) struct Booking {
 pub(super) struct Ledger {
     pub(super) replica: u64,
     pub(super) next: u64,
-    pub(super) bookings: HashMap<Key, Booking>,
+    pub(super) bookings: Map<Key, Booking>,
     pub(super) siblings: usize,
     pub(super) ended: Recent<Key, ()>,
 }
@@ -108,7 +108,7 @@ impl Ledger {
         Self {
             replica,
             next: 0,
-            bookings: HashMap::new(),
+            bookings: Map::default(),
             siblings: 0,
             ended: Recent::new(ENDED_MAX),
         }
