@@ -116,6 +116,24 @@ impl Scheduler {
     }
 }
 
+impl Scheduler {
+    fn goals(self) -> [(&'static str, f64, Option<f64>); 2] {
+        let per_second = 1e6 / self.sample_us;
+        [
+            (
+                "choice of a pair at 64P x 64D, us",
+                20.0,
+                Some(self.decision_us),
+            ),
+            (
+                "samples taken in per second and core",
+                -100_000.0,
+                Some(per_second),
+            ),
+        ]
+    }
+}
+
 fn median_us(estimates: &str) -> Option<f64> {
     let estimates: serde_json::Value = serde_json::from_str(estimates).ok()?;
     Some(estimates["median"]["point_estimate"].as_f64()? / 1e3)
@@ -130,6 +148,26 @@ pub(crate) struct Goal {
     is_least: bool,
     value: f64,
     reached: bool,
+}
+
+impl Goal {
+    /// A negative `limit` is the least that is wanted.
+    fn new(name: &'static str, limit: f64, value: f64) -> Self {
+        let is_least = limit < 0.0;
+        let limit = limit.abs();
+        let reached = if is_least {
+            value >= limit
+        } else {
+            value <= limit
+        };
+        Self {
+            name,
+            limit,
+            is_least,
+            value,
+            reached,
+        }
+    }
 }
 
 /// All that a run found.
@@ -210,34 +248,13 @@ impl Report {
                     .and_then(|figures| figures.open_max)
                     .map(|open| open as f64),
             ),
-            (
-                "choice of a pair at 64P x 64D, us",
-                20.0,
-                self.scheduler.map(|scheduler| scheduler.decision_us),
-            ),
-            (
-                "samples taken in per second and core",
-                -100_000.0,
-                self.scheduler.map(|scheduler| 1e6 / scheduler.sample_us),
-            ),
             ("errors of all requests", 0.0, Some(self.errors() as f64)),
         ];
-        let goals = found.into_iter().filter_map(|(name, limit, value)| {
-            let (value, is_least) = (value?, limit < 0.0);
-            let limit: f64 = f64::abs(limit);
-            let reached = if is_least {
-                value >= limit
-            } else {
-                value <= limit
-            };
-            Some(Goal {
-                name,
-                limit,
-                is_least,
-                value,
-                reached,
-            })
-        });
+        let scheduler = self.scheduler.into_iter().flat_map(Scheduler::goals);
+        let goals = found
+            .into_iter()
+            .chain(scheduler)
+            .filter_map(|(name, limit, value)| Some(Goal::new(name, limit, value?)));
         self.goals = goals.collect();
     }
 
@@ -361,9 +378,9 @@ mod tests {
         let expected = [
             (70.0, true),
             (209.0 / 70.0, false),
+            (0.0, true),
             (8.0, true),
             (80_000.0, false),
-            (0.0, true),
         ];
         assert_eq!(goals, expected);
         assert!(report.table().contains("| **no** |"), "{}", report.table());
