@@ -80,12 +80,13 @@ there() {
             step 30 "many, pull, $case, $kernel" $many --path shm --case $case --gpu 0 --gpu-kernel $kernel
         done
         step 30 "many, pull, $case, no bound" $many --path shm --case $case --gpu 0 --gpu-percent 100
+        step 30 "many, pull, $case, no bound, 4 lanes" $many --path shm --case $case --gpu 0 --gpu-percent 100 --lanes 4
     done
-    step 30 "many, pull, short-16k, bulk, batches of 256 MiB" $many --path shm --case short-16k --gpu 0 --gpu-kernel bulk --pull-mib 256
-    step 30 "many, pull, short-16k, no bound, batches of 256 MiB" $many --path shm --case short-16k --gpu 0 --gpu-percent 100 --pull-mib 256
     step 30 "many, host tcp" $many --path tcp --lanes 4
     step 30 "many, tcp" $many --path tcp --lanes 4 --gpu 0
-    step 30 "many, tcp, batches of 16 MiB" $many --path tcp --lanes 4 --gpu 0 --staged-kib 16384
+    step 30 "many, tcp, batches of 8 MiB" $many --path tcp --lanes 4 --gpu 0 --staged-kib 8192
+    step 30 "many, host tcp, 8 lanes" $many --path tcp --lanes 8
+    step 30 "many, tcp, 8 lanes" $many --path tcp --lanes 8 --gpu 0
     step 30 "many, host ring" $many --path ring --lanes 4
     step 30 "many, ring" $many --path ring --lanes 4 --gpu 0
     step 30 "many, host ring of 64 MiB" $many --path ring --lanes 4 --ring-mib 64
@@ -100,7 +101,7 @@ there() {
     step 60 "kernels" "$kvgpu" kernels
     step 60 "ipc" "$kvgpu" ipc --gib "${GIB:-8}"
     step 60 "a matmul beside copies" python3 -W ignore "$folder/theft.py" "$folder/copy.cu"
-    step 40 "unequal ranks" "$kvgpu" heads --pages 128
+    step 70 "unequal ranks" "$kvgpu" heads --pages 128
     if command -v compute-sanitizer >/dev/null; then
         step 40 "memcheck" compute-sanitizer --tool memcheck --error-exitcode 9 "$kvgpu" verify --tiny
         step 40 "racecheck" compute-sanitizer --tool racecheck --error-exitcode 9 "$kvgpu" verify --tiny

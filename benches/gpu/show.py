@@ -89,6 +89,7 @@ def engine(log):
     for case, name, least in (("short-16k", "16 KiB", 1500), ("pages-4k", "4 KiB", 1300)):
         goal(f"engine, {name}, 8 % of the multiprocessors, 16 transfers queued", log.many(f"many, pull, {case}, bulk"), 400)
         goal(f"engine, {name}, no bound, 16 transfers queued", log.many(f"many, pull, {case}, no bound"), least)
+        goal(f"engine, {name}, no bound, 4 lanes, 16 transfers queued", log.many(f"many, pull, {case}, no bound, 4 lanes"), least)
 
 
 def heads(log):
@@ -107,7 +108,7 @@ def one(log):
         value = log.rate("ipc", ("cudaMalloc: window", f"x {page} B", "Polite Bulk"))
         goal(f"ipc, windows of {page} B, 8 % of the multiprocessors", value and value[0], 400)
     engine(log)
-    for path, free in (("tcp", ("many, tcp", "many, tcp, batches of 16 MiB")), ("ring", ("many, ring",)), ("ring of 64 MiB", ("many, ring of 64 MiB",))):
+    for path, free in (("tcp", ("many, tcp", "many, tcp, batches of 8 MiB")), ("tcp, 8 lanes", ("many, tcp, 8 lanes",)), ("ring", ("many, ring",)), ("ring of 64 MiB", ("many, ring of 64 MiB",))):
         host = log.many(f"many, host {path}")
         for step in free:
             goal(f"staged {step[6:]}, of host to host {path}", over(log.many(step), host), 0.90, "of it")

@@ -12,7 +12,10 @@ use kvtransfer::{
     gpu::{Context, CudaDevice, Method, Pinned, Priority, Stream, memory::DeviceBuffer},
     memory::{
         Region,
-        device::{Attached, Awaited, Copier, Device, DeviceError, Pinned as DevicePinned, Share},
+        device::{
+            Attached, Awaited, Copier, Device, DeviceError, Exported, Pinned as DevicePinned,
+            Share, Visibility,
+        },
     },
 };
 use serde::{Deserialize, Serialize};
@@ -87,6 +90,22 @@ impl Device for Refusing {
 
     fn pin(&self, region: &Arc<Region>) -> Result<Box<dyn DevicePinned>, DeviceError> {
         self.0.pin(region)
+    }
+
+    fn pci_address(&self) -> String {
+        self.0.pci_address()
+    }
+
+    fn export(&self, address: u64, len: u64) -> Result<Exported, DeviceError> {
+        self.0.export(address, len)
+    }
+
+    fn visibility(&self) -> Visibility {
+        self.0.visibility()
+    }
+
+    fn flush_writes(&self) -> Result<(), DeviceError> {
+        self.0.flush_writes()
     }
 }
 
