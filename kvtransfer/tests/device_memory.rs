@@ -15,7 +15,8 @@ use kvtransfer::{
     transfer::{Chunk, ReceiveRequest, SendRequest, Source},
 };
 
-const LEN: usize = 1 << 20;
+/// As much as the driver copies by itself, if it lies together.
+const LEN: usize = 4 << 20;
 
 fn config(path: SameHost) -> EngineConfig {
     let mut config = EngineConfig::default();
@@ -205,7 +206,7 @@ fn short_rows_are_described_to_the_device_and_long_ones_listed() {
         pair.devices[1].counts().grids
     };
     assert!(grids(16 << 10) > 0);
-    assert_eq!(grids(LEN as u64), 0, "one block of a MiB");
+    assert_eq!(grids(LEN as u64), 0, "one block of 4 MiB");
 }
 
 /// Pages of 4 KiB in one buffer.
@@ -293,7 +294,7 @@ fn chunk(items: std::ops::Range<i32>, last: bool) -> Chunk {
 fn pages_that_follow_each_other_are_left_to_the_driver() {
     let grids = |list: Vec<i32>| {
         let mut settings = config(SameHost::PullOnly);
-        settings.device_pull_batch_bytes = 1 << 20;
+        settings.device_pull_batch_bytes = LEN as u64;
         let rooms = rooms_of(settings, &list);
         fill(&rooms.engines[0], &pattern(4));
         let items = vec![list.as_slice().into()];
@@ -304,7 +305,7 @@ fn pages_that_follow_each_other_are_left_to_the_driver() {
         rooms.devices[1].counts().grids
     };
     let pages = i32::try_from(LEN / PAGE).unwrap();
-    assert_eq!(grids((0..pages).collect()), 0, "a MiB that lies together");
+    assert_eq!(grids((0..pages).collect()), 0, "4 MiB that lie together");
     assert!(grids((0..pages).rev().collect()) > 0);
 }
 

@@ -14,10 +14,13 @@ end() {
   rm -rf "$work"
 }
 trap end EXIT
-cargo test -q -p kvrouter --test ops --no-run
+# CI has built the whole workspace before, which shares features among its members.
+scope=(-p kvrouter)
+[[ -z "${CI:-}" ]] || scope=(--workspace)
+cargo test -q "${scope[@]}" --test ops --no-run
 for size in 2 16; do
   mkfifo "$work/input$size"
-  FLEET=$size cargo test -q -p kvrouter --test ops -- --ignored --exact ui_fleet::serve --nocapture \
+  FLEET=$size cargo test -q "${scope[@]}" --test ops -- --ignored --exact ui_fleet::serve --nocapture \
     <"$work/input$size" >"$work/log$size" 2>&1 &
   fleet=$!
   exec 8>"$work/input$size"
