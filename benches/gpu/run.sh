@@ -5,7 +5,7 @@
 #   bash FOLDER/run.sh there FOLDER RESULTS   there: every proof, its log in RESULTS, the table of goals last
 #
 # PROFILE=dev packs an unoptimised build. RIVALS=no packs no wheels of other engines; PYTHON is that machine's version of Python,
-# default 3.12. LIMIT: seconds that all of it may take there, default 450; what has no time left is said so. Each step has
+# default 3.12. LIMIT: seconds that all of it may take there, default 480; what has no time left is said so. Each step has
 # a limit of its own, and one that fails or takes too long does not stop the others; the exit status says. Where there is
 # no GPU it says why and ends with status 77.
 set -uo pipefail
@@ -63,7 +63,7 @@ there() {
     . "$folder/step.sh"
     gpus "$folder/kvgpu" 1 || exit 77
     mkdir -p "$2" && out=$(cd "$2" && pwd) || exit 1
-    log=$out/gpu.log until=$(($(date +%s) + ${LIMIT:-450}))
+    log=$out/gpu.log until=$(($(date +%s) + ${LIMIT:-480}))
     export XDG_CACHE_HOME=${XDG_CACHE_HOME:-$(mktemp -d)}
     local kvgpu=$folder/kvgpu bench="$folder/kvbench --json --rounds 3" many="$folder/kvbench --json --faults 0"
     {
@@ -93,10 +93,10 @@ there() {
     step 30 "many, ring of 64 MiB" $many --path ring --lanes 4 --gpu 0 --ring-mib 64
     step 60 "faults and restarts, pull" "$folder/kvbench" --json --path shm --gpu 0 --faults 8 --restarts 1000
     step 60 "faults and restarts, tcp" "$folder/kvbench" --json --path tcp --gpu 0 --faults 8 --restarts 1000
-    step 60 "faults and restarts, ring" "$folder/kvbench" --json --path ring --gpu 0 --faults 8 --restarts 1000
+    step 120 "faults and restarts, ring" "$folder/kvbench" --json --path ring --gpu 0 --faults 8 --restarts 1000
     step 30 "mapping refused" "$folder/kvbench" --json --rounds 1 --path ring --case pages-16k --gpu 0 --refuse-mapping
     unpack_rivals "$folder"
-    PYTHONPATH=${PYTHONPATH:-} step 90 "rivals" python3 "$folder/rivals.py" --gpu 0 --kvbench "$folder/kvbench" --seconds 75 \
+    PYTHONPATH=${PYTHONPATH:-} step 110 "rivals" python3 "$folder/rivals.py" --gpu 0 --kvbench "$folder/kvbench" --seconds 95 \
         --cases pages-16k,pages-4k
     step 60 "kernels" "$kvgpu" kernels
     step 60 "ipc" "$kvgpu" ipc --gib "${GIB:-8}"
