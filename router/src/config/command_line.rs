@@ -9,7 +9,7 @@ use clap::error::ErrorKind;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser};
 
 use super::epp::{EppArguments, EppConfig};
-use super::file::Problem;
+use super::file::{Problem, Stamp};
 use super::gossip::GossipArguments;
 use super::layers::{self, Setting};
 use super::ops::{LogSettings, OpsArgs};
@@ -173,6 +173,8 @@ pub struct CommandLine {
     pub warnings: Vec<Problem>,
     /// The configuration file.
     pub file: Option<PathBuf>,
+    /// That file, just before it was read.
+    pub stamp: Option<Stamp>,
 }
 
 /// Settings with their types, not yet checked against each other.
@@ -231,6 +233,7 @@ impl CommandLine {
             settings: layers.settings,
             warnings: layers.warnings,
             file: layers.file,
+            stamp: layers.stamp,
         })
     }
 

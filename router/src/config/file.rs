@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use toml::Spanned;
@@ -39,6 +40,26 @@ pub struct Entry {
     pub is_list: bool,
     /// Where it stands: `PATH:LINE`.
     pub place: String,
+}
+
+/// What tells that a file is another one. A ConfigMap's file is a link whose target is exchanged: new inode, any time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    modified: (i64, i64),
+    bytes: u64,
+    inode: u64,
+}
+
+impl Stamp {
+    /// The file as it is now, if there is one.
+    pub fn of(path: &Path) -> Option<Self> {
+        let about = std::fs::metadata(path).ok()?;
+        Some(Self {
+            modified: (about.mtime(), about.mtime_nsec()),
+            bytes: about.len(),
+            inode: about.ino(),
+        })
+    }
 }
 
 /// Reads a file.

@@ -15,7 +15,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
-use super::file::{self, Entry, Problem};
+use super::file::{self, Entry, Problem, Stamp};
 
 /// The option that names the file.
 pub const FILE_OPTION: &str = "config";
@@ -74,6 +74,8 @@ pub struct Layers {
     pub warnings: Vec<Problem>,
     /// The file that was read.
     pub file: Option<PathBuf>,
+    /// That file, just before it was read.
+    pub stamp: Option<Stamp>,
 }
 
 /// Reads the settings of `command` from all places; the first of `args` is the program's name.
@@ -96,6 +98,8 @@ pub fn read(command: Command, args: &[OsString]) -> Result<Layers, clap::Error> 
         .mut_args(|arg| arg.required(false).env(Resettable::Reset));
     let mut command = command.mut_args(|arg| with_environment(arg, &mut places));
     let file = file_option(&args);
+    // Before it is read: what changes then is seen as a change.
+    let stamp = file.as_deref().and_then(Stamp::of);
     if let Some(path) = &file {
         let refuse = |problems: Vec<Problem>, command: &mut Command| {
             let lines: Vec<_> = problems.iter().map(Problem::to_string).collect();
@@ -133,6 +137,7 @@ pub fn read(command: Command, args: &[OsString]) -> Result<Layers, clap::Error> 
         settings,
         warnings,
         file,
+        stamp,
     })
 }
 

@@ -5,8 +5,7 @@
 #![forbid(unsafe_code)]
 
 use std::ffi::OsString;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -15,6 +14,7 @@ use tokio::signal::unix::Signal;
 use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 
+use super::file::Stamp;
 use super::layers::Setting;
 use super::ops::LogSwitch;
 use super::{CommandLine, Config};
@@ -169,28 +169,11 @@ pub enum Outcome {
 pub struct Reloader {
     args: Vec<OsString>,
     file: Option<PathBuf>,
+    /// The file whose settings are in effect.
+    applied: Option<Stamp>,
     settings: Vec<Setting>,
     logs: LogSwitch,
     front: Arc<Front>,
-}
-
-/// What tells that a file is another one. A ConfigMap's file is a link whose target is exchanged: new inode, any time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Stamp {
-    modified: (i64, i64),
-    bytes: u64,
-    inode: u64,
-}
-
-impl Stamp {
-    fn of(path: &Path) -> Option<Self> {
-        let about = std::fs::metadata(path).ok()?;
-        Some(Self {
-            modified: (about.mtime(), about.mtime_nsec()),
-            bytes: about.len(),
-            inode: about.ino(),
-        })
-    }
 }
 
 impl Reloader {
@@ -205,6 +188,7 @@ impl Reloader {
         Self {
             args,
             file: started.file.clone(),
+            applied: started.stamp,
             settings: started.settings.clone(),
             logs,
             front,
@@ -213,8 +197,7 @@ impl Reloader {
 
     /// Reloads whenever `hangups` or the file asks for it, until dropped.
     pub async fn run(mut self, mut hangups: Signal) {
-        let mut applied = self.stamp().await;
-        let mut last = applied;
+        let mut last = self.applied;
         let mut ticks = tokio::time::interval(POLL_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -226,8 +209,8 @@ impl Reloader {
             // A file that still changes may be half written.
             let rests = seen == last;
             last = seen;
-            if is_asked || (rests && seen != applied) {
-                applied = seen;
+            if is_asked || (rests && seen != self.applied) {
+                self.applied = seen;
                 self.reload();
             }
         }
@@ -308,7 +291,35 @@ impl Reloader {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::command_line::definition;
+    use crate::{Router, config::command_line::definition, drain};
+
+    #[tokio::test]
+    async fn a_file_that_changes_while_the_router_starts_is_read_again() {
+        let file = std::env::temp_dir().join(format!("kvrouter-{}.toml", std::process::id()));
+        std::fs::write(&file, "max-body-bytes = 20").unwrap();
+        let pair = ["--prefill", "http://127.0.0.1:1", "8998", "--decode"];
+        let mut args: Vec<OsString> = ["kvrouter", "--port", "0", "--config"]
+            .map(Into::into)
+            .to_vec();
+        args.push(file.clone().into());
+        args.extend(pair.map(Into::into));
+        args.push("http://127.0.0.1:2".into());
+        let started = CommandLine::from_args(args.iter().cloned()).unwrap();
+        std::fs::write(&file, "max-body-bytes = 2000").unwrap();
+        let router = Router::bind(started.config.clone()).await.unwrap();
+        let front = Arc::clone(router.front());
+        let reloader = Reloader::new(args, &started, started.logs.init(), Arc::clone(&front));
+        let reloading = tokio::spawn(reloader.run(drain::hangups().unwrap()));
+        tokio::time::timeout(Duration::from_secs(20), async {
+            while front.live.now().body_bytes_max != 2000 {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await
+        .expect("the change was seen");
+        reloading.abort();
+        std::fs::remove_file(&file).unwrap();
+    }
 
     #[test]
     fn every_reloadable_setting_exists() {

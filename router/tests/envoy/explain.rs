@@ -116,7 +116,7 @@ async fn rules_of_models_hold_through_envoy() {
         let received = worker.request().await;
         let body = String::from_utf8(received.body.to_vec()).unwrap();
         assert!(
-            body.contains(r#" "model" : "base" , "messages":[], "zzz":1e400}"#),
+            body.contains(r#""model" : "base" , "messages":[], "zzz":1e400}"#),
             "{body}"
         );
     }
