@@ -21,7 +21,7 @@ PROMISED_S = 50e-6
 def test_the_gil_is_held_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvtransfer.sglang.sender import KvtransferKVSender
 
-    monkeypatch.setattr(transfer_module, "lib", SimpleNamespace(kvt_transfer_push=lambda *_arguments: 0))
+    monkeypatch.setattr(transfer_module, "lib", SimpleNamespace(kvt_transfer_push_after=lambda *_arguments: 0))
     sender = object.__new__(KvtransferKVSender)
     sender.__dict__.update(
         conclude_state=None, curr_idx=0, num_kv_indices=0, aux_index=1, bootstrap_room=1, _started=None, _dummy_state=None,
