@@ -56,7 +56,8 @@ pub struct RdmaConfig {
     /// Whether the notice of a batch is a WRITE_WITH_IMM where both sides' devices can do it. Default false: a SEND costs as
     /// much, carries more, and exists everywhere.
     pub immediate: bool,
-    /// Most bytes of one batch. Default 2 MiB.
+    /// Most bytes of one batch. Default 2 MiB. No more than half of the peer's [`RdmaConfig::landing_bytes`], unless that is 0:
+    /// whether a batch is packed shows when it is cut already.
     pub batch_bytes: u64,
     /// Batches whose pieces have fewer bytes on average, after touching ones are joined, are *packed*: gathered by the sender,
     /// written as one piece to landing memory of the receiver, and moved to the pages by it. Default 4096: a work request for
