@@ -26,6 +26,14 @@ pub(crate) fn library() -> &'static Path {
         let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut build = Command::new(cargo);
         build.current_dir(package());
+        // `cargo test` describes this package. Build scripts that watch these (ring's) would run again now and at the next
+        // build outside of a test, and most of the workspace would be compiled anew both times.
+        for (name, _) in env::vars_os() {
+            let text = name.to_string_lossy();
+            if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+                build.env_remove(&name);
+            }
+        }
         build.args(["build", "--lib", "--message-format=json-render-diagnostics"]);
         if !cfg!(debug_assertions) {
             build.arg("--release");
