@@ -103,6 +103,8 @@ fn start<P: Path>(
         staging_bytes: P::STAGING_BYTES,
         device_pull_batch_bytes: 64 << 10,
         node: spec.node.clone(),
+        // On an emulated machine with busy processors, RDMA over its network has taken more than the default's 5 s.
+        handshake_timeout: Duration::from_secs(60),
         ..EngineConfig::default()
     };
     Engine::start(config, memory, spec.layout.clone()).expect("the engine starts")
