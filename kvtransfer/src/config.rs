@@ -148,7 +148,7 @@ pub struct EngineConfig {
     /// 256 MiB, pinned when needed. Further batches wait. With RDMA, as many again for packed batches
     /// ([`RdmaConfig::landing_bytes`]); queue pairs beyond that go without.
     pub staging_bytes: u64,
-    /// Most bytes of one batch that a device copies out of its peer's memory. Default 64 MiB.
+    /// Most bytes of one batch that a device copies out of its peer's memory. Default 128 MiB: some 300 µs within 8 % of an H200.
     pub device_pull_batch_bytes: u64,
     /// Bytes of a same-host ring per lane and direction. Default 8 MiB, touched only when used.
     pub ring_bytes: usize,
@@ -200,7 +200,7 @@ impl Default for EngineConfig {
             pull_batch_bytes: 8 << 20,
             staged_batch_bytes: 4 << 20,
             staging_bytes: 256 << 20,
-            device_pull_batch_bytes: 64 << 20,
+            device_pull_batch_bytes: 128 << 20,
             ring_bytes: 8 << 20,
             device_ring_bytes: 32 << 20,
             inline_bytes: 256 << 10,
@@ -224,7 +224,10 @@ impl EngineConfig {
     /// # Errors
     /// A sentence that names the field, its value and its range.
     pub(crate) fn validate(&self) -> Result<(), String> {
-        use crate::wire::{hello::TOKEN_BYTES_MAX, lane::BATCH_BYTES_MAX};
+        use crate::wire::{
+            hello::TOKEN_BYTES_MAX,
+            lane::{BATCH_BYTES_MAX, PULL_BATCH_BYTES_MAX},
+        };
         let ranges = [
             ("lanes", u64::from(self.lanes), 1, u64::from(LANES_MAX)),
             ("batch_bytes", self.batch_bytes, 4096, BATCH_BYTES_MAX),
@@ -232,7 +235,7 @@ impl EngineConfig {
                 "pull_batch_bytes",
                 self.pull_batch_bytes,
                 4096,
-                BATCH_BYTES_MAX,
+                PULL_BATCH_BYTES_MAX,
             ),
             (
                 "staged_batch_bytes",
@@ -250,7 +253,7 @@ impl EngineConfig {
                 "device_pull_batch_bytes",
                 self.device_pull_batch_bytes,
                 4096,
-                BATCH_BYTES_MAX,
+                PULL_BATCH_BYTES_MAX,
             ),
             ("lane_window", self.lane_window as u64, 1, 4096),
             (

@@ -18,6 +18,8 @@ pub const BATCH_MAGIC: u32 = u32::from_le_bytes(*b"KVTB");
 pub const ACK_MAGIC: u32 = u32::from_le_bytes(*b"KVTA");
 /// Most bytes of one batch: bounds how long a lane is busy with one room.
 pub const BATCH_BYTES_MAX: u64 = 64 << 20;
+/// The same of one that the receiver copies itself, which no connection carries: a device that copies 2 TB/s wants much at once.
+pub const PULL_BATCH_BYTES_MAX: u64 = 256 << 20;
 /// Most bytes of a batch that carries none: a whole window, so that a measurement sees the plan and not the headers.
 pub const NULL_BATCH_BYTES_MAX: u64 = 1 << 50;
 /// Most items (pages) in one window: bounds the item list that follows a pull header (16 KiB).
@@ -194,10 +196,10 @@ impl BatchHeader {
                 got: header.flags.into(),
             });
         }
-        let most = if header.mode() == PayloadMode::Null {
-            NULL_BATCH_BYTES_MAX
-        } else {
-            BATCH_BYTES_MAX
+        let most = match header.mode() {
+            PayloadMode::Null => NULL_BATCH_BYTES_MAX,
+            PayloadMode::Pull => PULL_BATCH_BYTES_MAX,
+            _ => BATCH_BYTES_MAX,
         };
         let bounds = [
             ("batch", header.len, most),

@@ -15,7 +15,7 @@ use crate::{
         hello::{self, Face, Hello, HostIdentity, RegionAddress},
         lane::{
             Ack, AckStatus, BATCH_BYTES_MAX, BATCHES_MAX, BatchFields, BatchHeader,
-            NULL_BATCH_BYTES_MAX, PayloadMode, Seal, WINDOW_ITEMS_MAX,
+            NULL_BATCH_BYTES_MAX, PULL_BATCH_BYTES_MAX, PayloadMode, Seal, WINDOW_ITEMS_MAX,
         },
         rdma::{
             Connector, Endpoint, Frame, Immediate, LANDING_BYTES_MAX, Landing, QpEnd, QpOpen,
@@ -387,6 +387,11 @@ fn header_lengths_are_bounded() {
     let over = [
         BatchFields {
             len: BATCH_BYTES_MAX + 1,
+            ..fields()
+        },
+        BatchFields {
+            len: PULL_BATCH_BYTES_MAX + 1,
+            mode: PayloadMode::Pull,
             ..fields()
         },
         BatchFields {
