@@ -36,8 +36,9 @@ struct Opened {
     kernels: Arc<Kernels>,
     launch: Launch,
     /// Copies from device to device of all lanes, one after the other: together they take no more of the device than one, and
-    /// while one runs the next waits on the device, not for a thread.
-    pulls: Stream,
+    /// while one runs the next waits on the device, not for a thread. Without a bound each lane has its own stream instead, so
+    /// that one lane's copy begins while the last blocks of another's end.
+    pulls: Option<Arc<Stream>>,
     /// Streams that have waited for an application's event, for the next one.
     idle_streams: Mutex<Vec<Stream>>,
     name: String,
@@ -71,7 +72,10 @@ impl CudaDevice {
             100.. => Blocks::Full,
             percent => Blocks::Count((facts.multiprocessors * percent / 100).max(1)),
         };
-        let pulls = Stream::new(&context, Priority::Low)?;
+        let pulls = match blocks {
+            Blocks::Full => None,
+            _ => Some(Arc::new(Stream::new(&context, Priority::Low)?)),
+        };
         let name = format!("cuda:{ordinal} ({}, {})", facts.name, facts.pci_address);
         let imports = Imports::new(&context);
         let mut cookie = [0; 16];

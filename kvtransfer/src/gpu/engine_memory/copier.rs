@@ -8,7 +8,7 @@ use std::{fmt, ops::Range, sync::Arc};
 
 use super::{
     Opened,
-    flight::{CudaFlight, PART_BYTES, is_done_soon},
+    flight::{CudaFlight, FIRST_BYTES, Mark, is_done_soon},
 };
 use crate::{
     gpu::{
@@ -34,11 +34,13 @@ const MOVE_ALONE_BYTES: u64 = 4 << 20;
 /// One lane's stream, and device memory between pieces and host memory.
 pub(super) struct CudaCopier {
     shared: Arc<Opened>,
-    stream: Stream,
+    stream: Arc<Stream>,
+    /// Where copies from device to device go.
+    pulls: Arc<Stream>,
     done: Event,
     sleepy: Event,
     bounce: Option<DeviceBuffer>,
-    /// Behind each part of a flight; `used` of them are this batch's.
+    /// Behind copies of a flight; `used` of them are this batch's.
     marks: Vec<Arc<Event>>,
     used: usize,
     pairs: Vec<Pair>,
@@ -55,9 +57,11 @@ enum Way {
 impl CudaCopier {
     pub(super) fn new(shared: &Arc<Opened>) -> Result<Self, GpuError> {
         let context = &shared.context;
+        let stream = Arc::new(Stream::new(context, Priority::Low)?);
         Ok(Self {
             shared: Arc::clone(shared),
-            stream: Stream::new(context, Priority::Low)?,
+            pulls: Arc::clone(shared.pulls.as_ref().unwrap_or(&stream)),
+            stream,
             done: Event::new(context, EventKind::Spin)?,
             sleepy: Event::new(context, EventKind::Sleep)?,
             bounce: None,
@@ -129,7 +133,7 @@ impl CudaCopier {
         }
     }
 
-    /// Starts a gather into the device's buffer, and the way on from there in parts, each with its mark.
+    /// Starts a gather into the device's buffer, and the way on from there, with marks.
     ///
     /// # Safety
     /// As for [`Self::between`].
@@ -138,7 +142,7 @@ impl CudaCopier {
         pieces: &[Piece],
         host: u64,
         len: u64,
-    ) -> Result<Vec<Arc<Event>>, GpuError> {
+    ) -> Result<Vec<Mark>, GpuError> {
         let bounce = self.bounce(len)?;
         self.used = 0;
         self.lay_out(pieces, bounce, Way::ToHost);
@@ -149,12 +153,15 @@ impl CudaCopier {
         self.stream.record(&self.sleepy)?;
         let mut marks = Vec::new();
         let mut at = 0;
-        while at < len {
-            let part = PART_BYTES.min(len - at);
+        for end in [len.min(FIRST_BYTES), len] {
+            if at == end {
+                break;
+            }
             // SAFETY: as above; the stream keeps the order.
-            unsafe { self.whole(bounce + at, host + at, part, Way::ToHost) }?;
-            marks.push(self.mark()?);
-            at += part;
+            unsafe { self.whole(bounce + at, host + at, end - at, Way::ToHost) }?;
+            let event = self.mark()?;
+            marks.push(Mark { bytes: end, event });
+            at = end;
         }
         if !is_done_soon(&self.done)? {
             self.sleepy.synchronize()?;
@@ -312,14 +319,14 @@ impl Copier for CudaCopier {
     }
 
     fn copy(&mut self, moves: &[Move]) -> Result<(), DeviceError> {
-        let shared = Arc::clone(&self.shared);
+        let (shared, pulls) = (Arc::clone(&self.shared), Arc::clone(&self.pulls));
         self.pieces.clear();
         let mut started = Ok(());
         for each in moves {
             if each.len >= MOVE_ALONE_BYTES {
                 let len = usize::try_from(each.len).unwrap_or(usize::MAX);
                 // SAFETY: the engine keeps both sides mapped, and nothing returns before the stream has passed the copies.
-                started = started.and(unsafe { shared.pulls.copy(each.target, each.source, len) });
+                started = started.and(unsafe { pulls.copy(each.target, each.source, len) });
             } else {
                 self.pieces.push(CopyPiece {
                     source: each.source,
@@ -329,8 +336,8 @@ impl Copier for CudaCopier {
             }
         }
         // SAFETY: as above.
-        started = started.and(unsafe { self.list_on(Some(&shared.pulls)) });
-        self.settle(&shared.pulls, started)
+        started = started.and(unsafe { self.list_on(Some(&pulls)) });
+        self.settle(&pulls, started)
             .map_err(|error| shared.refused("copying on the device", &error))
     }
 
@@ -360,8 +367,8 @@ impl Copier for CudaCopier {
         };
         let kernels = &shared.kernels;
         // SAFETY: as for `copy`.
-        let started = unsafe { kernels.copy_window(&shared.pulls, &window, shared.launch) };
-        self.settle(&shared.pulls, started)
+        let started = unsafe { kernels.copy_window(&self.pulls, &window, shared.launch) };
+        self.settle(&self.pulls, started)
             .map_err(|error| shared.refused("copying on the device", &error))
     }
 
@@ -405,7 +412,7 @@ impl Copier for CudaCopier {
         // SAFETY: the flight keeps the host's memory, and the buffer is ours.
         let started = unsafe { self.whole(bounce + range.start, address, len, Way::ToDevice) };
         match started.and_then(|()| self.mark()) {
-            Ok(mark) => Ok(self.flight(vec![mark], host)),
+            Ok(event) => Ok(self.flight(vec![Mark { bytes: len, event }], host)),
             Err(error) => {
                 let finished = self.stream.synchronize();
                 Err(failed(finished.err().unwrap_or(error)))
@@ -426,7 +433,7 @@ impl Copier for CudaCopier {
 }
 
 impl CudaCopier {
-    fn flight(&self, marks: Vec<Arc<Event>>, host: &Arc<Region>) -> Box<dyn Flight> {
+    fn flight(&self, marks: Vec<Mark>, host: &Arc<Region>) -> Box<dyn Flight> {
         Box::new(CudaFlight::new(&self.shared, marks, host))
     }
 }

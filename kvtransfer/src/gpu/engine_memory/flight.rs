@@ -13,8 +13,16 @@ use crate::{
     },
 };
 
-/// Bytes of a part of a flight: what a wire takes in some 100 µs, and PCIe in 20.
-pub(super) const PART_BYTES: u64 = 1 << 20;
+/// Bytes that a flight to the host brings first, so that a wire has something to do: it takes some 100 µs for them, and PCIe 20.
+/// The rest comes in one copy, since each costs some microseconds beside its bytes.
+pub(super) const FIRST_BYTES: u64 = 1 << 20;
+
+/// A place in a flight.
+pub(super) struct Mark {
+    /// Bytes that have arrived when the event comes, counted from the flight's first.
+    pub(super) bytes: u64,
+    pub(super) event: Arc<Event>,
+}
 
 /// How long a thread looks for the end of a copy before it sleeps, in nanoseconds: most copies of a batch are over by then,
 /// and being woken takes some 50 µs.
@@ -32,15 +40,16 @@ pub(super) fn is_done_soon(event: &Event) -> Result<bool, GpuError> {
     Ok(true)
 }
 
-/// Parts of [`PART_BYTES`] between the host and a lane's buffer.
+/// Copies between the host and a lane's buffer.
 pub(super) struct CudaFlight {
     shared: Arc<Opened>,
-    marks: Vec<Arc<Event>>,
+    /// In order; the last is the end.
+    marks: Vec<Mark>,
     _host: Arc<Region>,
 }
 
 impl CudaFlight {
-    pub(super) fn new(shared: &Arc<Opened>, marks: Vec<Arc<Event>>, host: &Arc<Region>) -> Self {
+    pub(super) fn new(shared: &Arc<Opened>, marks: Vec<Mark>, host: &Arc<Region>) -> Self {
         Self {
             shared: Arc::clone(shared),
             marks,
@@ -51,14 +60,13 @@ impl CudaFlight {
 
 impl Flight for CudaFlight {
     fn wait(&self, bytes: u64) -> Result<(), DeviceError> {
-        let parts = usize::try_from(bytes.div_ceil(PART_BYTES)).unwrap_or(usize::MAX);
-        let last = parts.min(self.marks.len()).checked_sub(1);
-        let Some(mark) = last.and_then(|last| self.marks.get(last)) else {
+        let first = self.marks.iter().find(|mark| mark.bytes >= bytes);
+        let Some(Mark { event, .. }) = first.or(self.marks.last()) else {
             return Ok(());
         };
-        let arrived = is_done_soon(mark).and_then(|is_done| match is_done {
+        let arrived = is_done_soon(event).and_then(|is_done| match is_done {
             true => Ok(()),
-            false => mark.synchronize(),
+            false => event.synchronize(),
         });
         arrived.map_err(|error| {
             self.shared
@@ -70,7 +78,7 @@ impl Flight for CudaFlight {
 impl fmt::Debug for CudaFlight {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("CudaFlight")
-            .field("parts", &self.marks.len())
+            .field("copies", &self.marks.len())
             .finish_non_exhaustive()
     }
 }
