@@ -39,6 +39,7 @@ there() {
     step 60 "faults and restarts, ring" "$folder/kvbench" --json --path ring --lanes 4 $two --faults 8 --restarts 100
     step 30 "many, ring of 64 MiB" $many --path ring --lanes 4 $two --ring-mib 64
     step 30 "mapping refused" "$folder/kvbench" --json --rounds 1 --path ring --case pages-16k $two --refuse-mapping
+    step 60 "an event that is late" "$folder/kvgpu" event --peer-gpu 1
     step 80 "unequal ranks" "$folder/kvgpu" heads --pages 128 --peer-gpu 1
     unpack_rivals "$folder"
     PYTHONPATH=${PYTHONPATH:-} step 120 "rivals" python3 "$folder/rivals.py" --gpu 0 --peer-gpu 1 --kvbench "$folder/kvbench" --seconds 100 \

@@ -98,6 +98,8 @@ there() {
     unpack_rivals "$folder"
     PYTHONPATH=${PYTHONPATH:-} step 110 "rivals" python3 "$folder/rivals.py" --gpu 0 --kvbench "$folder/kvbench" --seconds 95 \
         --cases pages-16k,pages-4k
+    step 60 "an event that is late" "$kvgpu" event
+    step 60 "staging" "$kvgpu" staging
     step 60 "kernels" "$kvgpu" kernels
     step 60 "ipc" "$kvgpu" ipc --gib "${GIB:-8}"
     step 60 "a matmul beside copies" python3 -W ignore "$folder/theft.py" "$folder/copy.cu"

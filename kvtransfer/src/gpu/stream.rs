@@ -270,6 +270,12 @@ impl Event {
         unsafe { cuda!(self.context.calls(), cuEventRecord(self.raw, stream)) }
     }
 
+    /// Its handle, for engines and libraries that take one.
+    #[must_use]
+    pub fn raw_event(&self) -> RawEvent {
+        RawEvent(self.raw.expose_provenance() as u64)
+    }
+
     /// Whether what it was recorded behind is done.
     ///
     /// # Errors

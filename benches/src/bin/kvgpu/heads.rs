@@ -1,6 +1,5 @@
 //! Whole rooms between ranks of unequal tensor-parallel size: two that send to one, and one that sends to two. This process
 //! has the sending ranks on one GPU, a second one the receiving ranks, on the same GPU or another.
-#![expect(unsafe_code, reason = "gives engines device memory that outlives them")]
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},
@@ -11,45 +10,39 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use kvtransfer::{
-    config::{EngineConfig, SameHost},
-    engine::{Engine, Memory, Transfer},
-    gpu::{self, CudaDevice, PERCENT_DEFAULT, memory::DeviceBuffer},
+    engine::Transfer,
     ids::Room,
-    layout::{Attention, Component, ComponentKind, Entry, Layout, RegionId, Shard, StateShape},
-    memory::Region,
     transfer::{Chunk, ReceiveRequest, SendRequest, Source},
 };
 
 use crate::{
-    data::{POISON, Random, host_seconds},
+    data::{POISON, host_seconds},
     measure::{Table, rate},
+    ranks::{HEAD_BYTES, HEADS, Path, RECEIVERS_SEED, Rank, SENDERS_SEED, Shape, items},
 };
 
-/// Of the model: K and V of so many layers, pages of so many tokens, so many heads of so many bytes.
-const LAYERS: usize = 32;
-const TOKENS: usize = 16;
-const HEADS: usize = 8;
-const HEAD_BYTES: usize = 128;
+/// Each rank's connections to each peer.
+const LANES: u8 = 2;
 
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Options of `heads`.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
     /// The GPU of the ranks that receive, if it is another one.
     #[arg(long)]
-    peer_gpu: Option<u32>,
+    pub(crate) peer_gpu: Option<u32>,
     /// Pages of 16 tokens; each has 1 MiB over all layers.
     #[arg(long, default_value_t = 512)]
-    pages: usize,
+    pub(crate) pages: usize,
     /// Rooms of each kind; the median counts.
     #[arg(long, default_value_t = 5)]
-    rounds: usize,
+    pub(crate) rounds: usize,
     /// Host memory instead of a GPU's: shows that everything works.
     #[arg(long)]
-    host: bool,
+    pub(crate) host: bool,
 }
 
 /// Options of the other process.
@@ -66,165 +59,6 @@ pub(crate) struct ReceiverOptions {
     /// Addresses of the sending ranks.
     #[arg(long, value_delimiter = ',')]
     senders: Vec<SocketAddr>,
-}
-
-/// The way that bytes take.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Path {
-    Pull,
-    Tcp,
-    Ring,
-}
-
-impl Path {
-    fn same_host(self) -> SameHost {
-        match self {
-            Self::Pull => SameHost::PullOnly,
-            Self::Tcp => SameHost::Off,
-            Self::Ring => SameHost::RingOnly,
-        }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Pull => "pull",
-            Self::Tcp => "tcp",
-            Self::Ring => "ring",
-        }
-    }
-}
-
-/// One rank of some.
-#[derive(Clone, Copy, Debug)]
-struct Shape {
-    rank: usize,
-    ranks: usize,
-    pages: usize,
-}
-
-impl Shape {
-    fn heads(self) -> usize {
-        HEADS / self.ranks
-    }
-
-    fn item_len(self) -> usize {
-        TOKENS * self.heads() * HEAD_BYTES
-    }
-
-    /// Twice as many pages as move, so that no two of them are neighbours.
-    fn pool(self) -> usize {
-        2 * self.pages
-    }
-
-    fn bytes(self) -> usize {
-        2 * LAYERS * self.pool() * self.item_len()
-    }
-
-    fn layout(self) -> Layout {
-        let entry = |index: usize| Entry {
-            region: RegionId(0),
-            offset: (index * self.pool() * self.item_len()) as u64,
-            item_len: self.item_len() as u64,
-            item_count: self.pool() as u64,
-            layer_id: None,
-        };
-        let narrow = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
-        let size = narrow(self.ranks);
-        Layout {
-            page_size: narrow(TOKENS),
-            kv_dtype: "bfloat16".into(),
-            kv_layout: "nhd".into(),
-            attention: Attention::Heads {
-                total_kv_heads: narrow(HEADS),
-                rank_kv_heads: narrow(self.heads()),
-            },
-            tp: Shard {
-                rank: narrow(self.rank),
-                size,
-            },
-            pp: Shard::ONE,
-            layers: 0..narrow(LAYERS),
-            components: vec![Component {
-                kind: ComponentKind::Kv,
-                entries: (0..2 * LAYERS).map(entry).collect(),
-                draft_entries: 0,
-                state: StateShape::default(),
-            }],
-        }
-    }
-
-    /// The bytes of a rank whose page number `n` in the room is item `items[n]`: every head of every token is different, and
-    /// the same on whatever rank it lies.
-    fn image(self, items: &[i32], seed: u64) -> Vec<u8> {
-        let mut bytes = vec![POISON; self.bytes()];
-        let first = self.rank * self.heads();
-        for entry in 0..2 * LAYERS {
-            for (page, item) in items.iter().enumerate() {
-                let item = usize::try_from(*item).unwrap_or(0);
-                let at = (entry * self.pool() + item) * self.item_len();
-                let heads = bytes[at..at + self.item_len()].chunks_exact_mut(HEAD_BYTES);
-                for (place, head) in heads.enumerate() {
-                    let (token, head_number) = (place / self.heads(), first + place % self.heads());
-                    let number = ((entry * self.pages + page) * TOKENS + token) * HEADS;
-                    let stamp = (number + head_number) as u64;
-                    for (word, out) in head.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-                        let value = (stamp << 8 | word as u64).wrapping_mul(seed | 1);
-                        *out = (value ^ value >> 29).to_le_bytes();
-                    }
-                }
-            }
-        }
-        bytes
-    }
-}
-
-/// Odd pages in random order, the same in both processes for each side.
-fn items(pages: usize, seed: u64) -> Arc<[i32]> {
-    let order = Random::seeded(seed).order(pages);
-    let odd = |place: &usize| i32::try_from(2 * place + 1).unwrap_or(i32::MAX);
-    order.iter().map(odd).collect()
-}
-
-const SENDERS_SEED: u64 = 11;
-const RECEIVERS_SEED: u64 = 12;
-
-/// An engine with its memory.
-struct Rank {
-    shape: Shape,
-    engine: Engine,
-    region: Arc<Region>,
-    /// Dropped after the engine, which uses it.
-    _buffer: Option<DeviceBuffer>,
-}
-
-impl Rank {
-    fn start(shape: Shape, gpu: Option<u32>, path: Path, listens: bool) -> Result<Self> {
-        let len = shape.bytes();
-        let (region, buffer) = match gpu {
-            None => (Region::mmap(len)?, None),
-            Some(gpu) => {
-                let context = gpu::Context::primary(gpu)?;
-                let buffer = DeviceBuffer::new(&context, len)?;
-                let device = Arc::new(CudaDevice::open(gpu, PERCENT_DEFAULT)?);
-                // SAFETY: the buffer is kept beside the region, and dropped after the engine.
-                let region = unsafe { Region::device(device, buffer.address(), len) }?;
-                (region, Some(buffer))
-            }
-        };
-        let region = Arc::new(region);
-        let mut memory = Memory::new();
-        memory.add_shared(Arc::clone(&region));
-        let mut config = EngineConfig::default();
-        config.same_host = path.same_host();
-        config.listen = listens.then(|| SocketAddr::from(([127, 0, 0, 1], 0)));
-        config.lanes = 2;
-        Ok(Self {
-            shape,
-            engine: Engine::start(config, memory, shape.layout())?,
-            region,
-            _buffer: buffer,
-        })
-    }
 }
 
 pub(crate) fn run(gpu: u32, options: &Options) -> Result<Table> {
@@ -252,7 +86,7 @@ fn one(
             ranks: from,
             pages,
         };
-        Rank::start(shape, (!options.host).then_some(gpu), path, true)
+        Rank::start(shape, (!options.host).then_some(gpu), path, LANES, true)
     };
     let ranks = (0..from).map(start).collect::<Result<Vec<_>>>()?;
     let mut receivers = Receivers::start(gpu, options, path, to, &ranks)?;
@@ -318,14 +152,14 @@ fn push_all(sending: &[Transfer], chunk: &Chunk) -> Result<(u64, u64)> {
 }
 
 /// The other process.
-struct Receivers {
+pub(crate) struct Receivers {
     child: Child,
     stdin: ChildStdin,
     stdout: BufReader<ChildStdout>,
 }
 
 impl Receivers {
-    fn start(
+    pub(crate) fn start(
         gpu: u32,
         options: &Options,
         path: Path,
@@ -362,7 +196,7 @@ impl Receivers {
         Ok(receivers)
     }
 
-    fn ask(&mut self, line: &str) -> Result<String> {
+    pub(crate) fn ask(&mut self, line: &str) -> Result<String> {
         writeln!(self.stdin, "{line}")?;
         let mut answer = String::new();
         let read = self.stdout.read_line(&mut answer)?;
@@ -391,7 +225,7 @@ pub(crate) fn receive(gpu: u32, options: &ReceiverOptions) -> Result<()> {
             pages: options.pages,
         };
         let gpu = (!options.host).then_some(gpu);
-        let side = Rank::start(shape, gpu, options.path, false)?;
+        let side = Rank::start(shape, gpu, options.path, LANES, false)?;
         let mut sources = Vec::new();
         for sender in &options.senders {
             let info = side.engine.connect(*sender, PATIENCE)?;

@@ -5,11 +5,14 @@
 //! status 1.
 
 mod data;
+mod event;
 mod facts;
 mod heads;
 mod ipc;
 mod kernels;
 mod measure;
+mod ranks;
+mod staging;
 mod verify;
 
 use std::process::ExitCode;
@@ -42,7 +45,11 @@ enum Command {
     Ipc(ipc::Options),
     /// Rooms between ranks of unequal tensor-parallel size.
     Heads(heads::Options),
-    /// The other process of `heads`.
+    /// Rooms pushed behind an event of a stream that is late.
+    Event(event::Options),
+    /// Staging without a wire, and engines that share a process.
+    Staging(staging::Options),
+    /// The other process of `heads` and `event`.
     #[command(hide = true)]
     HeadsReceiver(heads::ReceiverOptions),
     /// The other process of `ipc`.
@@ -58,6 +65,8 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::Kernels(options) => kernels::run(cli.gpu, &options)?,
         Command::Ipc(options) => ipc::run(cli.gpu, &options)?,
         Command::Heads(options) => heads::run(cli.gpu, &options)?,
+        Command::Event(options) => event::run(cli.gpu, &options)?,
+        Command::Staging(options) => staging::run(cli.gpu, &options)?,
         Command::HeadsReceiver(options) => {
             heads::receive(cli.gpu, &options)?;
             return Ok(ExitCode::SUCCESS);
