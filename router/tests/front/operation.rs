@@ -1,6 +1,6 @@
 //! What operators rely on: readiness, limits, refusals, draining.
 
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
 use hyper::Method;
 use kvrouter::Config;
@@ -20,6 +20,59 @@ async fn until_ready_is(router: &Running, wanted: u16) -> String {
         }
     })
     .await
+}
+
+/// This process's TCP connections between addresses, and whether small writes wait in them for what was sent before.
+fn connections() -> Vec<(SocketAddr, SocketAddr, bool)> {
+    let own = rustix::process::getpid();
+    let own = rustix::process::pidfd_open(own, rustix::process::PidfdFlags::empty()).unwrap();
+    let open = std::fs::read_dir("/proc/self/fd").unwrap();
+    let numbers = open.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
+    let mut found = Vec::new();
+    for number in numbers.collect::<Vec<i32>>() {
+        // Other tests close theirs meanwhile.
+        let flags = rustix::process::PidfdGetfdFlags::empty();
+        let Ok(copy) = rustix::process::pidfd_getfd(&own, number, flags) else {
+            continue;
+        };
+        let socket = std::net::TcpStream::from(copy);
+        if let (Ok(local), Ok(peer)) = (socket.local_addr(), socket.peer_addr()) {
+            let waits = !socket.nodelay().unwrap();
+            found.push((local, peer, waits));
+        }
+    }
+    found
+}
+
+#[tokio::test]
+async fn no_small_write_waits_for_what_was_sent_before() {
+    let (prefill, decode) = (FakeWorker::start().await, FakeWorker::start().await);
+    let router = Running::between(&prefill, &decode).await;
+    let address = |url: &str| url.trim_start_matches("http://").parse().unwrap();
+    let (front, legs): (SocketAddr, [SocketAddr; 2]) = (
+        address(&router.url),
+        [&prefill, &decode].map(|worker| address(&worker.url)),
+    );
+    let (_prefill_chunks, held) = event_stream();
+    prefill.then(held);
+    let (chunks, script) = event_stream();
+    decode.then(script);
+    chunks.send(chunk("data: 1\n\n")).await.unwrap();
+    let response = router
+        .post("/generate", r#"{"text":"a","stream":true}"#)
+        .await;
+    let mut body = response.into_body();
+    next_piece(&mut body).await.unwrap().unwrap();
+    // All three connections of a stream are open now: the client's, and the router's to each worker.
+    let open = connections();
+    let accepted: Vec<_> = open.iter().filter(|(local, ..)| *local == front).collect();
+    assert!(!accepted.is_empty());
+    assert!(accepted.iter().all(|(.., waits)| !waits), "{accepted:?}");
+    for leg in legs {
+        let dialled: Vec<_> = open.iter().filter(|(_, peer, _)| *peer == leg).collect();
+        assert!(!dialled.is_empty());
+        assert!(dialled.iter().all(|(.., waits)| !waits), "{dialled:?}");
+    }
 }
 
 #[tokio::test]
