@@ -30,7 +30,8 @@ pub(crate) fn library() -> &'static Path {
         // build outside of a test, and most of the workspace would be compiled anew both times.
         for (name, _) in env::vars_os() {
             let text = name.to_string_lossy();
-            if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+            let describes = ["CARGO_PKG_", "CARGO_MANIFEST_", "OUT_DIR"];
+            if describes.iter().any(|prefix| text.starts_with(prefix)) {
                 build.env_remove(&name);
             }
         }

@@ -63,7 +63,8 @@ fn cargo() -> Command {
     // `cargo run` describes the package that it runs. Build scripts that watch these would run again each time.
     for (name, _) in std::env::vars_os() {
         let text = name.to_string_lossy();
-        if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+        let describes = ["CARGO_PKG_", "CARGO_MANIFEST_", "OUT_DIR"];
+        if describes.iter().any(|prefix| text.starts_with(prefix)) {
             command.env_remove(&name);
         }
     }
