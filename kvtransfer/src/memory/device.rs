@@ -13,6 +13,10 @@ use super::Region;
 /// of its physical pieces, so that torch's largest buffers fit (16 GiB in pieces of 20 MiB).
 pub const SHARE_BYTES_MAX: usize = 10 << 10;
 
+/// Bytes that a flight to the host brings first, and after which a receiving lane lets a part start for the device: a wire takes
+/// some 100 µs for them, and PCIe 20.
+pub const PART_BYTES: usize = 1 << 20;
+
 /// What a device refused, in its driver's words.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("{call} on {device}: {reason}")]
@@ -236,8 +240,8 @@ pub trait Copier: Send + Debug {
     /// As for [`Copier::gather`].
     fn copy_grid(&mut self, grid: &Grid<'_>) -> Result<(), DeviceError>;
 
-    /// As [`Copier::gather`], but the bytes reach `host` in the background, part by part in order. The flight of the last
-    /// call must have ended.
+    /// As [`Copier::gather`], but the bytes reach `host` in the background and in order, the first [`PART_BYTES`] of them by
+    /// themselves. The flight of the last call must have ended.
     ///
     /// # Errors
     /// As for [`Copier::gather`].

@@ -1,6 +1,6 @@
 //! Between a device and a wire that only host memory can reach: chunks of pinned memory, and the copies in and out.
 //!
-//! A sending lane gathers the next bytes of its batch, which then come to a chunk part by part while the first of them are
+//! A sending lane gathers the next bytes of its batch, which then come to a chunk while the first of them are
 //! sent; a receiving lane fills a chunk from the socket, lets its parts start for the device, and scatters them there when the
 //! chunk is full or the batch is complete. Pages are touched by the gather and the scatter alone, under the room's gate; the
 //! way between goes through a buffer of the device's. Chunks are the engine's, in two halves, so that lanes
@@ -26,9 +26,6 @@ use crate::{
 
 /// Sending lanes that wait for a chunk; each waits once, and lanes are bounded by peers.
 const WAITING_MAX: usize = 1 << 16;
-
-/// Bytes after which a wire, or a device, is given the first part of a chunk while the next is on its way.
-pub(super) const PART_BYTES: usize = 1 << 20;
 
 /// How long a receiving lane waits for a chunk before it looks whether it is still wanted.
 pub(super) const WAIT: Duration = Duration::from_millis(10);

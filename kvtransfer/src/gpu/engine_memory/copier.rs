@@ -8,7 +8,7 @@ use std::{fmt, ops::Range, sync::Arc};
 
 use super::{
     Opened,
-    flight::{CudaFlight, FIRST_BYTES, Mark, is_done_soon},
+    flight::{CudaFlight, Mark, is_done_soon},
 };
 use crate::{
     gpu::{
@@ -17,7 +17,7 @@ use crate::{
     },
     memory::{
         Region,
-        device::{Copier, DeviceError, Flight, Grid, Move, Piece},
+        device::{Copier, DeviceError, Flight, Grid, Move, PART_BYTES, Piece},
     },
 };
 
@@ -153,7 +153,8 @@ impl CudaCopier {
         self.stream.record(&self.sleepy)?;
         let mut marks = Vec::new();
         let mut at = 0;
-        for end in [len.min(FIRST_BYTES), len] {
+        // The rest is one copy: each costs some microseconds beside its bytes.
+        for end in [len.min(PART_BYTES as u64), len] {
             if at == end {
                 break;
             }

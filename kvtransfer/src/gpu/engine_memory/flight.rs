@@ -13,10 +13,6 @@ use crate::{
     },
 };
 
-/// Bytes that a flight to the host brings first, so that a wire has something to do: it takes some 100 µs for them, and PCIe 20.
-/// The rest comes in one copy, since each costs some microseconds beside its bytes.
-pub(super) const FIRST_BYTES: u64 = 1 << 20;
-
 /// A place in a flight.
 pub(super) struct Mark {
     /// Bytes that have arrived when the event comes, counted from the flight's first.

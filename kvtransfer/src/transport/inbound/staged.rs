@@ -6,13 +6,16 @@ use std::{io, os::fd::BorrowedFd, sync::Arc};
 use super::{AHEAD, Expect, Filling, Inbound, Received, Step, consume, target_cursor};
 use crate::{
     error::TransferError,
-    memory::{Gate, device::DeviceError},
+    memory::{
+        Gate,
+        device::{DeviceError, PART_BYTES},
+    },
     plan::mismatch::End,
     transfer::{BatchIn, Placement},
     transport::{
         LaneError,
         lane::LaneContext,
-        staging::{Chunk, PART_BYTES},
+        staging::Chunk,
         sys::{self, IoRange},
     },
     wire::lane::BatchHeader,

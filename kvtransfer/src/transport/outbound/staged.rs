@@ -3,13 +3,10 @@
 
 use super::{Outbound, Payload, Staged, consume, source_cursor};
 use crate::{
+    memory::device::PART_BYTES,
     plan::mismatch::End,
     transfer::BatchOut,
-    transport::{
-        LaneError,
-        lane::LaneContext,
-        staging::{Chunk, PART_BYTES},
-    },
+    transport::{LaneError, lane::LaneContext, staging::Chunk},
     wire::lane::Seal,
 };
 
