@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use crate::{
     case::{Case, CaseName, Extent},
-    report::Machine,
+    machine::Machine,
 };
 
 /// Most resident memory of an idle engine, without the region's own pages.

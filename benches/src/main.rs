@@ -9,6 +9,7 @@ mod child;
 mod data;
 mod gpu;
 mod idle;
+mod machine;
 mod pair;
 mod protocol;
 mod raw;
@@ -31,9 +32,10 @@ use tracing_subscriber::EnvFilter;
 use crate::{
     case::{Case, CaseName, Extent},
     gpu::{Gpu, Kernel},
+    machine::Machine,
     pair::{Pair, Plan},
     protocol::{Path, Tuning},
-    report::{Machine, Report},
+    report::Report,
 };
 
 /// How the program starts itself as the target.

@@ -1,50 +1,17 @@
 //! From rounds to the line that is printed.
 #![forbid(unsafe_code)]
 
-use std::{fs, io, thread};
+use std::io;
 
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
 use crate::{
     case::{Case, CaseName},
+    machine::Machine,
     pair::{Pass, Plan, Round},
     protocol::{Path, ReferenceKind},
 };
-
-/// What the figures were measured on.
-#[derive(Clone, Debug, Serialize)]
-pub(crate) struct Machine {
-    cpu: String,
-    cores: usize,
-    kernel: String,
-    /// Transparent huge pages: which of `always`, `madvise`, `never`.
-    huge_pages: String,
-    /// Runnable threads over the last minute, before the case: how shared the machine was.
-    load: f64,
-}
-
-impl Machine {
-    pub(crate) fn here() -> Self {
-        let read = |path| fs::read_to_string(path).unwrap_or_default();
-        let cpus = read("/proc/cpuinfo");
-        let cpu = cpus.lines().find_map(|line| {
-            let (key, value) = line.split_once(':')?;
-            (key.trim() == "model name").then(|| value.trim().to_owned())
-        });
-        let pages = read("/sys/kernel/mm/transparent_hugepage/enabled");
-        let chosen = pages.split(['[', ']']).nth(1);
-        let load = read("/proc/loadavg");
-        let load = load.split(' ').next().and_then(|word| word.parse().ok());
-        Self {
-            cpu: cpu.unwrap_or_else(|| "unknown".into()),
-            cores: thread::available_parallelism().map_or(0, usize::from),
-            kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
-            huge_pages: chosen.unwrap_or("unknown").to_owned(),
-            load: load.unwrap_or(f64::NAN),
-        }
-    }
-}
 
 /// One line of output. See README.md for what each figure means.
 #[derive(Clone, Debug, Serialize)]
@@ -222,7 +189,8 @@ pub(crate) fn micros(histogram: &Histogram<u64>, quantile: f64) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::{Machine, Report, median};
+    use super::{Report, median};
+    use crate::machine::Machine;
     use crate::{
         case::{Case, CaseName, Extent},
         pair::{Pass, Plan, Round},

@@ -17,9 +17,10 @@ pub(crate) use self::devices::Ends;
 use self::perftest::{Perftest, Tool};
 use crate::{
     case::{Case, CaseName, Extent},
+    machine::Machine,
     pair::{Pair, Pass, Plan},
     protocol::{Path, Rdma, Tuning},
-    report::{Machine, histogram, median, micros, name, rate, rounded},
+    report::{histogram, median, micros, name, rate, rounded},
 };
 
 /// Fewest iterations of a reference: perftest's first messages are slow.

@@ -6,6 +6,8 @@
 mod cases;
 mod client;
 mod http;
+#[path = "../../machine.rs"]
+mod machine;
 mod relay;
 mod report;
 mod routers;
@@ -21,7 +23,8 @@ use anyhow::Context as _;
 use clap::{Parser, Subcommand, ValueEnum as _};
 
 use crate::cases::{Case, Figures, Size};
-use crate::report::{Machine, Report, Row, Scheduler};
+use crate::machine::Machine;
+use crate::report::{Report, Row, Scheduler};
 use crate::routers::{Process, Program, Running, Who};
 use crate::worker::Addresses;
 

@@ -9,36 +9,8 @@ use anyhow::Context as _;
 use serde::Serialize;
 
 use crate::cases::{Case, Figures, Resident, Size};
+use crate::machine::Machine;
 use crate::routers::Who;
-
-/// What the figures were measured on.
-#[derive(Clone, Debug, Serialize)]
-pub(crate) struct Machine {
-    cpu: String,
-    cores: usize,
-    kernel: String,
-    /// Runnable threads over the last minute, before the run: how shared the machine was.
-    load: f64,
-}
-
-impl Machine {
-    pub(crate) fn here() -> Self {
-        let read = |path| fs::read_to_string(path).unwrap_or_default();
-        let cpus = read("/proc/cpuinfo");
-        let cpu = cpus.lines().find_map(|line| {
-            let (key, value) = line.split_once(':')?;
-            (key.trim() == "model name").then(|| value.trim().to_owned())
-        });
-        let load = read("/proc/loadavg");
-        let load = load.split(' ').next().and_then(|word| word.parse().ok());
-        Self {
-            cpu: cpu.unwrap_or_else(|| "unknown".into()),
-            cores: std::thread::available_parallelism().map_or(0, usize::from),
-            kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
-            load: load.unwrap_or(f64::NAN),
-        }
-    }
-}
 
 /// A router in a case.
 #[derive(Clone, Debug, Serialize)]
