@@ -28,3 +28,26 @@ fn heads_arrive_at_other_numbers_of_ranks_in_few_operations() {
         assert!(number(0) * 100 <= number(4), "{note}");
     }
 }
+
+#[test]
+fn engines_of_one_process_move_the_right_bytes() {
+    let run = |mib: &str| {
+        Command::new(env!("CARGO_BIN_EXE_kvgpu"))
+            .args(["--json", "staging", "--host", "--rounds", "1", "--mib", mib])
+            .output()
+            .expect("kvgpu starts")
+    };
+    let output = run("16");
+    let (said, rows) = (
+        String::from_utf8_lossy(&output.stderr),
+        String::from_utf8_lossy(&output.stdout),
+    );
+    assert!(output.status.success(), "{said} {rows}");
+    assert_eq!(rows.matches("\"verified\":true").count(), 2, "{rows}");
+    let refused = run("15");
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(
+        !refused.status.success() && said.contains("multiple of 16"),
+        "{said}"
+    );
+}

@@ -14,9 +14,9 @@ use kvtransfer::{
 
 use crate::{
     data::{POISON, host_seconds},
-    heads::{self, PATIENCE, Receivers},
+    heads::Receivers,
     measure::Table,
-    ranks::{Path, Rank, SENDERS_SEED, Shape, items},
+    ranks::{PATIENCE, Path, Rank, SENDERS_SEED, Shape, items},
 };
 
 /// What keeps the stream busy: so many fills of so many bytes, some tenths of a second.
@@ -88,13 +88,8 @@ fn one(gpu: u32, options: &Options, path: Path, table: &mut Table) -> Result<()>
     };
     let ranks = [Rank::start(shape, Some(gpu), path, 2, true)?];
     let rank = &ranks[0];
-    let peers = heads::Options {
-        peer_gpu: options.peer_gpu,
-        pages,
-        rounds: 1,
-        host: false,
-    };
-    let mut receivers = Receivers::start(gpu, &peers, path, 1, &ranks)?;
+    let peer_gpu = options.peer_gpu.unwrap_or(gpu);
+    let mut receivers = Receivers::start(Some(peer_gpu), path, 1, &ranks)?;
     let sources = items(pages, SENDERS_SEED);
     let late = Late::new(gpu, shape.bytes())?;
     for (number, waits) in [(1, true), (2, false), (3, true)] {

@@ -6,7 +6,6 @@ use std::{
     net::SocketAddr,
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     sync::Arc,
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -20,29 +19,27 @@ use kvtransfer::{
 use crate::{
     data::{POISON, host_seconds},
     measure::{Table, rate},
-    ranks::{HEAD_BYTES, HEADS, Path, RECEIVERS_SEED, Rank, SENDERS_SEED, Shape, items},
+    ranks::{HEAD_BYTES, HEADS, PATIENCE, Path, RECEIVERS_SEED, Rank, SENDERS_SEED, Shape, items},
 };
 
 /// Each rank's connections to each peer.
 const LANES: u8 = 2;
-
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Options of `heads`.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
     /// The GPU of the ranks that receive, if it is another one.
     #[arg(long)]
-    pub(crate) peer_gpu: Option<u32>,
+    peer_gpu: Option<u32>,
     /// Pages of 16 tokens; each has 1 MiB over all layers.
     #[arg(long, default_value_t = 512)]
-    pub(crate) pages: usize,
+    pages: usize,
     /// Rooms of each kind; the median counts.
     #[arg(long, default_value_t = 5)]
-    pub(crate) rounds: usize,
+    rounds: usize,
     /// Host memory instead of a GPU's: shows that everything works.
     #[arg(long)]
-    pub(crate) host: bool,
+    host: bool,
 }
 
 /// Options of the other process.
@@ -89,7 +86,8 @@ fn one(
         Rank::start(shape, (!options.host).then_some(gpu), path, LANES, true)
     };
     let ranks = (0..from).map(start).collect::<Result<Vec<_>>>()?;
-    let mut receivers = Receivers::start(gpu, options, path, to, &ranks)?;
+    let peer_gpu = (!options.host).then_some(options.peer_gpu.unwrap_or(gpu));
+    let mut receivers = Receivers::start(peer_gpu, path, to, &ranks)?;
     let sources = items(pages, SENDERS_SEED);
     let (mut times, mut batches, mut bytes, mut is_right) = (Vec::new(), 0, 0, true);
     for round in 0..=options.rounds as u64 {
@@ -159,25 +157,28 @@ pub(crate) struct Receivers {
 }
 
 impl Receivers {
+    /// So many ranks on a GPU, or in host memory, that fetch from `senders`.
     pub(crate) fn start(
-        gpu: u32,
-        options: &Options,
+        gpu: Option<u32>,
         path: Path,
         count: usize,
         senders: &[Rank],
     ) -> Result<Self> {
+        let pages = senders.first().context("ranks that send")?.shape.pages;
         let addresses = senders.iter().map(|rank| {
             let address = rank.engine.local_addr().context("the engine listens")?;
             Ok(address.to_string())
         });
         let addresses = addresses.collect::<Result<Vec<_>>>()?.join(",");
         let mut command = Command::new(std::env::current_exe()?);
+        if let Some(gpu) = gpu {
+            command.args(["--gpu", &gpu.to_string()]);
+        }
         command
-            .args(["--gpu", &options.peer_gpu.unwrap_or(gpu).to_string()])
             .args(["heads-receiver", "--ranks", &count.to_string()])
-            .args(["--pages", &options.pages.to_string()])
+            .args(["--pages", &pages.to_string()])
             .args(["--path", path.name(), "--senders", &addresses]);
-        if options.host {
+        if gpu.is_none() {
             command.arg("--host");
         }
         let mut child = command

@@ -1,7 +1,7 @@
 //! Ranks of a model with engines over their memory: what `heads`, `event` and `staging` move.
 #![expect(unsafe_code, reason = "gives engines device memory that outlives them")]
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Result;
 use clap::ValueEnum;
@@ -14,6 +14,9 @@ use kvtransfer::{
 };
 
 use crate::data::{POISON, Random};
+
+/// What a room, or a connection, is waited for.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Of the model: K and V of so many layers, pages of so many tokens, so many heads of so many bytes.
 const LAYERS: usize = 32;

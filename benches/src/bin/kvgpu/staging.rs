@@ -9,7 +9,7 @@ use std::{
     thread,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 use kvtransfer::{
     gpu::{self, CudaDevice, PERCENT_DEFAULT, Pinned, Priority, Stream, memory::DeviceBuffer},
@@ -23,9 +23,8 @@ use kvtransfer::{
 
 use crate::{
     data::{POISON, Random, host_seconds},
-    heads::PATIENCE,
     measure::{RUNS, Table, rate, seconds},
-    ranks::{Path, RECEIVERS_SEED, Rank, SENDERS_SEED, Shape, items},
+    ranks::{PATIENCE, Path, RECEIVERS_SEED, Rank, SENDERS_SEED, Shape, items},
 };
 
 const PAGE: usize = 16 << 10;
@@ -37,7 +36,7 @@ const ROOMS: usize = 16;
 #[derive(Debug, Args)]
 pub(crate) struct Options {
     /// Lanes; each has a thread on each side, and staging memory of its own where there is no wire.
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..))]
     lanes: u8,
     /// Bytes of a chunk of staging memory, in KiB.
     #[arg(long, default_value_t = 4096)]
@@ -45,7 +44,7 @@ pub(crate) struct Options {
     /// Chunks of each lane where there is no wire.
     #[arg(long, default_value_t = 2)]
     chunks: usize,
-    /// Bytes that move, in MiB: a multiple of 16 and of lanes times chunks.
+    /// Bytes that move, in MiB: a multiple of 16, a room's share of which is whole pages.
     #[arg(long, default_value_t = 1024)]
     mib: usize,
     /// Measurements of each kind after a first that does not count; the median counts.
@@ -57,6 +56,7 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(gpu: u32, options: &Options) -> Result<Table> {
+    check(options)?;
     let mut table = Table::default();
     let gpu = (!options.host).then_some(gpu);
     if let Some(gpu) = gpu {
@@ -76,6 +76,31 @@ pub(crate) fn run(gpu: u32, options: &Options) -> Result<Table> {
         }
     }
     Ok(table)
+}
+
+/// What would divide by nothing, or wait for a chunk that there is not.
+fn check(options: &Options) -> Result<()> {
+    let Options {
+        chunk_kib,
+        chunks,
+        mib,
+        rounds,
+        ..
+    } = *options;
+    ensure!(
+        mib > 0 && mib.is_multiple_of(ROOMS),
+        "--mib is {mib}; it must be a multiple of {ROOMS}"
+    );
+    ensure!(
+        chunk_kib > 0 && (chunk_kib << 10).is_multiple_of(PAGE),
+        "--chunk-kib is {chunk_kib}; it must be a multiple of {}",
+        PAGE >> 10
+    );
+    ensure!(
+        chunks > 0 && rounds > 0,
+        "--chunks and --rounds must be at least 1"
+    );
+    Ok(())
 }
 
 /// Plain copies of as many bytes, GB/s: into the device alone, and while as many go out of it.
