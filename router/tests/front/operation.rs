@@ -30,10 +30,14 @@ fn connections() -> Vec<(SocketAddr, SocketAddr, bool)> {
     let numbers = open.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
     let mut found = Vec::new();
     for number in numbers.collect::<Vec<i32>>() {
-        // Other tests close theirs meanwhile.
         let flags = rustix::process::PidfdGetfdFlags::empty();
-        let Ok(copy) = rustix::process::pidfd_getfd(&own, number, flags) else {
-            continue;
+        let copy = match rustix::process::pidfd_getfd(&own, number, flags) {
+            Ok(copy) => copy,
+            // Other tests close theirs meanwhile.
+            Err(rustix::io::Errno::BADF) => continue,
+            Err(error) => panic!(
+                "pidfd_getfd of this process: {error}; in a container, allow it with --cap-add SYS_PTRACE"
+            ),
         };
         let socket = std::net::TcpStream::from(copy);
         if let (Ok(local), Ok(peer)) = (socket.local_addr(), socket.peer_addr()) {
